@@ -1,0 +1,1 @@
+"""Matrix products over groups of token rows: one weight slice per group."""

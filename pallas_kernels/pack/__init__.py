@@ -1,0 +1,1 @@
+"""Choose two of four, and pack them."""
