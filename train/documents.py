@@ -1,0 +1,141 @@
+"""Documents out of text files: `.jsonl.zst`, `.jsonl.zstd`, `.jsonl`, `.parquet` and `.txt`, as a stream."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.utils import CallbackIOWrapper
+
+SUFFIXES = (".jsonl.zst", ".jsonl.zstd", ".jsonl", ".parquet", ".txt")
+# A longer .txt file is cut at line ends into several documents: memory stays bounded, and a corpus that is a
+# single file can still be divided into a training and a held-out part.
+TXT_DOCUMENT_CHARS = 1 << 18
+
+
+def find_files(inputs: Iterable[str | Path]) -> list[Path]:
+    """The files behind paths, glob patterns and folders (searched in depth), in sorted order, each once.
+
+    Raises:
+      ValueError: a pattern without match, a folder without readable file, an unknown suffix, an empty file.
+    """
+    found: set[Path] = set()
+    for entry in inputs:
+        path = Path(entry)
+        if path.is_dir():
+            inside = {p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)}
+            if not inside:
+                raise ValueError(f"folder {path} holds no file with a suffix among {', '.join(SUFFIXES)}")
+            found |= inside
+            continue
+        matches = [path] if path.is_file() else [Path(p) for p in glob.glob(str(entry), recursive=True)]
+        matches = [p for p in matches if p.is_file()]
+        if not matches:
+            raise ValueError(f"input {entry} is no file, no folder, and as a pattern matches nothing")
+        for match in matches:
+            if not match.name.endswith(SUFFIXES):
+                raise ValueError(
+                    f"{match}: unknown kind of file; the suffix must be one of {', '.join(SUFFIXES)}"
+                )
+        found.update(matches)
+    if not found:
+        raise ValueError("no input files given")
+    return sorted(found)
+
+
+def read_documents(
+    path: str | Path, text_field: str = "text", on_bytes: Callable[[int], object] = lambda n: None
+) -> Iterator[str]:
+    """The documents of one file, in order; empty ones are left out.
+
+    Args:
+      path: the file; its suffix says how to read it.
+      text_field: field (`.jsonl`) or column (`.parquet`) that holds the text.
+      on_bytes: called with the number of bytes of the file consumed since the last call, for a progress bar.
+
+    Raises:
+      ValueError: anything wrong with the content, naming the file and the line or row.
+    """
+    path = Path(path)
+    if path.name.endswith(".parquet"):
+        documents = _parquet(path, text_field, on_bytes)
+    elif path.name.endswith(".txt"):
+        documents = _txt(path, on_bytes)
+    else:
+        documents = _jsonl(path, text_field, on_bytes)
+    for text in documents:
+        if text and not text.isspace():
+            yield text
+
+
+def _jsonl(path: Path, text_field: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    number = 0
+    with path.open("rb") as file:
+        raw: BinaryIO = CallbackIOWrapper(on_bytes, file, "read")  # pyrefly: ignore
+        stream: pa.NativeFile = pa.PythonFile(raw, mode="r")
+        if not path.name.endswith(".jsonl"):
+            # pyarrow's reader goes through all frames and, unlike zstandard's, reports one that is cut off.
+            stream = pa.CompressedInputStream(stream, "zstd")
+        try:
+            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):  # pyrefly: ignore
+                if not line.isspace():
+                    yield _text_of(line, text_field, f"{path}, line {number}")
+        except OSError as error:
+            raise ValueError(f"{path}: broken compressed data after line {number}: {error}") from error
+
+
+def _text_of(line: bytes, text_field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    if text_field not in record:
+        raise ValueError(
+            f"{where}: no field {text_field!r}; the fields are {sorted(record)}, choose one with --text_field"
+        )
+    return _checked(record[text_field], text_field, where)
+
+
+def _checked(text: object, text_field: str, where: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field {text_field!r} should be a string, found {type(text).__name__}")
+    return text
+
+
+def _parquet(path: Path, text_field: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                raise ValueError(
+                    f"{path}: no column {text_field!r}; the columns are {file.schema_arrow.names}, choose "
+                    "one with --text_field"
+                )
+            groups = file.metadata.num_row_groups
+            for group in range(groups):
+                for batch in file.iter_batches(1024, row_groups=[group], columns=[text_field]):
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        yield _checked(text, text_field, f"{path}, row {row}")
+                on_bytes(path.stat().st_size // groups)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: broken parquet file after row {row}: {error}") from error
+
+
+def _txt(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            while text := file.read(TXT_DOCUMENT_CHARS):
+                text += file.readline(TXT_DOCUMENT_CHARS)
+                yield text
+                on_bytes(len(text.encode()))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text: {error}") from error
