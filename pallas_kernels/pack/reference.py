@@ -64,9 +64,7 @@ def second_smallest(key: Array) -> Array:
     return jnp.minimum(low, high)
 
 
-def compress24(
-    a: Float[Array, "R C"], mask: Bool[Array, "R C"]
-) -> tuple[Float[Array, "R C_2"], Positions]:
+def compress24(a: Float[Array, "R C"], mask: Bool[Array, "R C"]) -> tuple[Float[Array, "R C_2"], Positions]:
     """Keep the masked entries of a [R, C]: values [R, C/2] and their positions [R, C/4, 2].
 
     The mask must hold exactly two of each four along the rows, as `select24` gives them.
@@ -119,10 +117,8 @@ def _from_fours(fours: Array, like: Array, axis: int) -> Array:
 def _ranks(key: Array) -> list[Array]:
     """For each of the four, how many others come before it (larger, or equal at a lower index)."""
     four = [key[..., i] for i in range(4)]
-    before = [
-        [(four[j] >= four[i]) if j < i else (four[j] > four[i]) for j in range(4) if j != i] for i in range(4)
-    ]
-    return [sum(b.astype(jnp.int8) for b in terms) for terms in before]
+    before = [[(four[j] >= four[i]) if j < i else (four[j] > four[i]) for j in range(4) if j != i] for i in range(4)]
+    return [jnp.stack(terms).astype(jnp.int8).sum(axis=0) for terms in before]
 
 
 def _above_threshold(key: Array, is_nan: Array) -> Array:

@@ -17,8 +17,8 @@ def sparse24(
 ) -> Float[Array, "m n"]:
     """out[m, n] = sum_k A[m, k] b[k, n], accumulated in f32 (f64 for f64 operands).
 
-    Pruned positions of A are never multiplied on the hardware; here they meet b as zeros. The two differ only
-    where b holds inf or NaN: use `pruned_rows_ignored` semantics through the oracle in the tests.
+    The hardware never multiplies a pruned position of A; here it meets b as a zero. The results differ only where b
+    holds inf or NaN, which a zero of A turns into NaN and a pruned position does not touch.
     """
     a = to_dense(values, metadata)
     accumulate = jnp.promote_types(a.dtype, jnp.float32)

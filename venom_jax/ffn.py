@@ -1,0 +1,228 @@
+"""The sparse FFN: six matrix products, forward and backward, each with exactly one sparse operand.
+
+    y1 = x S(W1)      y2 = relu(y1)^2      y3 = y2 W2
+    dy2 = dy3 S(W2)^T     dy1 = 2 dy2 a        dx = dy1 W1^T     dW2 = y2^T dy3     dW1 = x^T dy1
+
+Here in reference form: pruned operands are masked arrays, products are dense within a group. The backward is this
+algorithm, not the derivative of the forward: the forward reads W2 dense and the backward reads it sparse, W1 the other
+way round, and the weight gradients prune the activations once more, along tokens.
+
+Source: arXiv 2602.06183, algorithms 1 and 2; docs/method.md says what is ours.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.array_types import Array, Bool, Float, Int
+from pallas_kernels.grouped24 import reference as grouped
+from pallas_kernels.pack import reference as pack
+from venom_jax.dispatch import Implementation, resolve_implementation
+from venom_jax.formats import Sparse24
+from venom_jax.pattern import WEIGHT_GEMMS, Recipe, WeightGemm
+from venom_jax.permutation import Grouping, group_tokens
+from venom_jax.threshold import threshold_gradient
+
+# The axis of the weight along which each product is 2:4: its contraction.
+_THRESHOLD_AXIS: dict[WeightGemm, int] = {"y1": 0, "y3": 0, "dy2": 1, "dx": 1}
+
+
+class PackedWeights(NamedTuple):
+    """The two packed weights of a layer: data without gradient, made once per optimizer step."""
+
+    w1: Sparse24
+    """beta1 S(W1) along D, for y1."""
+    w2: Sparse24
+    """beta2 S(W2) along D, for dy2."""
+
+
+class _Residuals(NamedTuple):
+    x: Array
+    w1: Array
+    w2: Array
+    beta: Array
+    packed: PackedWeights | None
+    grouping: Grouping | None
+    a: Array
+
+
+def pack_weights(
+    w1: Float[Array, "D F"],
+    w2: Float[Array, "F D"],
+    beta: Float[Array, "4"],
+    *,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> PackedWeights:
+    """round(beta_y1 S(W1)) and round(beta_dy2 S(W2)), both 2:4 along D, packed for the tensor core.
+
+    Args:
+      w1, w2: f32 masters.
+      beta: the frozen scales of y1, y3, dy2, dx (`venom_jax.threshold.optimal_scale`).
+      dtype: of the stored values.
+    """
+    first, second = (_thresholded(w, beta, gemm, dtype) for gemm, w in (("y1", w1), ("dy2", w2)))
+    packed = PackedWeights(Sparse24.pack(first, axis=0), Sparse24.pack(second, axis=1))
+    return jax.lax.stop_gradient(packed)
+
+
+def sparse_ffn(
+    x: Float[Array, "T D"],
+    w1: Float[Array, "D F"],
+    w2: Float[Array, "F D"],
+    route: Int[Array, "T k"] | None = None,
+    beta: Float[Array, "4"] | None = None,
+    *,
+    recipe: Recipe,
+    packed: PackedWeights | None = None,
+    implementation: Implementation | None = None,
+    return_density: bool = False,
+) -> Array | tuple[Array, Array]:
+    """y3 = relu(x S(W1))^2 W2 over the neurons of each token's experts, with the sparse backward of `recipe`.
+
+    Args:
+      x: tokens, in the compute dtype (f32 or bf16); products accumulate in f32.
+      w1, w2: master weights; cast to x's dtype after thresholding. Gradients come back in their dtype.
+      route: the experts of each token (`venom_jax.router.route`); None without routing.
+      beta: frozen scales of the weight-sparse products in the order y1, y3, dy2, dx; None is all 1.
+      recipe: what is sparse.
+      packed: `pack_weights(...)`, to threshold once per optimizer step instead of once per call. The caller keeps it in
+        step with w1, w2 and beta.
+      implementation: "reference", "hopper", or None to choose by device. A named one never falls back.
+      return_density: also return the share of the computed hidden activations that are positive, f32 [].
+
+    Returns:
+      [T, D] in x's dtype.
+
+    Raises:
+      ValueError: sizes that the recipe cannot split, or a route that is missing or not asked for.
+      NotImplementedError: the named implementation does not run here.
+    """
+    resolve_implementation(implementation)
+    recipe.check(*w1.shape)
+    if w2.shape != w1.shape[::-1] or x.shape[1] != w1.shape[0]:
+        raise ValueError(f"shapes do not fit: x {x.shape}, w1 {w1.shape}, w2 {w2.shape}; want [T,D], [D,F], [F,D].")
+    if recipe.routed != (route is not None):
+        wanted = f"route of shape ({x.shape[0]}, {recipe.top_k})" if recipe.routed else "route=None"
+        raise ValueError(f"recipe with experts = {recipe.experts} takes {wanted}, got {route}.")
+    if route is not None and route.shape != (x.shape[0], recipe.top_k):
+        raise ValueError(f"route has shape {route.shape}; the recipe takes {(x.shape[0], recipe.top_k)}.")
+    if recipe.is_dense:
+        a = jax.nn.relu(_dot(x, w1.astype(x.dtype)).astype(x.dtype))
+        y, density = _dot(a * a, w2.astype(x.dtype)).astype(x.dtype), jnp.mean(a > 0, dtype=jnp.float32)
+    else:
+        beta = jnp.ones(len(WEIGHT_GEMMS), jnp.float32) if beta is None else beta
+        y, density = _sparse(recipe, x, w1, w2, beta, packed, route)
+    return (y, jax.lax.stop_gradient(density)) if return_density else y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sparse(recipe, x, w1, w2, beta, packed, route):
+    return _forward(recipe, x, w1, w2, beta, packed, route)[0]
+
+
+def _forward(recipe, x, w1, w2, beta, packed, route):
+    grouping = _grouping(recipe, route, x.shape[0])
+    w1_y1 = _operand("y1", recipe, w1, beta, packed, x.dtype)
+    a = jax.nn.relu(_hidden(recipe, grouping, x, w1_y1))
+    density = jnp.sum(a > 0, dtype=jnp.float32) / (x.shape[0] * recipe.top_k * (w1.shape[1] // recipe.experts))
+    if recipe.activations and "y3" not in recipe.weights:
+        a = jnp.where(pack.select24(a), a, 0)
+    y3 = _rows(recipe, grouping, a * a, _by_neuron(_operand("y3", recipe, w2, beta, packed, x.dtype), recipe))
+    y3 = (y3 if grouping is None else grouping.undo(y3)).astype(x.dtype)
+    return (y3, density), _Residuals(x, w1, w2, beta, packed, grouping, a)
+
+
+def _backward(recipe, residuals, cotangents):
+    x, w1, w2, beta, packed, grouping, a = residuals
+    dy3 = cotangents[0]
+    dy2 = _hidden(recipe, grouping, dy3, _operand("dy2", recipe, w2, beta, packed, x.dtype).T)
+    dy1 = 2 * dy2 * a
+    sparse_dy1 = recipe.activations and "dx" not in recipe.weights
+    dy1_dx = jnp.where(pack.select24(a), dy1, 0) if sparse_dy1 else dy1
+    dx = _rows(recipe, grouping, dy1_dx, _by_neuron(_operand("dx", recipe, w1, beta, packed, x.dtype).T, recipe))
+    dx = (dx if grouping is None else grouping.undo(dx)).astype(x.dtype)
+
+    kept = _kept_along_tokens(recipe, grouping, a)
+    a_w, dy1_w = (a, dy1) if kept is None else (jnp.where(kept, a, 0), jnp.where(kept, dy1, 0))
+    x_rows, dy3_rows = (t if grouping is None else grouping.apply(t) for t in (x, dy3))
+    dw2 = _over_tokens(grouping, a_w * a_w, dy3_rows).reshape(w2.shape)
+    dw1 = jnp.moveaxis(_over_tokens(grouping, x_rows, dy1_w), 0, 1).reshape(w1.shape)
+    if "y1" in recipe.weights:
+        dw1 = threshold_gradient(w1, dw1, beta[0], 0, recipe.threshold_grad)
+    if "y3" in recipe.weights:
+        dw2 = threshold_gradient(w2, dw2, beta[1], 0, recipe.threshold_grad)
+    return dx, dw1.astype(w1.dtype), dw2.astype(w2.dtype), None, None, None
+
+
+_sparse.defvjp(_forward, _backward)
+
+
+def _operand(gemm: WeightGemm, recipe: Recipe, w, beta, packed: PackedWeights | None, dtype) -> Array:
+    """The weight as product `gemm` reads it: round(beta S(w)), or round(w)."""
+    if gemm not in recipe.weights:
+        return w.astype(dtype)
+    if packed is not None and gemm in ("y1", "dy2"):
+        return (packed.w1 if gemm == "y1" else packed.w2).to_dense().astype(dtype)
+    return _thresholded(w, beta, gemm, dtype)
+
+
+def _thresholded(w, beta, gemm: WeightGemm, dtype) -> Array:
+    s = pack.soft_threshold(w.astype(jnp.float32), _THRESHOLD_AXIS[gemm])
+    return (beta[WEIGHT_GEMMS.index(gemm)] * s).astype(dtype)
+
+
+def _grouping(recipe: Recipe, route, tokens: int) -> Grouping | None:
+    """The order of rows that the recipe needs; None is the batch as it comes."""
+    if route is None:
+        if recipe.wgrad == "dense":
+            return None
+        route = jnp.zeros((tokens, 1), jnp.int32)
+    return group_tokens(route, recipe.experts, align=recipe.v, order=recipe.token_order, blocks=recipe.token_blocks)
+
+
+def _hidden(recipe: Recipe, grouping: Grouping | None, tokens, w) -> Array:
+    """[T, D] x [D, F] for each token's own neurons: rows [R, Fe], in the compute dtype."""
+    if recipe.hidden == "full" and recipe.routed and grouping is not None:
+        slices = _dot(tokens, w).reshape(tokens.shape[0], recipe.experts, -1)
+        slices = slices.astype(tokens.dtype)
+        return slices.at[grouping.token_of_row, grouping.expert_of_row].get(mode="fill", fill_value=0)
+    rows = tokens if grouping is None else grouping.apply(tokens)
+    by_expert = jnp.moveaxis(w.reshape(w.shape[0], recipe.experts, -1), 1, 0)
+    return _rows(recipe, grouping, rows, by_expert).astype(tokens.dtype)
+
+
+def _rows(recipe: Recipe, grouping: Grouping | None, rows, by_expert) -> Array:
+    if grouping is None:
+        return _dot(rows, by_expert[0])
+    return grouped.rows(rows, by_expert, grouping.expert_sizes, align=grouping.align)
+
+
+def _over_tokens(grouping: Grouping | None, a, b) -> Array:
+    if grouping is None:
+        return _dot(a.T, b)[None]
+    return grouped.contraction(a, b, grouping.expert_sizes, align=grouping.align)
+
+
+def _by_neuron(w, recipe: Recipe) -> Array:
+    """[F, D] -> [E, Fe, D]."""
+    return w.reshape(recipe.experts, -1, w.shape[1])
+
+
+def _kept_along_tokens(recipe: Recipe, grouping: Grouping | None, a) -> Bool[Array, "R Fe"] | None:
+    """Which activations the weight gradients read: two of four along tokens, by magnitude; None is all."""
+    if recipe.wgrad == "dense" or grouping is None:
+        return None
+    kept = pack.select24(a, axis=0)
+    if recipe.wgrad == "24":
+        return kept
+    features = a.shape[1]
+    num_dense = features - min(features, -(-95 * features // (100 * 128)) * 128)
+    group = grouping.expert_of_row
+    density = jax.ops.segment_sum((a > 0).astype(jnp.float32), group, num_segments=recipe.experts)
+    return pack.keep_densest(kept, density, group, num_dense)
+
+
+def _dot(a, b) -> Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))

@@ -1,0 +1,23 @@
+"""SparseMLP for flax.linen models, through nnx's bridge.
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, recipe):
+            return x + venom_jax.linen.sparse_mlp(d_model=64, d_ffn=256, max_experts=4)(x, recipe=recipe)
+
+Parameters appear under `params` (w1, w2), the method's state under the collection `Method` (beta, bias,
+permutation). `venom_jax.phases.transition` takes both trees as they are.
+"""
+
+from typing import Any
+
+from flax import linen, nnx
+
+from venom_jax.mlp import SparseMLP
+
+
+def sparse_mlp(
+    d_model: int, d_ffn: int, *, max_experts: int = 1, name: str | None = None, **options: Any
+) -> linen.Module:
+    """A linen module with the parameters and call arguments of `SparseMLP`."""
+    return nnx.bridge.to_linen(SparseMLP, d_model, d_ffn, max_experts=max_experts, name=name, **options)

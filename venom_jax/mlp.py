@@ -1,0 +1,124 @@
+"""SparseMLP: the squared-ReLU feed-forward layer as a flax.nnx module."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.array_types import Array, Float
+from venom_jax import router
+from venom_jax.dispatch import Implementation
+from venom_jax.ffn import PackedWeights, sparse_ffn
+from venom_jax.pattern import WEIGHT_GEMMS, Recipe
+from venom_jax.stats import FFNStats
+
+
+class Method(nnx.Variable):
+    """State of the method that no gradient reaches: frozen scales, balance bias, neuron permutation."""
+
+
+_DENSE = Recipe.dense()
+_WEIGHT_INIT = nnx.initializers.lecun_normal()
+
+
+class SparseMLP(nnx.Module):
+    """y = relu(x W1)^2 W2, without biases, run by the recipe given at each call.
+
+    The module only holds arrays. Which products are sparse is an argument, so that one model trains through dense and
+    sparse phases; between phases `venom_jax.phases.transition` changes the arrays as the new recipe needs.
+
+    Attributes:
+      w1: Param [D, F].   w2: Param [F, D].
+      beta: Method [4], the frozen scales of the products y1, y3, dy2, dx.
+      bias: Method [max_experts], the router's balance bias.
+      permutation: Method [F] int32; neuron i stood at place permutation[i] when the layer was made.
+
+    Example:
+      >>> mlp = SparseMLP(64, 256, max_experts=4, rngs=nnx.Rngs(0))
+      >>> x = jnp.ones((2, 8, 64))
+      >>> y = mlp(x)
+      >>> y, stats = mlp(x, recipe=Recipe.venom(experts=4, top_k=1), return_stats=True)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ffn: int,
+        *,
+        max_experts: int = 1,
+        param_dtype: Any = jnp.float32,
+        w1_init: nnx.Initializer = _WEIGHT_INIT,
+        w2_init: nnx.Initializer = _WEIGHT_INIT,
+        rngs: nnx.Rngs,
+    ):
+        """Make the layer.
+
+        Args:
+          d_model: D.   d_ffn: F.
+          max_experts: the most experts any recipe of the run will use; sizes the router's arrays.
+          param_dtype: of the masters; keep f32, the compute dtype is that of x.
+          w1_init, w2_init: initializers of [D, F] and [F, D].
+          rngs: a stream `params`.
+        """
+        if d_model < 1 or d_ffn < 1 or max_experts < 1:
+            raise ValueError(f"sizes must be positive, got {d_model=}, {d_ffn=}, {max_experts=}.")
+        self.max_experts = max_experts
+        self.w1 = nnx.Param(w1_init(rngs.params(), (d_model, d_ffn), param_dtype))
+        self.w2 = nnx.Param(w2_init(rngs.params(), (d_ffn, d_model), param_dtype))
+        self.beta = Method(jnp.ones(len(WEIGHT_GEMMS), jnp.float32))
+        self.bias = Method(jnp.zeros(max_experts, jnp.float32))
+        self.permutation = Method(jnp.arange(d_ffn, dtype=jnp.int32))
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch D"],
+        *,
+        recipe: Recipe = _DENSE,
+        packed: PackedWeights | None = None,
+        key: Array | None = None,
+        return_stats: bool = False,
+        implementation: Implementation | None = None,
+    ) -> Any:
+        """Apply the layer.
+
+        Args:
+          x: [..., D]; all leading axes together are the batch whose tokens are routed and pruned.
+          recipe: what is sparse in this call, forward and backward.
+          packed: `venom_jax.pack_weights` of this layer, to threshold the weights once for several calls.
+          key: for the random router.
+          return_stats: return (y, FFNStats) instead of y.
+          implementation: "reference", "hopper", or None to choose by device; see `venom_jax.sparse_ffn`.
+
+        Returns:
+          y of x's shape and dtype.
+
+        Raises:
+          ValueError: the recipe does not fit the layer (sizes, or more experts than max_experts).
+          NotImplementedError: the named implementation does not run here.
+        """
+        if recipe.experts > self.max_experts:
+            raise ValueError(
+                f"recipe with experts = {recipe.experts} in a layer made with max_experts = {self.max_experts}; "
+                "raise max_experts."
+            )
+        recipe.check(*self.w1[...].shape)
+        tokens = x.reshape(-1, x.shape[-1])
+        w1 = self.w1[...]
+        route, load = None, jnp.zeros(self.max_experts, jnp.float32)
+        if recipe.routed:
+            route = router.route(tokens, w1, recipe, bias=self.bias[...], key=key)
+            load = router.load(route, self.max_experts)
+        y, density = sparse_ffn(
+            tokens,
+            w1,
+            self.w2[...],
+            route,
+            self.beta[...],
+            recipe=recipe,
+            packed=packed,
+            implementation=implementation,
+            return_density=True,
+        )
+        y = y.reshape(x.shape)
+        return (y, FFNStats(density, jax.lax.stop_gradient(load))) if return_stats else y

@@ -1,0 +1,172 @@
+"""Plain data that says what is sparse: the V:N:M pattern, and the recipe of one phase of training."""
+
+import dataclasses
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+WeightGemm = Literal["y1", "y3", "dy2", "dx"]
+"""The four products that have a weight operand; the order of the scales `beta` of a layer."""
+
+WEIGHT_GEMMS: tuple[WeightGemm, ...] = get_args(WeightGemm)
+WeightGradient = Literal["dense", "24", "split95"]
+TokenOrder = Literal["interleaved", "natural"]
+Router = Literal["cosine", "dot", "oracle", "random"]
+Hidden = Literal["routed", "full"]
+ThresholdGradient = Literal["ste", "ste_scaled", "exact"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """V:N:M: of each v x m block 4 columns are kept, and of each four of those n entries a row.
+
+    Density is n / m. v is the row count of the tensor core's tile, n is 2, m a multiple of 4 for a stored matrix
+    and any fraction >= 4 where it only describes a density (m = 4 E / k for k of E experts).
+
+    Source: Castro et al., arXiv 2310.02065; arXiv 2602.06183, Table 5.
+    """
+
+    v: int = 64
+    n: int = 2
+    m: Fraction = Fraction(4)
+
+    def __post_init__(self):
+        if self.v < 64 or self.v % 64:
+            raise ValueError(f"pattern.v = {self.v}: the tensor core works on 64 rows; use a multiple of 64.")
+        if self.n != 2:
+            raise ValueError(f"pattern.n = {self.n}: the hardware keeps 2 of each 4; use n = 2.")
+        if self.m < 4:
+            raise ValueError(f"pattern.m = {self.m}: 4 of m columns are kept; use m >= 4.")
+
+    @property
+    def density(self) -> Fraction:
+        return self.n / Fraction(self.m)
+
+    def __str__(self) -> str:
+        return f"{self.v}:{self.n}:{self.m}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is sparse during one phase. Every ingredient is a switch of its own; the default is all dense.
+
+    W  `weights`: the products that read a soft-thresholded 2:4 weight. y1 and dy2 are sparse along D, y3 and dx
+       along F (for ablations; such a product takes its activation dense).
+       `threshold_grad`: gradient through the threshold: identity (`ste`), identity times beta, or exact.
+    A  `activations`: y3 and dx read activations with two of each four neighbouring neurons kept by magnitude.
+       `wgrad`: dW1 and dW2 read the activations pruned two of four along *tokens* ("24"), with the densest 5 % of
+       the features exempt ("split95"), or "dense".
+       `token_order`: fours of tokens far apart ("interleaved") or neighbours ("natural", harmful: ablation only).
+       `token_blocks`: form groups and fours inside this many equal blocks of the batch, so that results do not
+       depend on how many devices share it.
+    V  `experts`, `top_k`: a token computes only the neurons of its top_k experts; experts = 1 turns routing off.
+       `router`: the score, see `venom_jax.router`. `hidden`: compute y1 and dy2 for routed neurons only
+       ("routed") or for all ("full", then mask). `balance_rate`: step of the load-balancing bias, 0 is off.
+       `v`: rows a group is padded to.
+
+    Example:
+      >>> Recipe.venom(experts=16, top_k=4, wgrad="dense").pattern.m
+      Fraction(16, 1)
+    """
+
+    weights: tuple[WeightGemm, ...] = ()
+    threshold_grad: ThresholdGradient = "ste"
+    activations: bool = False
+    wgrad: WeightGradient = "dense"
+    token_order: TokenOrder = "interleaved"
+    token_blocks: int = 1
+    experts: int = 1
+    top_k: int = 1
+    router: Router = "cosine"
+    hidden: Hidden = "routed"
+    balance_rate: float = 0.0
+    v: int = 64
+
+    def __post_init__(self):
+        object.__setattr__(self, "weights", tuple(sorted(self.weights, key=_position_of_gemm)))
+        if len(set(self.weights)) < len(self.weights):
+            raise ValueError(f"Recipe.weights = {self.weights} names a product twice.")
+        _check_choice("threshold_grad", self.threshold_grad, ThresholdGradient)
+        _check_choice("wgrad", self.wgrad, WeightGradient)
+        _check_choice("token_order", self.token_order, TokenOrder)
+        _check_choice("router", self.router, Router)
+        _check_choice("hidden", self.hidden, Hidden)
+        if not isinstance(self.activations, bool):
+            raise ValueError(f"Recipe.activations = {self.activations!r}: use True or False.")
+        for name in ("token_blocks", "experts", "top_k", "v"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Recipe.{name} = {value!r}: use a whole number >= 1.")
+        if not isinstance(self.balance_rate, (int, float)) or not 0 <= self.balance_rate < float("inf"):
+            raise ValueError(f"Recipe.balance_rate = {self.balance_rate!r}: use a finite number >= 0.")
+        if self.top_k > self.experts:
+            raise ValueError(f"Recipe.top_k = {self.top_k} exceeds experts = {self.experts}; lower top_k.")
+        if self.v % 64:
+            raise ValueError(f"Recipe.v = {self.v}: the tensor core works on 64 rows; use a multiple of 64.")
+        if self.router == "oracle" and self.hidden != "full":
+            raise ValueError("Recipe.router = 'oracle' scores experts by their activations: set hidden = 'full'.")
+
+    @classmethod
+    def dense(cls, **overrides: Any) -> "Recipe":
+        """Every product dense."""
+        return cls(**overrides)
+
+    @classmethod
+    def act24(cls, **overrides: Any) -> "Recipe":
+        """A alone: 2:4 activations in y3, dx, dW1 and dW2 (arXiv 2503.16672)."""
+        return cls(**(dict[str, Any](activations=True, wgrad="24") | overrides))
+
+    @classmethod
+    def all24(cls, **overrides: Any) -> "Recipe":
+        """A + W: all six products 2:4."""
+        return cls.act24(**{"weights": ("y1", "dy2")} | overrides)
+
+    @classmethod
+    def venom(cls, experts: int = 4, top_k: int = 1, **overrides: Any) -> "Recipe":
+        """A + W + V: all six products 2:4 and routed, the recipe of arXiv 2602.06183."""
+        return cls.all24(**{"experts": experts, "top_k": top_k} | overrides)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "Recipe":
+        """The preset of that name: dense, act24, all24 or venom."""
+        presets = {"dense": cls.dense, "act24": cls.act24, "all24": cls.all24, "venom": cls.venom}
+        if name not in presets:
+            raise ValueError(f"unknown recipe preset {name!r}; the presets are {', '.join(presets)}.")
+        return presets[name](**overrides)
+
+    @property
+    def routed(self) -> bool:
+        return self.experts > 1
+
+    @property
+    def is_dense(self) -> bool:
+        """True where nothing is sparse, so that the FFN is the plain one."""
+        return not (self.weights or self.activations or self.wgrad != "dense" or self.routed)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The V:N:M pattern of the hidden activations that this recipe amounts to: m = 4 E / k."""
+        return Pattern(v=self.v, m=Fraction(4 * self.experts, self.top_k))
+
+    def check(self, d_model: int, d_ffn: int) -> None:
+        """Raise ValueError where an FFN of these sizes cannot run this recipe."""
+        if self.routed and d_ffn % (4 * self.experts):
+            raise ValueError(
+                f"d_ffn = {d_ffn} does not split into experts = {self.experts} slices of groups of four; "
+                f"use a d_ffn divisible by {4 * self.experts}, or fewer experts."
+            )
+        along_ffn = self.activations or "y3" in self.weights or "dx" in self.weights
+        if along_ffn and d_ffn % 4:
+            raise ValueError(f"d_ffn = {d_ffn} is no multiple of 4, the size of a 2:4 group; round it up.")
+        if ("y1" in self.weights or "dy2" in self.weights) and d_model % 4:
+            raise ValueError(f"d_model = {d_model} is no multiple of 4, the size of a 2:4 group; round it up.")
+
+
+def _position_of_gemm(name: str) -> int:
+    if name not in WEIGHT_GEMMS:
+        raise ValueError(f"Recipe.weights holds {name!r}; it may hold {', '.join(WEIGHT_GEMMS)}.")
+    return WEIGHT_GEMMS.index(name)
+
+
+def _check_choice(field: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"Recipe.{field} = {value!r}: use one of {', '.join(map(repr, get_args(choices)))}.")

@@ -1,0 +1,141 @@
+"""V: cluster hidden neurons into equal experts, and send each token to its top-k of them.
+
+There are no router parameters. An expert is a contiguous slice of F / E neurons (W1's columns are permuted once, see
+`venom_jax.phases`), and a token's score for it comes from the slice's mean column.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.array_types import Array, Float, Int
+from venom_jax.pattern import Recipe
+
+_EPSILON = 1e-12
+
+
+def cluster_columns(w1: np.ndarray, experts: int, *, seed: int, iterations: int = 15) -> np.ndarray:
+    """An order [F] of W1's columns in which each run of F / E columns is one cluster.
+
+    Balanced k-means on the L2-normalised columns: in every iteration each column goes to the nearest centre (largest
+    cosine) that has room, and where a centre is wanted by too many, those go first that would lose most by their next
+    choice. Runs on the host in float32; the result depends on the seed and on nothing else but W1.
+
+    Args:
+      w1: [D, F] master weights.
+      experts: E, must divide F.
+
+    Raises:
+      ValueError: F is not divisible by E, or W1 is not finite.
+    """
+    columns = np.asarray(w1, np.float32).T
+    count = columns.shape[0]
+    if count % experts:
+        raise ValueError(f"{count} columns do not split into {experts} equal experts; change d_ffn or experts.")
+    if not np.isfinite(columns).all():
+        raise ValueError("W1 holds NaN or inf; its columns cannot be clustered. Go back to a finite checkpoint.")
+    columns = columns / (np.linalg.norm(columns, axis=1, keepdims=True) + _EPSILON)
+    rng = np.random.default_rng(seed)
+    centres = columns[rng.choice(count, experts, replace=False)]
+    assignment = np.full(count, -1)
+    for _ in range(iterations):
+        previous, assignment = assignment, _assign_balanced(columns @ centres.T)
+        if np.array_equal(previous, assignment):
+            break
+        one_hot = np.eye(experts, dtype=np.float32)[assignment]
+        centres = one_hot.T @ columns
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True) + _EPSILON
+    return np.argsort(assignment, kind="stable").astype(np.int32)
+
+
+def _assign_balanced(similarity: np.ndarray) -> np.ndarray:
+    """Columns [F] -> centres, F / E each: rounds in which the undecided ask for their best centre with room."""
+    count, experts = similarity.shape
+    room = np.full(experts, count // experts)
+    assignment = np.full(count, -1)
+    undecided = np.arange(count)
+    while undecided.size:
+        wanted = np.where(room > 0, similarity[undecided], -np.inf)
+        choice = wanted.argmax(axis=1)
+        best = np.sort(wanted, axis=1)
+        # Where only one centre is left there is no second choice to lose against.
+        regret = best[:, -1] - best[:, -2] if (room > 0).sum() > 1 else best[:, -1]
+        for expert in np.flatnonzero(room):
+            asking = np.flatnonzero(choice == expert)
+            winners = asking[np.argsort(-regret[asking], kind="stable")][: room[expert]]
+            assignment[undecided[winners]] = expert
+            room[expert] -= winners.size
+        undecided = undecided[assignment[undecided] < 0]
+    return assignment
+
+
+def expert_means(w1: Float[Array, "D F"], experts: int, *, normalise: bool = True) -> Float[Array, "E D"]:
+    """mean_e = normalised mean over the columns of slice e, each normalised first; f32, no gradient.
+
+    With `normalise=False` the plain mean of the columns.
+    """
+    w1 = jax.lax.stop_gradient(w1).astype(jnp.float32)
+    if normalise:
+        w1 = w1 / (jnp.linalg.norm(w1, axis=0, keepdims=True) + _EPSILON)
+    means = w1.reshape(w1.shape[0], experts, -1).mean(axis=-1).T
+    return means / (jnp.linalg.norm(means, axis=1, keepdims=True) + _EPSILON) if normalise else means
+
+
+def scores(
+    x: Float[Array, "T D"], w1: Float[Array, "D F"], recipe: Recipe, *, key: Array | None = None
+) -> Float[Array, "T E"]:
+    """The score of each token for each expert, in f32, without gradient.
+
+    `cosine`: <x, mean_e> / |x| with normalised means. `dot`: <x, mean_e> with the plain mean column.
+    `oracle`: sum over the slice of relu(x w1)^2, which needs the whole hidden layer. `random`: noise from `key`
+    (the same for every call if none is given).
+    """
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    match recipe.router:
+        case "random":
+            return jax.random.normal(jax.random.key(0) if key is None else key, (x.shape[0], recipe.experts))
+        case "oracle":
+            hidden = jnp.square(jax.nn.relu(x @ jax.lax.stop_gradient(w1).astype(jnp.float32)))
+            return hidden.reshape(x.shape[0], recipe.experts, -1).sum(axis=-1)
+        case "dot":
+            return jnp.dot(x, expert_means(w1, recipe.experts, normalise=False).T, precision="highest")
+        case "cosine":
+            x = x / (jnp.linalg.norm(x, axis=1, keepdims=True) + _EPSILON)
+            return jnp.dot(x, expert_means(w1, recipe.experts).T, precision="highest")
+
+
+def route(
+    x: Float[Array, "T D"],
+    w1: Float[Array, "D F"],
+    recipe: Recipe,
+    *,
+    bias: Float[Array, "E_max"] | None = None,
+    key: Array | None = None,
+) -> Int[Array, "T k"]:
+    """The top-k experts of each token in ascending order; ties go to the lower expert.
+
+    Args:
+      bias: balance bias, added to the scores for this choice only; longer arrays are cut to E.
+
+    Source: arXiv 2602.06183, algorithm 3; bias: auxiliary-loss-free balancing, arXiv 2408.15664.
+    """
+    score = scores(x, w1, recipe, key=key)
+    if bias is not None:
+        score = score + jax.lax.stop_gradient(bias[: recipe.experts])
+    _, chosen = jax.lax.top_k(score, recipe.top_k)
+    return jnp.sort(chosen, axis=1).astype(jnp.int32)
+
+
+def load(routed: Int[Array, "T k"], max_experts: int) -> Float[Array, "E_max"]:
+    """How many tokens each expert got."""
+    counts = jnp.zeros(max_experts, jnp.float32).at[routed.reshape(-1)].add(1.0)
+    return jax.lax.stop_gradient(counts)
+
+
+def updated_bias(
+    bias: Float[Array, "*L E_max"], loads: Float[Array, "*L E_max"], recipe: Recipe
+) -> Float[Array, "*L E_max"]:
+    """b_e + balance_rate * sign(mean load - load_e), for the recipe's experts; once per optimizer step."""
+    used = jnp.arange(bias.shape[-1]) < recipe.experts
+    mean = jnp.sum(jnp.where(used, loads, 0), axis=-1, keepdims=True) / recipe.experts
+    return bias + jnp.where(used, recipe.balance_rate * jnp.sign(mean - loads), 0)
