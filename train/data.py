@@ -193,9 +193,11 @@ def train_iterator(
         mine = indices[process_index * rows : (process_index + 1) * rows]
         return {"tokens": dataset.windows(mine, seq_len)}
 
-    # Shuffling and batching move window numbers only, and one call gathers the tokens of a whole batch. With
-    # each window an element of its own the pipeline takes several times as long.
-    order = grain.MapDataset.range(dataset.num_windows(seq_len)).seed(seed).shuffle().repeat()
+    # Window numbers are batched, not windows: so every process cuts its rows out of the same global batch, and
+    # the tokens of a batch are gathered in one call (1.4 times the rate of one element per window).
+    count = dataset.num_windows(seq_len)
+    # As good as endless; grain's own endless repeat has a length that overflows when batch_size is 1.
+    order = grain.MapDataset.range(count).seed(seed).shuffle().repeat((1 << 62) // count)
     pipeline = order.batch(batch_size).map(batch)
     return iter(pipeline.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
@@ -257,9 +259,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged, prepare the data again: {error}") from error
     found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else manifest
     if found != (FORMAT, VERSION):
-        raise ValueError(
-            f"{path}: expected format {FORMAT!r} version {VERSION}, found {found}; prepare the data again"
-        )
+        raise ValueError(f"{path}: expected format {FORMAT!r} version {VERSION}, found {found}; prepare the data again")
     return manifest
 
 

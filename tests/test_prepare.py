@@ -1,0 +1,302 @@
+"""Text to token shards: every input format round-trips, every mistake in the input is named."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from train.data import open_dataset
+from train.documents import TXT_DOCUMENT_CHARS, find_files, read_documents
+from train.prepare import main, prepare
+
+TEXTS = [f"Document {i}: naïve café, 日本 {i * 7919}\r\nsecond line." + " word" * (i % 13) for i in range(60)]
+
+
+def json_lines(texts, field="text"):
+    return [json.dumps({field: t, "id": i}).encode() + b"\n" for i, t in enumerate(texts)]
+
+
+def write_jsonl(path, texts):
+    path.write_bytes(b"".join(json_lines(texts)))
+
+
+def write_zst(path, texts, frames=7):
+    """`frames` documents a frame: as `cat a.zst b.zst` would make it."""
+    lines, packer = json_lines(texts), zstandard.ZstdCompressor()
+    chunks = [b"".join(lines[i : i + frames]) for i in range(0, len(lines), frames)]
+    path.write_bytes(b"".join(packer.compress(chunk) for chunk in chunks))
+
+
+def write_parquet(path, texts):
+    pq.write_table(pa.table({"text": texts, "id": list(range(len(texts)))}), path, row_group_size=16)
+
+
+def write_txt(folder, texts):
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i:04d}.txt").write_bytes(text.encode())
+
+
+def tokens_of(dataset):
+    return np.concatenate([np.fromfile(p, np.dtype(dataset.dtype)) for p in dataset.shards])
+
+
+def documents_of(dataset):
+    tokens = tokens_of(dataset)
+    ends = np.flatnonzero(tokens == dataset.eos_id)
+    assert ends[-1] == len(tokens) - 1
+    return [dataset.tokenizer.decode(part[part != dataset.eos_id]) for part in np.split(tokens, ends[:-1] + 1)]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "in.jsonl"
+    write_jsonl(path, TEXTS)
+    return path
+
+
+@pytest.fixture
+def prepared(jsonl, tmp_path):
+    out = tmp_path / "prepared"
+    prepare([jsonl], out, vocab_size=300, validation_fraction=0.2, progress=False)
+    return out
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.zstd", "a.jsonl", "a.parquet", "folder"])
+def test_every_format_gives_back_its_documents(name, tmp_path):
+    path = tmp_path / name
+    write = {"zst": write_zst, "zstd": write_zst, "jsonl": write_jsonl, "parquet": write_parquet, "folder": write_txt}
+    write[name.rsplit(".", 1)[-1]](path, TEXTS)
+    out = tmp_path / "out"
+    prepare([path], out, vocab_size=300, validation_fraction=0, progress=False)
+    dataset = open_dataset(out)
+    assert documents_of(dataset) == TEXTS
+    assert dataset.bytes == sum(len(t.encode()) for t in TEXTS)
+    assert dataset.documents == len(TEXTS)
+    assert dataset.tokens == len(tokens_of(dataset))
+    assert dataset.bytes_per_token == dataset.bytes / dataset.tokens
+
+
+def test_formats_agree_bit_for_bit(jsonl, tmp_path):
+    write_zst(tmp_path / "in.jsonl.zst", TEXTS)
+    shards = []
+    for path in (jsonl, tmp_path / "in.jsonl.zst"):
+        out = tmp_path / f"out{len(shards)}"
+        prepare([path], out, vocab_size=300, validation_fraction=0.2, progress=False)
+        shards.append([(out / n).read_bytes() for n in ("train-00000.bin", "val-00000.bin", "manifest.json")])
+    assert shards[0] == shards[1]
+
+
+def test_the_split_depends_on_the_text_alone(jsonl, prepared, tmp_path):
+    train, val = documents_of(open_dataset(prepared)), documents_of(open_dataset(prepared, "val"))
+    assert sorted(train + val) == sorted(TEXTS)
+    assert 0 < len(val) < 30
+    write_jsonl(tmp_path / "other.jsonl", [*reversed(TEXTS), "one more document"])
+    out = tmp_path / "other"
+    prepare([tmp_path / "other.jsonl"], out, vocab_size=300, validation_fraction=0.2, progress=False)
+    assert set(val) <= set(documents_of(open_dataset(out, "val"))) <= {*val, "one more document"}
+
+
+def test_separate_validation_input(jsonl, tmp_path):
+    write_txt(tmp_path / "held", ["held out text"])
+    out = tmp_path / "out"
+    prepare([jsonl], out, vocab_size=300, validation=[tmp_path / "held"], progress=False)
+    assert documents_of(open_dataset(out)) == TEXTS
+    assert documents_of(open_dataset(out, "val")) == ["held out text"]
+
+
+def test_many_shards_hold_the_same_tokens(jsonl, prepared, tmp_path):
+    out = tmp_path / "small"
+    prepare(
+        [jsonl], out, tokenizer=prepared / "tokenizer.json", validation_fraction=0.2, shard_tokens=37, progress=False
+    )
+    one, many = open_dataset(prepared), open_dataset(out)
+    assert len(many.shards) == -(-one.tokens // 37)
+    np.testing.assert_array_equal(tokens_of(one), tokens_of(many))
+
+
+def test_a_large_vocabulary_takes_four_bytes(jsonl, prepared, tmp_path):
+    content = json.loads((prepared / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {k: v + 70000 if v == 299 else v for k, v in content["model"]["vocab"].items()}
+    (tmp_path / "wide.json").write_text(json.dumps(content))
+    out = tmp_path / "wide"
+    prepare([jsonl], out, tokenizer=tmp_path / "wide.json", validation_fraction=0, progress=False)
+    assert open_dataset(out).dtype == "uint32"
+    assert open_dataset(prepared).dtype == "uint16"
+    assert documents_of(open_dataset(out)) == TEXTS
+
+
+def test_other_text_field(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"".join(json_lines(TEXTS, "content")))
+    assert list(read_documents(tmp_path / "a.jsonl", "content")) == TEXTS
+
+
+def test_a_long_txt_file_becomes_several_documents_cut_at_line_ends(tmp_path):
+    text = "".join(f"line {i} of a long text\n" for i in range(30000))
+    (tmp_path / "a.txt").write_text(text)
+    documents = list(read_documents(tmp_path / "a.txt"))
+    assert "".join(documents) == text
+    assert len(documents) == -(-len(text) // TXT_DOCUMENT_CHARS)
+    assert all(d.endswith("\n") for d in documents)
+
+
+def test_byte_order_marks_blank_lines_and_empty_documents_are_left_out(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "b.jsonl").write_bytes(b'\n{"text": ""}\n{"text": "  "}\n{"text": "x"}\n\n')
+    assert list(read_documents(tmp_path / "a.txt")) == ["hello"]
+    assert list(read_documents(tmp_path / "b.jsonl")) == ["x"]
+
+
+def test_progress_counts_the_bytes_of_the_file(tmp_path):
+    for write, name in ((write_jsonl, "a.jsonl"), (write_zst, "a.jsonl.zst")):
+        write(tmp_path / name, TEXTS)
+        seen = []
+        list(read_documents(tmp_path / name, on_bytes=seen.append))
+        assert sum(seen) == (tmp_path / name).stat().st_size
+
+
+def test_find_files_takes_paths_patterns_and_folders_once_each_in_order(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.jsonl.zst", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = [p.relative_to(tmp_path).as_posix() for p in find_files([tmp_path, tmp_path / "a.txt"])]
+    assert names == ["a.txt", "b.txt", "sub/c.jsonl.zst"]
+    assert [p.name for p in find_files([f"{tmp_path}/**/*.txt"])] == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl, line 2: not valid JSON"),
+        (b'{"text": "a"}\n\xff\xfe\xfd\n', r"line 2: not valid JSON"),
+        (b'{"text": "a"}\n[1]\n', r"line 2: expected a JSON object, found list"),
+        (b'{"body": "a"}\n', r"line 1: no field 'text'; the fields are \['body'\].*--text_field"),
+        (b'{"text": 3}\n', r"line 1: field 'text' should be a string, found int"),
+        (b"", r"the input holds no t"),
+    ],
+)
+def test_a_mistake_in_jsonl_names_file_and_line(content, message, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", vocab_size=300, progress=False)
+    with pytest.raises(ValueError, match=r"no manifest\.json.*interrupted"):
+        open_dataset(tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage inside", "not zst"])
+def test_broken_zst_is_named(damage, tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    write_zst(path, TEXTS)
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[:-9], "garbage inside": whole + b"x" * 40, "not zst": b"x" * 40}[damage])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst: broken compressed data after line \d+"):
+        list(read_documents(path))
+
+
+def test_broken_parquet_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, TEXTS)
+    with pytest.raises(ValueError, match=r"no column 'body'; the columns are \['text', 'id'\].*--text_field"):
+        list(read_documents(path, "body"))
+    with pytest.raises(ValueError, match=r"row 1: field 'id' should be a string, found int"):
+        list(read_documents(path, "id"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"a\.parquet: broken parquet file"):
+        list(read_documents(path))
+
+
+def test_txt_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(ValueError, match=r"a\.txt: not UTF-8 text"):
+        list(read_documents(tmp_path / "a.txt"))
+
+
+def test_missing_and_unknown_input(tmp_path):
+    (tmp_path / "a.doc").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"none\.txt is no file, no folder"):
+        find_files([tmp_path / "none.txt"])
+    with pytest.raises(ValueError, match="unknown kind of file; the suffix must be one of"):
+        find_files([tmp_path / "a.doc"])
+    with pytest.raises(ValueError, match="holds no file with a suffix among"):
+        find_files([tmp_path / "empty"])
+    with pytest.raises(ValueError, match="no input files given"):
+        find_files([])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 100}, "vocab_size=100 is too small.*at least 257"),
+        ({"vocab_size": 300, "tokenizer": "t.json"}, "not both"),
+        ({"eos_token": "</s>"}, "eos_token names a token of a given tokenizer"),
+        ({"validation_fraction": 1.0}, "validation_fraction=1.0 must be"),
+        ({"validation_fraction": 0.1, "validation": ["x"]}, "not both"),
+        ({"shard_tokens": 0}, "shard_tokens=0"),
+        ({"tokenizer": "none.json"}, "no tokenizer file at none.json"),
+        ({"vocab_size": 300, "validation_fraction": 1e-9}, "no document fell into the held-out split.*raise it"),
+        ({"vocab_size": 300, "validation_fraction": 1 - 1e-9}, "holds no t"),
+    ],
+)
+def test_bad_options_are_named(options, message, jsonl, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        prepare([jsonl], tmp_path / "out", progress=False, **options)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_same_file_cannot_be_training_and_validation(jsonl, tmp_path):
+    with pytest.raises(ValueError, match=r"in\.jsonl is both training and validation input"):
+        prepare([jsonl], tmp_path / "out", validation=[jsonl], vocab_size=300, progress=False)
+
+
+def test_a_finished_dataset_is_replaced_only_when_asked(jsonl, prepared, tmp_path):
+    before = (prepared / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=r"already holds a finished dataset.*--overwrite"):
+        prepare([jsonl], prepared, vocab_size=290, progress=False)
+    assert (prepared / "manifest.json").read_bytes() == before
+    prepare([jsonl], prepared, vocab_size=290, validation_fraction=0, overwrite=True, progress=False)
+    assert open_dataset(prepared).vocab_size == 290
+    assert not (prepared / "val-00000.bin").exists()
+
+
+@pytest.mark.parametrize("where", ["a file", "below a file", "a file system without files"])
+def test_an_output_that_cannot_be_written_is_refused(where, jsonl):
+    out = {"a file": jsonl, "below a file": jsonl / "out"}.get(where, "/proc/self/out")
+    with pytest.raises(ValueError, match="cannot write to output folder"):
+        prepare([jsonl], out, vocab_size=300, progress=False)
+
+
+def test_an_interrupted_run_leaves_no_dataset_and_the_next_starts_over(jsonl, prepared, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr("train.prepare._write_manifest", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare([jsonl], out, vocab_size=300, shard_tokens=50, validation_fraction=0.2, progress=False)
+    assert (out / "train-00003.bin").exists()
+    with pytest.raises(ValueError, match="interrupted"):
+        open_dataset(out)
+    monkeypatch.undo()
+    prepare([jsonl], out, vocab_size=300, validation_fraction=0.2, progress=False)
+    assert not (out / "train-00003.bin").exists()
+    np.testing.assert_array_equal(tokens_of(open_dataset(out)), tokens_of(open_dataset(prepared)))
+
+
+def test_command_line(jsonl, tmp_path, capsys):
+    out = tmp_path / "out"
+    main([f"--input={jsonl}", f"--output={out}", "--vocab_size=300", "--validation_fraction=0.2"])
+    printed = capsys.readouterr().out
+    assert f"{open_dataset(out).tokens:,} tokens" in printed
+    assert "vocabulary 300, uint16" in printed
+    with pytest.raises(SystemExit, match=r"prepare: .*already holds a finished dataset"):
+        main([f"--input={jsonl}", f"--output={out}"])
+
+
+def test_runs_as_a_module():
+    help_text = subprocess.run(
+        [sys.executable, "-m", "train.prepare", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "--text_field" in help_text
