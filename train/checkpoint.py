@@ -1,0 +1,144 @@
+"""Checkpoints: what is saved, when it is safe to continue from one, and the workdir it lives in.
+
+A step's folder appears under its final name only when it is complete (orbax writes elsewhere and renames), so a
+kill at any moment leaves the previous one.
+"""
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from train.config import RunConfig
+from train.state import TrainState
+from venom_jax.stats import WeightMasks, weight_masks
+
+
+def claim_workdir(workdir: Path) -> None:
+    """Creates the workdir and proves that it can be written to, before anything expensive starts."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write-test-{uuid.uuid4().hex}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"workdir {str(workdir)!r} cannot be written to ({error.strerror}); give --workdir a writable folder"
+        ) from error
+
+
+def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """What decides whether a checkpoint belongs to a run: the model, the order of the data, the phases.
+
+    ``data`` identifies the token files.  Values are JSON, as they are compared with what a checkpoint recorded.
+    """
+    train = config.train
+    values = {f"Model.{name}": value for name, value in vars(config.model).items()}
+    values |= {f"Train.{name}": getattr(train, name) for name in ("batch_size", "seq_len", "seed")}
+    values |= {f"data.{name}": value for name, value in data.items()}
+    values["largest number of experts"] = config.max_experts
+    phases = [[phase.start, repr(phase.recipe)] for phase in config.schedule.phases]
+    return json.loads(json.dumps(values | {"phases": phases}))
+
+
+def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any], step: int) -> None:
+    def past(values):
+        return values | {"phases": [phase for phase in values["phases"] if phase[0] < step]}
+
+    saved, wanted = past(saved), past(wanted)
+    differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    if differing:
+        listed = ", ".join(f"{name} is {saved.get(name)!r} there and {wanted.get(name)!r} here" for name in differing)
+        raise ValueError(
+            f"workdir {str(workdir)!r} holds a different run at step {step}: {listed}; "
+            "use another --workdir, or the configuration it was started with"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self.workdir = workdir
+        self._checkpointer = ocp.training.Checkpointer(
+            workdir / "checkpoints",
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def check(self, wanted: dict[str, Any]) -> None:
+        """Raises ValueError, naming what differs, if the newest checkpoint cannot be continued by this run."""
+        if self.latest is not None:
+            _check_same_run(self.workdir, self._metadata()["fingerprint"], wanted, self.latest)
+
+    def _metadata(self) -> dict[str, Any]:
+        return self._checkpointer.metadata(self.latest).custom_metadata
+
+    def save(
+        self,
+        state: TrainState,
+        masks: WeightMasks | None,
+        iterator: Any,
+        *,
+        step: int,
+        fingerprint: dict[str, Any],
+        seconds: float,
+    ) -> None:
+        """Starts writing; returns once the arrays are out of the next step's reach.
+
+        masks: weight masks of the last diagnosis, or None.  seconds: training time so far.
+        """
+        arrays = {"state": state} if masks is None else {"state": state, "masks": masks}
+        if jax.default_backend() == "cpu":
+            # On CPU the writer would share the buffers that the next step overwrites (its state is donated).
+            arrays = jax.tree.map(jnp.copy, arrays)
+        self._checkpointer.save_checkpointables_async(
+            step,
+            arrays | {"data": iterator},
+            force=True,
+            custom_metadata={"fingerprint": fingerprint, "seconds": seconds, "masks": masks is not None},
+        )
+
+    def restore(self, state: TrainState, iterator: Any) -> tuple[TrainState, WeightMasks | None, float]:
+        """(state, masks or None, seconds of training so far) of the newest; moves ``iterator`` to its position.
+
+        ``state`` gives shapes, dtypes and devices.
+        """
+        metadata = self._metadata()
+        wanted = {"state": _abstract(state), "data": iterator}
+        if metadata["masks"]:
+            ffn = state.params["blocks"]["ffn"]
+            wanted["masks"] = _abstract(jax.eval_shape(jax.vmap(weight_masks), ffn["w1"], ffn["w2"]))
+        loaded = self._checkpointer.load_checkpointables(self.latest, wanted)
+        return loaded["state"], loaded.get("masks"), metadata["seconds"]
+
+    def restore_state(self, state: TrainState) -> TrainState:
+        """The newest state alone, for evaluation and sampling."""
+        return self._checkpointer.load_checkpointables(self.latest, {"state": _abstract(state)})["state"]
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._checkpointer.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _abstract(tree: Any) -> Any:
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default), tree
+    )

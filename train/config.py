@@ -1,0 +1,312 @@
+"""What a run is: frozen, validated dataclasses, bound from gin files.
+
+This module holds every ``@gin.configurable`` of the project.  gin itself checks names, never types, so each
+dataclass checks its own fields when it is built, long before anything is compiled.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import gin
+
+import configs
+from train.schedule import PhaseSchedule, resolve_step
+from venom_jax import Recipe
+
+CONFIG_ROOT = Path(configs.__path__[0]).parent
+PRESETS = ("dense", "act24", "all24", "venom")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether ``value`` has the annotated type; an int is a float, a bool is not an int."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    origin = typing.get_origin(hint) or hint
+    return hint is Any or isinstance(value, origin)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _check_types(config: Any) -> None:
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.init and not _matches(value, hints[item.name]):
+            raise ValueError(f"{type(config).__name__}.{item.name}={value!r} must be {_describe(hints[item.name])}")
+
+
+def _at_least(config: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{type(config).__name__}.{name}={value!r} must be at least {minimum}")
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class Model:
+    """The decoder: RMSNorm, RoPE, (grouped-query) attention, squared-ReLU FFN."""
+
+    vocab_size: int
+    d_model: int
+    d_ffn: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None  # None: one key-value head for each query head
+    rope_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02  # embedding, head, qkv; projections into the residual stream get this / sqrt(2 layers)
+    ffn_init_std: float = 0.03  # W1
+    tied_head: bool = False
+
+    def __post_init__(self):
+        _check_types(self)
+        _at_least(self, 1, "vocab_size", "d_model", "d_ffn", "layers", "heads", "kv_heads")
+        if self.d_model % self.heads or (self.d_model // self.heads) % 2:
+            raise ValueError(
+                f"Model.d_model={self.d_model} must be an even multiple of Model.heads={self.heads}: "
+                "RoPE turns pairs of features; change one of the two"
+            )
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"Model.heads={self.heads} must be a multiple of Model.kv_heads={self.kv_heads}")
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.heads
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class Data:
+    """A folder written by ``python -m train.prepare``."""
+
+    folder: str
+
+    def __post_init__(self):
+        _check_types(self)
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with decoupled weight decay (none on the norms' scales) and clipping by the global norm."""
+
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float | None = 1.0  # None: no clipping
+
+    def __post_init__(self):
+        _check_types(self)
+        _at_least(self, 0, "b1", "b2", "epsilon", "weight_decay")
+        if self.b1 >= 1 or self.b2 >= 1:
+            raise ValueError(f"Optimizer.b1={self.b1} and Optimizer.b2={self.b2} must be below 1")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"Optimizer.clip={self.clip} must be positive, or None for no clipping")
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up to ``peak``, then a cosine, or constant and a linear decay (``wsd``), to final_fraction x peak."""
+
+    peak: float
+    kind: Literal["cosine", "wsd"] = "cosine"
+    warmup: int | float = 100  # optimizer steps, or a fraction of Train.steps in (0, 1)
+    final_fraction: float = 0.05
+    decay: int | float = 0.2  # wsd: steps, or fraction of Train.steps, of the last decay
+
+    def __post_init__(self):
+        _check_types(self)
+        if self.peak <= 0:
+            raise ValueError(f"LearningRate.peak={self.peak} must be positive")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"LearningRate.final_fraction={self.final_fraction} must lie in [0, 1]")
+
+
+@gin.configurable("Recipe")
+def recipe(
+    preset: str = "dense",
+    weights: Any = None,
+    activations: bool | None = None,
+    wgrad: str | None = None,
+    token_order: str | None = None,
+    token_blocks: int | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
+    router: str | None = None,
+    hidden: str | None = None,
+    balance_rate: float | None = None,
+    threshold_grad: str | None = None,
+    v: int | None = None,
+) -> Recipe:
+    """A preset of ``venom_jax.Recipe`` with the options that are not None changed."""
+    options = {name: value for name, value in locals().items() if name != "preset" and value is not None}
+    if "weights" in options:
+        options["weights"] = tuple(options["weights"])
+    return Recipe.preset(preset, **options)
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe a schedule calls ``name``: that preset, changed by bindings such as ``venom/Recipe.experts = 16``.
+
+    Another name than a preset's needs its own ``name/Recipe.preset``.
+    """
+    with gin.config_scope(name):
+        return recipe(preset=name) if name in PRESETS else recipe()
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class Phases:
+    """What runs when: a list of (start, recipe).
+
+    start: optimizer step as an int, or a fraction of Train.steps as a float in (0, 1).
+    recipe: a preset's name, the scope of ``scope/Recipe.*`` bindings, or a reference such as ``@late/Recipe()``.
+    """
+
+    schedule: Any = ((0, "dense"),)
+
+    def __post_init__(self):
+        entries = self.schedule
+        if not isinstance(entries, list | tuple) or not entries:
+            raise ValueError(f"Phases.schedule={entries!r} must be a list of (start, recipe)")
+        for entry in entries:
+            good = isinstance(entry, list | tuple) and len(entry) == 2
+            if not good or not _matches(entry[0], int | float) or not isinstance(entry[1], str | Recipe):
+                raise ValueError(
+                    f"Phases.schedule has the entry {entry!r}; it must be (start, recipe) with start a step or a "
+                    "fraction of Train.steps, and recipe a name or a reference such as @venom/Recipe()"
+                )
+
+    def resolve(self, steps: int) -> PhaseSchedule:
+        """Starts as steps, names as recipes; raises ValueError where they are out of order."""
+        entries = [(start, *((what, named_recipe(what)) if isinstance(what, str) else (None, what)))
+                   for start, what in self.schedule]
+        return PhaseSchedule.build(entries, steps)
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class Train:
+    """The run: how long, how large a batch, how often to look, where to compute."""
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    seed: int = 0
+    accumulation: int = 1  # microbatches per optimizer step
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and moments are float32
+    remat: Literal["none", "dots", "full"] = "none"
+    loss_chunks: int = 1  # the loss is computed (and recomputed) in this many slices of the sequence
+    implementation: Literal["reference", "hopper"] | None = None
+    eval_every: int = 250
+    eval_batches: int | None = None  # None: the whole validation split
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    diagnosis_every: int = 0  # 0: never
+    log_every: int = 1
+    sample_prompt: str = "The "
+    sample_tokens: int = 100  # 0: no text sample at the end
+
+    def __post_init__(self):
+        _check_types(self)
+        _at_least(self, 1, "steps", "batch_size", "seq_len", "accumulation", "eval_every", "eval_batches",
+                  "checkpoint_every", "keep_checkpoints", "log_every", "loss_chunks")
+        _at_least(self, 0, "seed", "diagnosis_every", "sample_tokens")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"Train.batch_size={self.batch_size} must be a multiple of Train.accumulation={self.accumulation}"
+            )
+        if self.seq_len % self.loss_chunks:
+            raise ValueError(f"Train.seq_len={self.seq_len} must be a multiple of Train.loss_chunks={self.loss_chunks}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a run, checked as a whole."""
+
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    learning_rate: LearningRate
+    phases: Phases
+    train: Train
+    text: str = field(default="", compare=False)  # the gin bindings it came from
+    schedule: PhaseSchedule = field(init=False)
+
+    def __post_init__(self):
+        schedule = self.phases.resolve(self.train.steps)
+        for phase in schedule.phases:
+            phase.recipe.check(self.model.d_model, self.model.d_ffn)
+        object.__setattr__(self, "schedule", schedule)
+        for name in ("warmup", "decay"):
+            resolve_step(getattr(self.learning_rate, name), self.train.steps, f"LearningRate.{name}")
+
+    @property
+    def max_experts(self) -> int:
+        return max(phase.recipe.experts for phase in self.schedule.phases)
+
+
+def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[str] = ()) -> RunConfig:
+    """Reads gin files in order, then bindings.  A path is tried from the working directory, then from the package.
+
+    Raises:
+      ValueError: an unknown name or parameter (with its file and line), a wrong type or value, a missing file.
+    """
+    gin.clear_config()
+    if str(CONFIG_ROOT) not in gin.config._LOCATION_PREFIXES:
+        gin.add_config_file_search_path(str(CONFIG_ROOT))
+    try:
+        gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings), finalize_config=False)
+        parts = Model(), Data(), Optimizer(), LearningRate(), Phases(), Train()
+        config = RunConfig(*parts, text=gin.config_str())
+    except (ValueError, SyntaxError, TypeError, OSError, ImportError, NameError) as error:
+        raise ValueError(_one_line(error)) from error
+    _check_scopes(config)
+    return config
+
+
+def _one_line(error: BaseException) -> str:
+    """gin appends the place over several lines; a missing field comes as Python's TypeError."""
+    text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
+    missing = re.search(r"missing \d+ required \w+ arguments?: (.*?)(?: No values supplied| In call|$)", text)
+    if missing:
+        owner = re.search(r"(\w+)\.__init__", text)
+        return (
+            f"{owner[1] if owner else 'the config'} lacks {missing[1]}: give a size such as "
+            "--gin_file=configs/size/tiny.gin, and --gin_bindings=\"Data.folder='...'\""
+        )
+    return text
+
+
+def _check_scopes(config: RunConfig) -> None:
+    """gin accepts any scope; a misspelt one would be ignored in silence."""
+    known = set(PRESETS) | {what for _, what in config.phases.schedule if isinstance(what, str)}
+    known |= set(re.findall(r"@([\w/]+)/Recipe\(\)", config.text))
+    for scope in re.findall(r"^([\w/]+)/Recipe\.\w+ =", config.text, flags=re.MULTILINE):
+        if scope not in known:
+            raise ValueError(
+                f"{scope}/Recipe is bound but no phase uses {scope!r}; Phases.schedule={config.phases.schedule!r}"
+            )
+

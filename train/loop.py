@@ -1,0 +1,182 @@
+"""The run: everything is checked in ``prepare``, then ``train`` is one visible loop over optimizer steps."""
+
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from train import checkpoint, evaluate, model
+from train.config import RunConfig
+from train.data import TokenDataset, open_dataset, train_iterator
+from train.metrics import cut_metrics
+from train.optimizer import learning_rate, optimizer
+from train.report import Logger, summary
+from train.state import TrainState
+from train.step import make_diagnosis, make_train_step
+from venom_jax import phases
+from venom_jax.dispatch import resolve_implementation
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose inputs have been checked; nothing has been compiled yet."""
+
+    config: RunConfig
+    workdir: Path
+    train_data: TokenDataset
+    val_data: TokenDataset
+    checkpoints: checkpoint.Checkpoints
+    fingerprint: dict[str, Any]
+
+
+def open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset]:
+    """Both splits.  Raises ValueError where they do not fit the model or the sequence length."""
+    splits = open_dataset(config.data.folder, "train"), open_dataset(config.data.folder, "val")
+    for dataset in splits:
+        if dataset.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {config.data.folder} has {dataset.vocab_size} tokens but "
+                f"Model.vocab_size={config.model.vocab_size}: raise it (a smaller tokenizer is fine)"
+            )
+        dataset.num_windows(config.train.seq_len)
+    return splits
+
+
+def prepare(config: RunConfig, workdir: Path) -> Run:
+    """Opens and checks all that a run needs.  Raises ValueError or NotImplementedError with what to change."""
+    resolve_implementation(config.train.implementation)
+    learning_rate(config.learning_rate, config.train.steps)
+    train_data, val_data = open_data(config)
+    checkpoint.claim_workdir(workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
+    identity = {"tokens": train_data.tokens, "bytes": train_data.bytes, "vocab_size": train_data.vocab_size}
+    fingerprint = checkpoint.fingerprint(config, identity)
+    checkpoints.check(fingerprint)
+    (workdir / evaluate.CONFIG_FILE).write_text(config.text)
+    return Run(config, workdir, train_data, val_data, checkpoints, fingerprint)
+
+
+def train(run: Run) -> int:
+    """Trains from the newest checkpoint, or from the start, to the end.  Returns the exit code.
+
+    Raises:
+      NonFiniteLossError: the loss or the gradient stopped being finite; the newest checkpoint is from before.
+    """
+    config, settings, checkpoints = run.config, run.config.train, run.checkpoints
+    graphdef, params, method = model.build(config.model, config.max_experts, settings.seed)
+    schedule = learning_rate(config.learning_rate, settings.steps)
+    adamw = optimizer(config.optimizer, schedule)
+    state, masks, seconds = TrainState.create(params, method, adamw, settings.seed), None, 0.0
+    del params, method  # the state's buffers are donated step by step
+    iterator = train_iterator(
+        run.train_data, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=settings.seed
+    )
+    start = checkpoints.latest or 0
+    if start:
+        state, masks, seconds = checkpoints.restore(state, iterator)
+    cut_metrics(run.workdir, start)
+
+    train_step = make_train_step(graphdef, config, adamw, schedule)
+    diagnosis = make_diagnosis(graphdef, config)
+    evaluator = evaluate.Evaluator(graphdef, config, run.val_data)
+    all_phases, phase_index = config.schedule.phases, int(state.phase)
+    with StopRequest() as stop, checkpoints, Logger(config, run.workdir, start, seconds) as logger:
+        if start:
+            logger.say(f"continuing {run.workdir} from step {start}, {all_phases[phase_index].label}")
+        else:
+            logger.begin_phase(0, 0, {})
+        for step in range(start, settings.steps):
+            if (index := config.schedule.index_at(step)) != phase_index:
+                logger.flush()
+                state, report = switch_phase(state, config, index)
+                phase_index, masks = index, None  # the neurons that the masks speak of may have moved
+                logger.begin_phase(step, index, report)
+                logger.pause(step)
+
+            tokens = next(iterator)["tokens"]
+            state, metrics = train_step(state, tokens)
+            done = step + 1
+            logger.log(done, phase_index, metrics)
+
+            last, stopping = done == settings.steps, stop.signal is not None
+            diagnosing = is_due(done, settings.diagnosis_every)
+            evaluating = last or is_due(done, settings.eval_every)
+            saving = last or stopping or is_due(done, settings.checkpoint_every)
+            if diagnosing or evaluating or saving:
+                logger.flush()  # raises before a state that is not finite is saved
+            if diagnosing:
+                few = tokens[: settings.batch_size // settings.accumulation]
+                recipe = all_phases[phase_index].recipe
+                figures, masks = diagnosis(state.params, state.method, few, masks, recipe=recipe)
+                logger.diagnosis(done, figures)
+            if evaluating:
+                logger.evaluation(done, evaluator(state, phase_index))
+            if saving:
+                checkpoints.save(
+                    state, masks, iterator, step=done, fingerprint=run.fingerprint, seconds=logger.seconds
+                )
+            if diagnosing or evaluating or saving:
+                logger.pause(done)
+            if stopping and not last:
+                logger.say(f"{signal.Signals(stop.signal).name}: saved step {done}; run again to continue")
+                return stop.exit_code
+        finish(run, logger, graphdef, state)
+    return 0
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether what happens ``every`` so many steps (0: never) is due after ``step`` steps."""
+    return every > 0 and step % every == 0
+
+
+def switch_phase(state: TrainState, config: RunConfig, index: int) -> tuple[TrainState, dict[str, float]]:
+    """The state at the start of phase ``index``: clustered, scaled or baked as the change of recipe needs."""
+    all_phases = config.schedule.phases
+    old, new = all_phases[int(state.phase)].recipe, all_phases[index].recipe
+    out = phases.transition(state.params, state.method, [state.opt_state], old, new, seed=config.train.seed)
+    phase = jnp.asarray(index, jnp.int32)
+    changed = replace(state, params=out.params, method=out.method, opt_state=out.trees[0], phase=phase)
+    return changed, out.report
+
+
+def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) -> None:
+    """The summary line, the plot and the text sample."""
+    steps = run.config.train.steps
+    values = summary(run.workdir)
+    logger.end(steps, values)
+    logger.say(
+        f"done: {steps} steps in {values['seconds']:.0f} s, training loss {values['train_loss_last_100']:.4f} (mean of "
+        f"the last 100 steps), {evaluate.describe(values)}"
+    )
+
+
+class StopRequest:
+    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can save; a second one acts as usual."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()
+
+    @property
+    def exit_code(self) -> int:
+        """0 on SIGTERM, which asks for just this; 128 + number on SIGINT, as shells expect."""
+        return 0 if self.signal in (None, signal.SIGTERM) else 128 + self.signal

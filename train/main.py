@@ -1,0 +1,56 @@
+"""Pre-trains a language model from gin files; run again with the same workdir, it goes on where it was.
+
+    python -m train.main --gin_file=configs/size/tiny.gin --gin_file=configs/recipe/venom.gin \\
+        --gin_bindings="Data.folder='runs/data'" --workdir=runs/a
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from train import loop, report
+from train.config import load_config
+
+
+def run(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | Path, *, dry_run: bool = False) -> int:
+    """Trains to the end.  Returns the exit code: 0 done or stopped by SIGTERM, 1 diverged, 2 bad input."""
+    try:
+        config = load_config(gin_files, gin_bindings)
+        if dry_run:
+            print(report.plan(config))
+            return 0
+        prepared = loop.prepare(config, Path(workdir))
+    except (ValueError, NotImplementedError) as error:
+        report.print_error(str(error))
+        return 2
+    try:
+        return loop.train(prepared)
+    except report.NonFiniteLossError as error:
+        report.print_error(str(error))
+        return 1
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    if len(argv) > 1:
+        report.print_error(f"unexpected arguments {argv[1:]}; see --help")
+        return 2
+    values = flags.FLAGS
+    if values.workdir is None and not values.dry_run:
+        report.print_error("give --workdir=FOLDER, or --dry_run")
+        return 2
+    return run(values.gin_file, values.gin_bindings, values.workdir, dry_run=values.dry_run)
+
+
+def define_flags() -> None:
+    """The command line of this program."""
+    flags.DEFINE_multi_string("gin_file", [], "configuration file; later ones override earlier ones")
+    flags.DEFINE_multi_string("gin_bindings", [], "single bindings, applied after the files")
+    flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plot")
+    flags.DEFINE_boolean("dry_run", False, "print parameters, FLOPs and phases, and stop")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

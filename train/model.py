@@ -1,0 +1,217 @@
+"""The decoder: token embedding, layers of attention and squared-ReLU FFN, head.
+
+One dimension key for this file: B batch, S sequence, D d_model, F d_ffn, L layers, H heads, K key-value heads,
+h head size, V vocabulary, E experts.  The layers are stacked (every parameter has a leading L) and run by
+``jax.lax.scan``.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from train.config import Model
+from venom_jax import FFNStats, Method, Recipe, SparseMLP
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32 and returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return (normed * scale).astype(x.dtype)
+
+
+def rotary(x: Float[Array, "B S H h"], base: float) -> Float[Array, "B S H h"]:
+    """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * base^(-2i/h)."""
+    half = x.shape[-1] // 2
+    angle = jnp.arange(x.shape[1])[:, None] * base ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+
+
+def attention_implementation(dtype: Any) -> str | None:
+    """cuDNN's fused attention on GPUs, which it offers for 16-bit types; XLA's elsewhere."""
+    return "cudnn" if jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16) else None
+
+
+class Attention(nnx.Module):
+    """Causal attention with rotary positions; K key-value heads serve H query heads, H / K each."""
+
+    def __init__(self, config: Model, *, rngs: nnx.Rngs):
+        self.config = config
+        width = (config.heads + 2 * config.key_value_heads) * config.head_dim
+        normal = nnx.initializers.normal(config.init_std)
+        residual = nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers))
+        self.qkv = nnx.Param(normal(rngs.params(), (config.d_model, width), jnp.float32))
+        self.out = nnx.Param(residual(rngs.params(), (config.d_model, config.d_model), jnp.float32))
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        config = self.config
+        heads, kv_heads = config.heads, config.key_value_heads
+        qkv_BxSxNxh = (x @ self.qkv[...].astype(x.dtype)).reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
+        query, key, value = jnp.split(qkv_BxSxNxh, (heads, heads + kv_heads), axis=2)
+        mixed = jax.nn.dot_product_attention(
+            rotary(query, config.rope_base), rotary(key, config.rope_base), value,
+            is_causal=True, implementation=attention_implementation(x.dtype),
+        )
+        return mixed.reshape(x.shape) @ self.out[...].astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + FFN(norm(x))."""
+
+    def __init__(self, config: Model, max_experts: int, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention_scale = nnx.Param(jnp.ones(config.d_model, jnp.float32))
+        self.attention = Attention(config, rngs=rngs)
+        self.ffn_scale = nnx.Param(jnp.ones(config.d_model, jnp.float32))
+        self.ffn = SparseMLP(
+            config.d_model, config.d_ffn, max_experts=max_experts, rngs=rngs,
+            w1_init=nnx.initializers.normal(config.ffn_init_std),
+            w2_init=nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers)),
+        )
+
+    def __call__(
+        self, x: Float[Array, "B S D"], recipe: Recipe, key: PRNGKeyArray | None, implementation: str | None
+    ) -> tuple[Float[Array, "B S D"], tuple[FFNStats, Float[Array, "B S D"]]]:
+        """The block's output, and what its FFN reports and reads."""
+        epsilon = self.config.norm_epsilon
+        x = x + self.attention(rms_norm(x, self.attention_scale[...], epsilon))
+        ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
+        y, stats = self.ffn(ffn_input, recipe=recipe, return_stats=True, key=key, implementation=implementation)
+        return x + y, (stats, ffn_input)
+
+
+class Decoder(nnx.Module):
+    """tokens -> logits."""
+
+    def __init__(self, config: Model, *, max_experts: int = 1, rngs: nnx.Rngs):
+        self.config = config
+        normal = nnx.initializers.normal(config.init_std)
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, max_experts, rngs=rngs)
+
+        self.embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, config.d_model), jnp.float32))
+        self.blocks = stack(rngs)
+        self.final_scale = nnx.Param(jnp.ones(config.d_model, jnp.float32))
+        if not config.tied_head:
+            self.head = nnx.Param(normal(rngs.params(), (config.d_model, config.vocab_size), jnp.float32))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B S"],
+        *,
+        recipe: Recipe,
+        dtype: Any = jnp.float32,
+        key: PRNGKeyArray | None = None,
+        implementation: str | None = None,
+        remat: str = "none",
+        keep_ffn_inputs: bool = False,
+    ) -> tuple[Float[Array, "B S D"], FFNStats, Float[Array, "L B S D"] | None]:
+        """Last hidden states after the final norm, statistics with a leading L, and the FFNs' inputs if kept."""
+        graphdef, stacked = nnx.split(self.blocks)
+        keys = None if key is None else jax.random.split(key, self.config.layers)
+
+        def layer(x, scanned):
+            state, layer_key = scanned
+            x, (stats, ffn_input) = nnx.merge(graphdef, state)(x, recipe, layer_key, implementation)
+            return x, (stats, ffn_input if keep_ffn_inputs else None)
+
+        if remat != "none":
+            # Inside a scan the loop already keeps XLA from undoing the recomputation.
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        x = self.embedding[...].astype(dtype)[tokens]
+        x, (stats, ffn_inputs) = jax.lax.scan(layer, x, (stacked, keys))
+        return rms_norm(x, self.final_scale[...], self.config.norm_epsilon), stats, ffn_inputs
+
+    def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """float32 logits of hidden states."""
+        head = self.embedding[...].T if self.config.tied_head else self.head[...]
+        return jnp.matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+
+    def __call__(
+        self, tokens: Int[Array, "B S"], *, recipe: Recipe, **options: Any
+    ) -> tuple[Float[Array, "B S V"], FFNStats]:
+        """Logits and the statistics of every layer; options as in ``hidden``."""
+        hidden, stats, _ = self.hidden(tokens, recipe=recipe, **options)
+        return self.logits(hidden), stats
+
+
+def build(config: Model, max_experts: int, seed: int) -> tuple[nnx.GraphDef, dict, dict]:
+    """Structure, parameters and the method's state, the last two as nested dicts of arrays."""
+
+    @jax.jit
+    def initial(key):
+        _, params, method, _ = nnx.split(
+            Decoder(config, max_experts=max_experts, rngs=nnx.Rngs(params=key)), nnx.Param, Method, ...
+        )
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(method)
+
+    params, method = initial(jax.random.key(seed))
+    return structure(config, max_experts), params, method
+
+
+def structure(config: Model, max_experts: int) -> nnx.GraphDef:
+    """The model without its arrays."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, max_experts=max_experts, rngs=nnx.Rngs(params=0)))
+    return nnx.split(abstract, nnx.Param, Method, ...)[0]
+
+
+def assemble(graphdef: nnx.GraphDef, params: dict, method: dict) -> Decoder:
+    """The module again, for use inside a traced function."""
+    return nnx.merge(graphdef, nnx.State(params), nnx.State(method))
+
+
+def parameter_count(config: Model) -> int:
+    """All parameters: V D (twice unless the head is tied) + L (D (H + 2K) h + D^2 + 2 D F + 2 D) + D."""
+    width = (config.heads + 2 * config.key_value_heads) * config.head_dim
+    layer = config.d_model * (width + config.d_model + 2 * config.d_ffn + 2)
+    embeddings = config.vocab_size * config.d_model * (1 if config.tied_head else 2)
+    return embeddings + config.layers * layer + config.d_model
+
+
+def flops_per_token(config: Model, seq_len: int, recipe: Recipe) -> float:
+    """Floating-point operations of one token's forward and backward pass, a multiply-add counted as 2.
+
+    3 * 2 * (D V + L (D (H + 2K) h + D^2 + S D)) for the head, the projections and causal attention (each query
+    meets S / 2 keys on average), plus L * 2 D F for each of the FFN's six products, scaled by what ``recipe``
+    skips: k / E of the neurons where routed, one half where an operand is 2:4.  Recomputation is not counted.
+    ``Recipe.dense()`` gives the dense-equivalent count.
+    """
+    width = (config.heads + 2 * config.key_value_heads) * config.head_dim
+    layer = config.d_model * (width + config.d_model + seq_len)
+    products = sum(_executed_products(recipe).values())
+    return 6 * (config.d_model * config.vocab_size + config.layers * layer) + (
+        config.layers * 2 * config.d_model * config.d_ffn * products
+    )
+
+
+def _executed_products(recipe: Recipe) -> dict[str, float]:
+    """Share of each FFN product's dense work that ``recipe`` executes."""
+    routed = recipe.top_k / recipe.experts
+    first = 1.0 if recipe.hidden == "full" else routed
+
+    def halved(condition: bool) -> float:
+        return 0.5 if condition else 1.0
+
+    gradient = {"dense": 1.0, "24": 0.5, "split95": 0.525}[recipe.wgrad]
+    return {
+        "y1": first * halved("y1" in recipe.weights),
+        "y3": routed * halved("y3" in recipe.weights or recipe.activations),
+        "dy2": first * halved("dy2" in recipe.weights),
+        "dx": routed * halved("dx" in recipe.weights or recipe.activations),
+        "dw1": routed * gradient,
+        "dw2": routed * gradient,
+    }

@@ -1,0 +1,171 @@
+"""What a run says about itself: a line and a record per step, its phases and evaluations, and the summary at its end."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jax
+
+from train import model
+from train.config import RunConfig
+from train.evaluate import describe
+from train.metrics import MetricsWriter, Progress, peak_flops, read_metrics
+from venom_jax import Recipe
+
+
+class NonFiniteLossError(Exception):
+    """The loss or the gradient is not a number any more."""
+
+
+class Throughput:
+    """Tokens per second between two logged steps, without the time spent on anything else."""
+
+    def __init__(self, tokens_per_step: int, step: int):
+        self._tokens_per_step = tokens_per_step
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Leaves out the time since the last measurement: an evaluation, a checkpoint."""
+        self._step, self._time = step, time.monotonic()
+
+    def measure(self, step: int) -> float:
+        """Tokens per second of the steps since the last measurement."""
+        now, steps = time.monotonic(), step - self._step
+        elapsed = max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return steps * self._tokens_per_step / elapsed
+
+
+class Logger:
+    """Writes metrics.jsonl, TensorBoard events and the progress bar.
+
+    Metrics of a step are fetched when the next step has been dispatched, so that the device never waits for the host.
+    """
+
+    def __init__(self, config: RunConfig, workdir: Path, start: int, seconds: float):
+        """start, seconds: steps completed and time taken so far."""
+        train = config.train
+        self._config = config
+        self._writer = MetricsWriter(workdir, step=start, seconds=seconds)
+        self._progress = Progress(train.steps, start)
+        self._throughput = Throughput(train.batch_size * train.seq_len, start)
+        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
+        recipes = dict.fromkeys((Recipe.dense(), *config.schedule.recipes))
+        self._flops = {recipe: model.flops_per_token(config.model, train.seq_len, recipe) for recipe in recipes}
+        self._peak = peak_flops()
+        self._step = start
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._progress.close()
+        self._writer.close()
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start of the run, over all its resumes."""
+        return self._writer.seconds
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._progress.say(text)
+
+    def log(self, step: int, phase_index: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of the step that made ``step`` steps complete; writes those of the step before."""
+        pending, self._pending = self._pending, (step, phase_index, metrics)
+        if pending is not None:
+            self._write_step(*pending)
+
+    def flush(self) -> None:
+        """Writes what is pending.  Raises NonFiniteLossError if the newest loss is not finite."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._write_step(*pending)
+
+    def pause(self, step: int) -> None:
+        """Says that the time since the last step was not spent on training."""
+        self._throughput.restart(step)
+
+    def begin_phase(self, step: int, index: int, report: dict[str, float]) -> None:
+        """Records that phase ``index`` begins after ``step`` steps."""
+        label = self._config.schedule.phases[index].label
+        self._writer.write("phase", step, phase=label, phase_index=index, report=report)
+        details = "".join(f", {name} {value:.4g}" for name, value in report.items())
+        self.say(f"step {step}: {label} begins{details}")
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Records validation figures."""
+        self._writer.write("eval", step, **values)
+        self.say(f"step {step}: {describe(values)}")
+
+    def diagnosis(self, step: int, figures: dict[str, jax.Array]) -> None:
+        """Records the mean over the layers of each figure."""
+        means = {name: float(value.mean()) for name, value in jax.device_get(figures).items()}
+        self._writer.write("diagnosis", step, **means)
+
+    def end(self, step: int, values: dict[str, Any]) -> None:
+        """Records the summary."""
+        self._writer.write("end", step, **values)
+
+    def _write_step(self, step: int, phase_index: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise NonFiniteLossError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; nothing was saved after the "
+                "last checkpoint. Lower LearningRate.peak or raise LearningRate.warmup, in a new workdir"
+            )
+        train = self._config.train
+        if step % train.log_every and step != train.steps:
+            return
+        phase = self._config.schedule.phases[phase_index]
+        if not phase.recipe.routed:
+            values = {name: value for name, value in values.items() if not name.startswith("load_")}
+        rate = self._throughput.measure(step)
+        values["tokens_per_second"] = round(rate, 1)
+        utilisation = ""
+        if self._peak:
+            values["mfu_dense"] = rate * self._flops[Recipe.dense()] / self._peak
+            values["mfu_executed"] = rate * self._flops[phase.recipe] / self._peak
+            utilisation = f", MFU {values['mfu_dense']:.1%} dense-equivalent {values['mfu_executed']:.1%} executed"
+        self._writer.write("train", step, **values, phase=phase.label, phase_index=phase_index)
+        self._progress.update(step, f"loss {values['loss']:.4f}, {rate:,.0f} tokens/s{utilisation}, {phase.label}")
+
+
+def plan(config: RunConfig) -> str:
+    """What a run would do: parameters, FLOPs, batch, phases."""
+    train, dense = config.train, Recipe.dense()
+    tokens = train.batch_size * train.seq_len
+    flops = {phase: model.flops_per_token(config.model, train.seq_len, phase.recipe) for phase in config.schedule.phases}
+    dense_flops = model.flops_per_token(config.model, train.seq_len, dense)
+    count = model.parameter_count(config.model)
+    lines = [
+        f"parameters      {count:,} ({count * 12 / 2**30:.2f} GiB with two moments, float32)",
+        f"batch           {train.batch_size} x {train.seq_len} = {tokens:,} tokens in {train.accumulation} microbatch(es)",
+        f"steps           {train.steps:,} ({train.steps * tokens:,} tokens)",
+        f"dense FLOPs     {dense_flops:.4g} a token, {dense_flops * tokens:.4g} a step",
+    ]
+    ends = [phase.start for phase in config.schedule.phases[1:]] + [train.steps]
+    for phase, end in zip(config.schedule.phases, ends, strict=True):
+        lines.append(
+            f"phase           steps {phase.start:,} to {end:,}: {phase.label}, "
+            f"executes {flops[phase] / dense_flops:.1%} of the dense FLOPs"
+        )
+    return "\n".join(lines)
+
+
+def summary(workdir: Path) -> dict[str, Any]:
+    """Last validation figures, mean training loss of the last 100 steps, steps and seconds, from metrics.jsonl."""
+    records = read_metrics(workdir)
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    figures = {name: value for name, value in evaluations[-1].items() if name.startswith("val_")}
+    return figures | {"train_loss_last_100": fmean(losses[-100:]), "seconds": records[-1]["time"]}
+
+
+def print_error(text: str) -> None:
+    """One clear line on stderr."""
+    print(f"error: {text}", file=sys.stderr, flush=True)

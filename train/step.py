@@ -1,0 +1,164 @@
+"""One optimizer step, one evaluation, one diagnosis: pure functions of a state and tokens."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from train.config import RunConfig
+from train.model import assemble
+from train.state import TrainState
+from venom_jax import Recipe, phases
+from venom_jax.stats import WeightMasks, diagnose
+
+Metrics = dict[str, Array]
+
+
+def token_losses(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    method: dict,
+    tokens: Int[Array, "B S+1"],
+    *,
+    recipe: Recipe,
+    key: PRNGKeyArray | None,
+    config: RunConfig,
+) -> tuple[Float[Array, "B S"], Any]:
+    """-log p(tokens[s + 1] | tokens[: s + 1]) in nats, and the FFNs' statistics."""
+    train = config.train
+    model = assemble(graphdef, params, method)
+    hidden, stats, _ = model.hidden(
+        tokens[:, :-1], recipe=recipe, dtype=jnp.dtype(train.dtype), key=key,
+        implementation=train.implementation, remat=train.remat,
+    )
+
+    def losses(hidden, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), labels)
+
+    labels = tokens[:, 1:]
+    if train.loss_chunks == 1:
+        return losses(hidden, labels), stats
+    # The logits of one slice at a time: at a vocabulary of 128k they are the largest array of the step.
+    sliced = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(a.shape[0], train.loss_chunks, -1, *a.shape[2:]), 1, 0), (hidden, labels)
+    )
+    chunks = jax.lax.map(jax.checkpoint(lambda pair: losses(*pair)), sliced)
+    return jnp.moveaxis(chunks, 0, 1).reshape(labels.shape), stats
+
+
+def make_gradients(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
+    """gradients(params, method, tokens, rng, *, recipe) -> (grads, loads, metrics), summed over microbatches.
+
+    The mean loss over the batch and its gradient; the batch is cut into ``Train.accumulation`` microbatches.
+    """
+
+    def microbatch(params, method, tokens, key, *, recipe):
+        def loss(params):
+            losses, stats = token_losses(graphdef, params, method, tokens, recipe=recipe, key=key, config=config)
+            return losses.mean(), stats
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, value, stats.density.mean(), stats.load
+
+    def gradients(params, method, tokens, key, *, recipe: Recipe):
+        count = config.train.accumulation
+        if count == 1:
+            grads, loss, density, load = microbatch(params, method, tokens, key, recipe=recipe)
+        else:
+            microbatches = tokens.reshape(count, -1, tokens.shape[-1])
+
+            def accumulate(total, scanned):
+                return jax.tree.map(jnp.add, total, microbatch(params, method, *scanned, recipe=recipe)), None
+
+            shapes = jax.eval_shape(partial(microbatch, recipe=recipe), params, method, microbatches[0], key)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            total, _ = jax.lax.scan(accumulate, zeros, (microbatches, jax.random.split(key, count)))
+            grads, loss, density = jax.tree.map(lambda leaf: leaf / count, total[:3])
+            load = total[3]
+        return grads, load, {"loss": loss, "density": density, **_load_metrics(load, recipe, tokens)}
+
+    return gradients
+
+
+def _load_metrics(load: Float[Array, "L E"], recipe: Recipe, tokens: Int[Array, "B S+1"]) -> Metrics:
+    """Share of the tokens that each layer's experts got: the largest, the mean, the smallest."""
+    share = load[:, : recipe.experts] / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return {"load_max": share.max(), "load_mean": share.mean(), "load_min": share.min()}
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, config: RunConfig, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
+    """The jitted step: gradients by the phase's recipe, clipped AdamW, the router's bias.
+
+    One program holds every recipe.  The branch goes around the whole gradient computation: inside the layers it
+    would keep the residuals of all branches.  The state is donated.
+    """
+    gradients = make_gradients(graphdef, config)
+    recipes = config.schedule.recipes
+    branches = [partial(gradients, recipe=recipe) for recipe in recipes]
+
+    def update_bias(recipe: Recipe, method, load):
+        return phases.update_bias(method, load, recipe)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, tokens: Int[Array, "B S+1"]) -> tuple[TrainState, Metrics]:
+        branch = jnp.asarray(config.schedule.branches, jnp.int32)[state.phase]
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        grads, load, metrics = jax.lax.switch(branch, branches, state.params, state.method, tokens, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        method = jax.lax.switch(branch, [partial(update_bias, recipe) for recipe in recipes], state.method, load)
+        new_state = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            method=method,
+            opt_state=opt_state,
+            step=state.step + 1,
+            phase=state.phase,
+            rng=state.rng,
+        )
+        return new_state, metrics | {"grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
+
+    return train_step
+
+
+def make_eval_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
+    """eval_step(params, method, tokens, weight, recipe=...) -> (summed loss in nats, number of tokens), jitted."""
+
+    @partial(jax.jit, static_argnames="recipe")
+    def eval_step(params, method, tokens: Int[Array, "B S+1"], weight: Float[Array, " B"], *, recipe: Recipe):
+        # A fixed key: evaluating must not depend on when it happens, also with the random router.
+        losses, _ = token_losses(
+            graphdef, params, method, tokens, recipe=recipe, key=jax.random.key(0), config=config
+        )
+        return (losses * weight[:, None]).sum(), weight.sum() * losses.shape[1]
+
+    return eval_step
+
+
+def make_diagnosis(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
+    """diagnosis(params, method, tokens, masks, recipe=...) -> ({name: [L]}, masks), jitted.
+
+    ``venom_jax.stats.diagnose`` on the input of every FFN.  ``masks`` is what the last call returned, or None.
+    """
+
+    @partial(jax.jit, static_argnames="recipe")
+    def diagnosis(params, method, tokens: Int[Array, "B S+1"], masks: WeightMasks | None, *, recipe: Recipe):
+        train = config.train
+        _, _, ffn_inputs = assemble(graphdef, params, method).hidden(
+            tokens[:, :-1], recipe=recipe, dtype=jnp.dtype(train.dtype), key=jax.random.key(0),
+            implementation=train.implementation, keep_ffn_inputs=True,
+        )
+        ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
+
+        def layer(scanned):
+            x, w1, w2, beta, bias, previous = scanned
+            return diagnose(x.reshape(-1, x.shape[-1]), w1, w2, beta, bias, recipe, previous)
+
+        return jax.lax.map(layer, (ffn_inputs, ffn["w1"], ffn["w2"], state["beta"], state["bias"], masks))
+
+    return diagnosis
