@@ -12,7 +12,7 @@ import zstandard
 
 from train.data import open_dataset
 from train.documents import TXT_DOCUMENT_CHARS, find_files, read_documents
-from train.prepare import main, prepare
+from train.prepare import prepare
 
 TEXTS = [f"Document {i}: naïve café, 日本 {i * 7919}\r\nsecond line." + " word" * (i % 13) for i in range(60)]
 
@@ -285,18 +285,13 @@ def test_an_interrupted_run_leaves_no_dataset_and_the_next_starts_over(jsonl, pr
     np.testing.assert_array_equal(tokens_of(open_dataset(out)), tokens_of(open_dataset(prepared)))
 
 
-def test_command_line(jsonl, tmp_path, capsys):
+def test_command_line(jsonl, tmp_path):
     out = tmp_path / "out"
-    main([f"--input={jsonl}", f"--output={out}", "--vocab_size=300", "--validation_fraction=0.2"])
-    printed = capsys.readouterr().out
-    assert f"{open_dataset(out).tokens:,} tokens" in printed
-    assert "vocabulary 300, uint16" in printed
-    with pytest.raises(SystemExit, match=r"prepare: .*already holds a finished dataset"):
-        main([f"--input={jsonl}", f"--output={out}"])
-
-
-def test_runs_as_a_module():
-    help_text = subprocess.run(
-        [sys.executable, "-m", "train.prepare", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    assert "--text_field" in help_text
+    command = [sys.executable, "-m", "train.prepare", f"--input={jsonl}", f"--output={out}", "--vocab_size=300"]
+    first = subprocess.run([*command, "--validation_fraction=0.2"], capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert f"{open_dataset(out).tokens:,} tokens" in first.stdout
+    assert "vocabulary 300, uint16" in first.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert again.stderr == f"error: {out} already holds a finished dataset: choose another folder, or use --overwrite\n"

@@ -7,16 +7,17 @@ last, so an interrupted run leaves nothing that could be mistaken for a dataset;
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import app, flags
 from tqdm import tqdm
 
 from train import data
@@ -100,15 +101,10 @@ def prepare(
     if given is None:
         training_text = (text for split, text in documents("train tokenizer") if split == "train")
         given = train_bpe(_first_bytes(training_text, BPE_TEXT_BYTES), vocab_size or DEFAULT_VOCAB_SIZE)
-    writers = {
-        split: _ShardWriter(output, split, data.token_dtype(given.vocab_size), shard_tokens)
-        for split in splits
-    }
+    writers = {split: _ShardWriter(output, split, data.token_dtype(given.vocab_size), shard_tokens) for split in splits}
     try:
         for batch in _batches(documents("encode")):
-            for (split, text), ids in zip(
-                batch, given.encode_batch([text for _, text in batch]), strict=True
-            ):
+            for (split, text), ids in zip(batch, given.encode_batch([text for _, text in batch]), strict=True):
                 writers[split].add(ids, given.eos_id, len(text.encode(errors="replace")))
     finally:
         for writer in writers.values():
@@ -123,9 +119,7 @@ def _claim(output: Path, overwrite: bool) -> None:
     """Makes the output folder and removes what an earlier run of this program left in it."""
     manifest = output / data.MANIFEST
     if manifest.exists() and not overwrite:
-        raise ValueError(
-            f"{output} already holds a finished dataset: choose another folder, or use --overwrite"
-        )
+        raise ValueError(f"{output} already holds a finished dataset: choose another folder, or use --overwrite")
     try:
         output.mkdir(parents=True, exist_ok=True)
         manifest.unlink(missing_ok=True)  # first: from here on the folder is unfinished
@@ -245,40 +239,50 @@ def _write_manifest(output: Path, tokenizer: Tokenizer, splits: dict[str, Any]) 
     return manifest
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends it with one line of explanation."""
-    parser = argparse.ArgumentParser(prog="python -m train.prepare", description=__doc__.splitlines()[0])  # pyrefly: ignore
-    parser.add_argument(
-        "--input", required=True, action="extend", nargs="+", help="files, patterns or folders"
-    )
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--tokenizer", help="a Hugging Face tokenizer.json; without it a BPE is trained")
-    parser.add_argument(
-        "--eos_token", help="end-of-document token of that tokenizer, if it has an unusual name"
-    )
-    parser.add_argument("--vocab_size", type=int, help=f"size of the new BPE, default {DEFAULT_VOCAB_SIZE}")
-    parser.add_argument("--validation", action="extend", nargs="+", default=[], help="files held out")
-    parser.add_argument(
-        "--validation_fraction", type=float, help=f"share held out, default {DEFAULT_VALIDATION_FRACTION}"
-    )
-    parser.add_argument("--text_field", default="text", help="field or column with the text")
-    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="most tokens in one file")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a finished dataset in the output folder"
-    )
-    options = vars(parser.parse_args(argv))
-    output = options["output"]
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    values = flags.FLAGS
     try:
-        manifest = prepare(options.pop("input"), options.pop("output"), **options)
+        manifest = prepare(
+            [*values.input, *argv[1:]],
+            values.output,
+            tokenizer=values.tokenizer,
+            eos_token=values.eos_token,
+            vocab_size=values.vocab_size,
+            validation=values.validation,
+            validation_fraction=values.validation_fraction,
+            text_field=values.text_field,
+            shard_tokens=values.shard_tokens,
+            overwrite=values.overwrite,
+        )
     except (ValueError, OSError) as error:
-        raise SystemExit(f"prepare: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for split, content in manifest["splits"].items():
         print(
             f"{split}: {content['documents']:,} documents, {content['bytes']:,} bytes, "
             f"{content['tokens']:,} tokens ({content['bytes'] / content['tokens']:.2f} bytes per token)"
         )
-    print(f"{output}: vocabulary {manifest['vocab_size']:,}, {manifest['dtype']}")
+    print(f"{values.output}: vocabulary {manifest['vocab_size']:,}, {manifest['dtype']}")
+    return 0
+
+
+def define_flags() -> None:
+    """The command line of this program."""
+    flags.DEFINE_multi_string("input", [], "file, glob pattern or folder; may be repeated, or given as plain arguments")
+    flags.DEFINE_string("output", None, "folder to write", required=True)
+    flags.DEFINE_string("tokenizer", None, "a Hugging Face tokenizer.json; without it a BPE is trained")
+    flags.DEFINE_string("eos_token", None, "end-of-document token of that tokenizer, if it has an unusual name")
+    flags.DEFINE_integer("vocab_size", None, f"size of the new BPE (default {DEFAULT_VOCAB_SIZE})")
+    flags.DEFINE_multi_string("validation", [], "file, glob pattern or folder held out; may be repeated")
+    flags.DEFINE_float(
+        "validation_fraction", None, f"share of documents held out (default {DEFAULT_VALIDATION_FRACTION})"
+    )
+    flags.DEFINE_string("text_field", "text", "field (.jsonl) or column (.parquet) with the text")
+    flags.DEFINE_integer("shard_tokens", SHARD_TOKENS, "most tokens in one file")
+    flags.DEFINE_boolean("overwrite", False, "replace a finished dataset in the output folder")
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    app.run(main)
