@@ -1,0 +1,51 @@
+# Everything runs in .venv, made on first use with the versions in constraints.txt.
+#   make demo     train a small model on real text: dense, sparse, dense; run it again to continue
+#   make test     all tests (no network once .venv is there)
+#   make lint     style and types       make format   apply the style
+#   make clean    remove caches; runs/ and .venv stay
+
+BIN := .venv/bin
+DEMO_RUN ?= runs/demo
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/.installed-demo
+	$(BIN)/python -m train.demo --workdir=$(DEMO_RUN)
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/.installed-%: pyproject.toml constraints.txt | .venv/.created
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# Whether a Python will do is found out by running it: a name on the PATH may be a version manager's placeholder
+# that only prints an error, and a system Python may lack ensurepip, without which there is no pip in .venv.
+# `make PYTHON=/path/to/python3.12 ...` chooses one.
+.venv/.created:
+	@for python in "$(PYTHON)" python3.13 python3.12 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python3; do \
+	  if [ -n "$$python" ] && \
+	     "$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then \
+	    echo "making .venv with $$("$$python" --version)"; \
+	    rm -rf .venv && "$$python" -m venv .venv && touch $@ && exit 0; \
+	    exit 1; \
+	  fi; \
+	done; \
+	echo "no Python >= 3.12 with ensurepip found; install one (on Debian also python3-venv), or say which:" >&2; \
+	echo "  make PYTHON=/path/to/python3.12 ..." >&2; \
+	exit 1
