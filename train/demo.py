@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from train import data, main, prepare
 
@@ -65,6 +65,7 @@ def run(workdir: str | Path, *, text: str | Path | None = None, gin_bindings: Se
 
 def command(argv: Sequence[str]) -> int:
     """The command."""
+    logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
     if len(argv) > 1:
         print(f"error: unexpected arguments {argv[1:]}; see --help", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -186,8 +186,11 @@ def sample_text(
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
-    del argv
+    logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
+    if len(argv) > 1:
+        print(f"error: unexpected arguments {argv[1:]}; see --help", file=sys.stderr)
+        return 2
     try:
         graphdef, config, state, step = evaluate.restore(Path(values.workdir))
         tokenizer = open_dataset(config.data.folder, "train").tokenizer
