@@ -65,8 +65,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int):
         self.workdir = workdir
         self._checkpointer = ocp.training.Checkpointer(
-            workdir / "checkpoints",
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str(workdir / "checkpoints"),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyrefly: ignore[bad-argument-type]
             cleanup_tmp_directories=True,
         )
 
@@ -82,7 +82,10 @@ class Checkpoints:
             _check_same_run(self.workdir, self._metadata()["fingerprint"], wanted, self.latest)
 
     def _metadata(self) -> dict[str, Any]:
-        return self._checkpointer.metadata(self.latest).custom_metadata
+        metadata = self._checkpointer.metadata(self.latest).custom_metadata
+        if not isinstance(metadata, dict) or "fingerprint" not in metadata:
+            raise ValueError(f"{self.workdir / 'checkpoints'} holds checkpoints that train.main did not write")
+        return metadata
 
     def save(
         self,

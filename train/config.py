@@ -1,7 +1,8 @@
 """What a run is: frozen, validated dataclasses, bound from gin files.
 
-This module holds every ``@gin.configurable`` of the project.  gin itself checks names, never types, so each
-dataclass checks its own fields when it is built, long before anything is compiled.
+This module holds every gin configurable of the project.  They are registered, not decorated: built from Python they
+ignore gin.  gin checks names, never types, so each dataclass checks its own fields when it is built, long before
+anything is compiled.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import gin
 import configs
 from train.schedule import PhaseSchedule, resolve_step
 from venom_jax import Recipe
+from venom_jax.dispatch import Implementation
 
 CONFIG_ROOT = Path(configs.__path__[0]).parent
 PRESETS = ("dense", "act24", "all24", "venom")
@@ -39,6 +41,10 @@ def _matches(value: Any, hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
+    if typing.get_args(hint):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if hint is types.NoneType:
+        return "None"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
@@ -57,7 +63,7 @@ def _at_least(config: Any, minimum: float, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name}={value!r} must be at least {minimum}")
 
 
-@gin.configurable
+@gin.register
 @dataclass(frozen=True)
 class Model:
     """The decoder: RMSNorm, RoPE, (grouped-query) attention, squared-ReLU FFN."""
@@ -94,7 +100,7 @@ class Model:
         return self.d_model // self.heads
 
 
-@gin.configurable
+@gin.register
 @dataclass(frozen=True)
 class Data:
     """A folder written by ``python -m train.prepare``."""
@@ -105,7 +111,7 @@ class Data:
         _check_types(self)
 
 
-@gin.configurable
+@gin.register
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW with decoupled weight decay (none on the norms' scales) and clipping by the global norm."""
@@ -125,7 +131,7 @@ class Optimizer:
             raise ValueError(f"Optimizer.clip={self.clip} must be positive, or None for no clipping")
 
 
-@gin.configurable
+@gin.register
 @dataclass(frozen=True)
 class LearningRate:
     """Linear warm-up to ``peak``, then a cosine, or constant and a linear decay (``wsd``), to final_fraction x peak."""
@@ -144,9 +150,9 @@ class LearningRate:
             raise ValueError(f"LearningRate.final_fraction={self.final_fraction} must lie in [0, 1]")
 
 
-@gin.configurable("Recipe")
+@gin.register("Recipe")
 def recipe(
-    preset: str = "dense",
+    preset: str | None = None,
     weights: Any = None,
     activations: bool | None = None,
     wgrad: str | None = None,
@@ -161,6 +167,11 @@ def recipe(
     v: int | None = None,
 ) -> Recipe:
     """A preset of ``venom_jax.Recipe`` with the options that are not None changed."""
+    if preset is None:
+        where = gin.current_scope_str()
+        raise ValueError(
+            f"recipe {where!r} is none of the presets {', '.join(PRESETS)}, and {where}/Recipe.preset is not bound"
+        )
     options = {name: value for name, value in locals().items() if name != "preset" and value is not None}
     if "weights" in options:
         options["weights"] = tuple(options["weights"])
@@ -173,10 +184,11 @@ def named_recipe(name: str) -> Recipe:
     Another name than a preset's needs its own ``name/Recipe.preset``.
     """
     with gin.config_scope(name):
-        return recipe(preset=name) if name in PRESETS else recipe()
+        build = gin.get_configurable("Recipe")
+        return build(preset=name) if name in PRESETS else build()
 
 
-@gin.configurable
+@gin.register
 @dataclass(frozen=True)
 class Phases:
     """What runs when: a list of (start, recipe).
@@ -201,12 +213,14 @@ class Phases:
 
     def resolve(self, steps: int) -> PhaseSchedule:
         """Starts as steps, names as recipes; raises ValueError where they are out of order."""
-        entries = [(start, *((what, named_recipe(what)) if isinstance(what, str) else (None, what)))
-                   for start, what in self.schedule]
+        entries = [
+            (start, what, named_recipe(what)) if isinstance(what, str) else (start, None, what)
+            for start, what in self.schedule
+        ]
         return PhaseSchedule.build(entries, steps)
 
 
-@gin.configurable
+@gin.register
 @dataclass(frozen=True)
 class Train:
     """The run: how long, how large a batch, how often to look, where to compute."""
@@ -219,7 +233,7 @@ class Train:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and moments are float32
     remat: Literal["none", "dots", "full"] = "none"
     loss_chunks: int = 1  # the loss is computed (and recomputed) in this many slices of the sequence
-    implementation: Literal["reference", "hopper"] | None = None
+    implementation: Implementation | None = None
     eval_every: int = 250
     eval_batches: int | None = None  # None: the whole validation split
     checkpoint_every: int = 250
@@ -231,8 +245,20 @@ class Train:
 
     def __post_init__(self):
         _check_types(self)
-        _at_least(self, 1, "steps", "batch_size", "seq_len", "accumulation", "eval_every", "eval_batches",
-                  "checkpoint_every", "keep_checkpoints", "log_every", "loss_chunks")
+        _at_least(
+            self,
+            1,
+            "steps",
+            "batch_size",
+            "seq_len",
+            "accumulation",
+            "eval_every",
+            "eval_batches",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+            "loss_chunks",
+        )
         _at_least(self, 0, "seed", "diagnosis_every", "sample_tokens")
         if self.batch_size % self.accumulation:
             raise ValueError(
@@ -278,35 +304,56 @@ def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[s
     if str(CONFIG_ROOT) not in gin.config._LOCATION_PREFIXES:
         gin.add_config_file_search_path(str(CONFIG_ROOT))
     try:
-        gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings), finalize_config=False)
-        parts = Model(), Data(), Optimizer(), LearningRate(), Phases(), Train()
-        config = RunConfig(*parts, text=gin.config_str())
+        files = [_find(name) for name in gin_files]
+        gin.parse_config_files_and_bindings(files, list(gin_bindings), finalize_config=False)
+        classes = (Model, Data, Optimizer, LearningRate, Phases, Train)
+        config = RunConfig(*(gin.get_configurable(cls)() for cls in classes), text=gin.config_str())
     except (ValueError, SyntaxError, TypeError, OSError, ImportError, NameError) as error:
         raise ValueError(_one_line(error)) from error
-    _check_scopes(config)
+    _check_unused(config)
     return config
 
 
-def _one_line(error: BaseException) -> str:
-    """gin appends the place over several lines; a missing field comes as Python's TypeError."""
+def _find(name: str) -> str:
+    for path in (Path(name), CONFIG_ROOT / name):
+        if path.is_file():
+            return str(path)
+    raise ValueError(f"gin file {name!r} is neither in {Path.cwd()} nor in {CONFIG_ROOT}")
+
+
+def _one_line(error: Exception) -> str:
+    """The message without gin's line breaks and object addresses; Python's words for a missing field made plain."""
+    if isinstance(error, SyntaxError):
+        place = f"{error.filename or 'a binding'}, line {error.lineno}: {(error.text or '').strip()}"
+        return f"{error.msg} In {place}"
     text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
-    missing = re.search(r"missing \d+ required \w+ arguments?: (.*?)(?: No values supplied| In call|$)", text)
+    missing = re.search(
+        r"(\w+)\.__init__\(\) missing \d+ required \w+ arguments?: ((?:'\w+'(?:, and |, | and )?)+)", text
+    )
     if missing:
-        owner = re.search(r"(\w+)\.__init__", text)
         return (
-            f"{owner[1] if owner else 'the config'} lacks {missing[1]}: give a size such as "
-            "--gin_file=configs/size/tiny.gin, and --gin_bindings=\"Data.folder='...'\""
+            f"{missing[1]} lacks {missing[2]}: give a size such as --gin_file=configs/size/tiny.gin, "
+            "and --gin_bindings=\"Data.folder='...'\""
         )
-    return text
+    return re.sub(r" In call to configurable '(\w+)' \(<[^>]*>\)(?: in scope '(\w+)')?", _short_place, text)
 
 
-def _check_scopes(config: RunConfig) -> None:
-    """gin accepts any scope; a misspelt one would be ignored in silence."""
-    known = set(PRESETS) | {what for _, what in config.phases.schedule if isinstance(what, str)}
-    known |= set(re.findall(r"@([\w/]+)/Recipe\(\)", config.text))
+def _short_place(match: re.Match[str]) -> str:
+    return f" (in {match[2]}/{match[1]})" if match[2] else ""
+
+
+MACROS = {"DENSE_UNTIL", "SPARSE_UNTIL"}  # configs/base.gin gives them to the recipes
+
+
+def _check_unused(config: RunConfig) -> None:
+    """gin accepts any scope and any macro; a misspelt one would be ignored in silence."""
+    schedule = config.phases.schedule
+    scopes = set(PRESETS) | {what for _, what in schedule if isinstance(what, str)}
+    scopes |= set(re.findall(r"@([\w/]+)/Recipe\(\)", config.text))
     for scope in re.findall(r"^([\w/]+)/Recipe\.\w+ =", config.text, flags=re.MULTILINE):
-        if scope not in known:
-            raise ValueError(
-                f"{scope}/Recipe is bound but no phase uses {scope!r}; Phases.schedule={config.phases.schedule!r}"
-            )
-
+        if scope not in scopes:
+            raise ValueError(f"{scope}/Recipe is bound but no phase uses {scope!r}; Phases.schedule={schedule!r}")
+    macros = MACROS | set(re.findall(r"%(\w+)", config.text))
+    for macro in re.findall(r"^(\w+) = ", config.text, flags=re.MULTILINE):
+        if macro not in macros:
+            raise ValueError(f"{macro} is bound but nothing is called so; bindings look like Model.layers = 4")

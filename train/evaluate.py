@@ -1,7 +1,7 @@
 """Validation loss and bits per byte, inside a run and of a finished or interrupted one.
 
-    python -m train.evaluate --workdir=runs/a            # the dense model (a baked copy inside a sparse phase)
-    python -m train.evaluate --workdir=runs/a --sparse   # with the recipe of the checkpoint's phase as well
+python -m train.evaluate --workdir=runs/a            # the dense model (a baked copy inside a sparse phase)
+python -m train.evaluate --workdir=runs/a --sparse   # with the recipe of the checkpoint's phase as well
 """
 
 import math
@@ -49,7 +49,9 @@ class Evaluator:
     def _figures(self, params: dict, method: dict, recipe: Recipe, suffix: str) -> dict[str, float]:
         train = self._config.train
         batches = eval_batches(
-            self._dataset, batch_size=train.batch_size // train.accumulation, seq_len=train.seq_len,
+            self._dataset,
+            batch_size=train.batch_size // train.accumulation,
+            seq_len=train.seq_len,
             max_batches=train.eval_batches,
         )
         sums = [self._step(params, method, b["tokens"], b["weight"], recipe=recipe) for b in batches]

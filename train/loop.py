@@ -13,8 +13,10 @@ from flax import nnx
 from train import checkpoint, evaluate, model
 from train.config import RunConfig
 from train.data import TokenDataset, open_dataset, train_iterator
+from train.generate import sample_text
 from train.metrics import cut_metrics
 from train.optimizer import learning_rate, optimizer
+from train.plot import plot_run
 from train.report import Logger, summary
 from train.state import TrainState
 from train.step import make_diagnosis, make_train_step
@@ -98,7 +100,7 @@ def train(run: Run) -> int:
                 logger.begin_phase(step, index, report)
                 logger.pause(step)
 
-            tokens = next(iterator)["tokens"]
+            tokens = jax.device_put(next(iterator)["tokens"])
             state, metrics = train_step(state, tokens)
             done = step + 1
             logger.log(done, phase_index, metrics)
@@ -117,9 +119,7 @@ def train(run: Run) -> int:
             if evaluating:
                 logger.evaluation(done, evaluator(state, phase_index))
             if saving:
-                checkpoints.save(
-                    state, masks, iterator, step=done, fingerprint=run.fingerprint, seconds=logger.seconds
-                )
+                checkpoints.save(state, masks, iterator, step=done, fingerprint=run.fingerprint, seconds=logger.seconds)
             if diagnosing or evaluating or saving:
                 logger.pause(done)
             if stopping and not last:
@@ -145,13 +145,24 @@ def switch_phase(state: TrainState, config: RunConfig, index: int) -> tuple[Trai
 
 
 def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) -> None:
-    """The summary line, the plot and the text sample."""
-    steps = run.config.train.steps
+    """The summary line, a text sample and the plot, the last two also as files in the workdir."""
+    settings = run.config.train
     values = summary(run.workdir)
-    logger.end(steps, values)
+    logger.end(settings.steps, values)
+    if settings.sample_tokens:
+        recipe = run.config.schedule.phases[int(state.phase)].recipe
+        params = phases.bake(state.params, state.method, recipe) if recipe.weights else state.params
+        text = sample_text(
+            graphdef, run.config, params, state.method, run.train_data.tokenizer, settings.sample_prompt,
+            new_tokens=settings.sample_tokens, seed=settings.seed,
+        )  # fmt: skip
+        (run.workdir / "sample.txt").write_text(text + "\n")
+        logger.say(f"sample: {text}")
+    plot_run(run.workdir, run.workdir / "loss.png")
+    logger.say(f"loss curve: {run.workdir / 'loss.png'}")
     logger.say(
-        f"done: {steps} steps in {values['seconds']:.0f} s, training loss {values['train_loss_last_100']:.4f} (mean of "
-        f"the last 100 steps), {evaluate.describe(values)}"
+        f"done: {settings.steps} steps in {values['seconds']:.0f} s, training loss {values['train_loss_last_100']:.4f} "
+        f"(mean of the last 100 steps), {evaluate.describe(values)}"
     )
 
 

@@ -7,7 +7,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from train import loop, report
 from train.config import load_config
@@ -33,6 +33,7 @@ def run(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | Pa
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
+    logging.set_verbosity(logging.WARNING)  # orbax tells every checkpoint in a dozen lines
     if len(argv) > 1:
         report.print_error(f"unexpected arguments {argv[1:]}; see --help")
         return 2

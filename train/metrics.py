@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
@@ -47,8 +47,10 @@ def cut_metrics(workdir: Path, step: int) -> None:
     A phase that starts at ``step`` goes too: the checkpoint is from before the switch, which happens again.
     """
     kept = [
-        record for record in read_metrics(workdir)
-        if record["step"] <= step and record["kind"] != "end"
+        record
+        for record in read_metrics(workdir)
+        if record["step"] <= step
+        and record["kind"] != "end"
         and not (record["kind"] == "phase" and 0 < record["step"] == step)
     ]
     path = workdir / METRICS_FILE
@@ -82,7 +84,8 @@ class MetricsWriter:
         self._file.flush()
         numbers = [
             Summary.Value(tag=f"{kind}/{name}", simple_value=value)
-            for name, value in values.items() if isinstance(value, int | float)
+            for name, value in values.items()
+            if isinstance(value, int | float)
         ]
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=numbers)))
         return record

@@ -6,7 +6,7 @@ h head size, V vocabulary, E experts.  The layers are stacked (every parameter h
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.config import Model
 from venom_jax import FFNStats, Method, Recipe, SparseMLP
+from venom_jax.dispatch import Implementation
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -38,7 +39,7 @@ def rotary(x: Float[Array, "B S H h"], base: float) -> Float[Array, "B S H h"]:
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
 
-def attention_implementation(dtype: Any) -> str | None:
+def attention_implementation(dtype: Any) -> Literal["cudnn"] | None:
     """cuDNN's fused attention on GPUs, which it offers for 16-bit types; XLA's elsewhere."""
     return "cudnn" if jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16) else None
 
@@ -60,8 +61,11 @@ class Attention(nnx.Module):
         qkv_BxSxNxh = (x @ self.qkv[...].astype(x.dtype)).reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query, key, value = jnp.split(qkv_BxSxNxh, (heads, heads + kv_heads), axis=2)
         mixed = jax.nn.dot_product_attention(
-            rotary(query, config.rope_base), rotary(key, config.rope_base), value,
-            is_causal=True, implementation=attention_implementation(x.dtype),
+            rotary(query, config.rope_base),
+            rotary(key, config.rope_base),
+            value,
+            is_causal=True,
+            implementation=attention_implementation(x.dtype),
         )
         return mixed.reshape(x.shape) @ self.out[...].astype(x.dtype)
 
@@ -75,13 +79,16 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.ffn_scale = nnx.Param(jnp.ones(config.d_model, jnp.float32))
         self.ffn = SparseMLP(
-            config.d_model, config.d_ffn, max_experts=max_experts, rngs=rngs,
+            config.d_model,
+            config.d_ffn,
+            max_experts=max_experts,
+            rngs=rngs,
             w1_init=nnx.initializers.normal(config.ffn_init_std),
             w2_init=nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers)),
         )
 
     def __call__(
-        self, x: Float[Array, "B S D"], recipe: Recipe, key: PRNGKeyArray | None, implementation: str | None
+        self, x: Float[Array, "B S D"], recipe: Recipe, key: PRNGKeyArray | None, implementation: Implementation | None
     ) -> tuple[Float[Array, "B S D"], tuple[FFNStats, Float[Array, "B S D"]]]:
         """The block's output, and what its FFN reports and reads."""
         epsilon = self.config.norm_epsilon
@@ -116,7 +123,7 @@ class Decoder(nnx.Module):
         recipe: Recipe,
         dtype: Any = jnp.float32,
         key: PRNGKeyArray | None = None,
-        implementation: str | None = None,
+        implementation: Implementation | None = None,
         remat: str = "none",
         keep_ffn_inputs: bool = False,
     ) -> tuple[Float[Array, "B S D"], FFNStats, Float[Array, "L B S D"] | None]:

@@ -42,7 +42,11 @@ def _is_decayed(path: tuple, _) -> bool:
 def optimizer(config: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clip by the global norm, then AdamW; norms' scales are not decayed."""
     adamw = optax.adamw(
-        schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay,
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
         mask=lambda params: jax.tree_util.tree_map_with_path(_is_decayed, params),
     )
     return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)

@@ -1,4 +1,4 @@
-"""What a run says about itself: a line and a record per step, its phases and evaluations, and the summary at its end."""
+"""What a run says about itself: a line and a record per step, phases, evaluations, and the summary at its end."""
 
 import math
 import sys
@@ -137,14 +137,17 @@ class Logger:
 
 def plan(config: RunConfig) -> str:
     """What a run would do: parameters, FLOPs, batch, phases."""
-    train, dense = config.train, Recipe.dense()
+    train = config.train
     tokens = train.batch_size * train.seq_len
-    flops = {phase: model.flops_per_token(config.model, train.seq_len, phase.recipe) for phase in config.schedule.phases}
-    dense_flops = model.flops_per_token(config.model, train.seq_len, dense)
+
+    def flops(recipe: Recipe) -> float:
+        return model.flops_per_token(config.model, train.seq_len, recipe)
+
+    dense_flops = flops(Recipe.dense())
     count = model.parameter_count(config.model)
     lines = [
         f"parameters      {count:,} ({count * 12 / 2**30:.2f} GiB with two moments, float32)",
-        f"batch           {train.batch_size} x {train.seq_len} = {tokens:,} tokens in {train.accumulation} microbatch(es)",
+        f"batch           {train.batch_size} x {train.seq_len} = {tokens:,} tokens, accumulation {train.accumulation}",
         f"steps           {train.steps:,} ({train.steps * tokens:,} tokens)",
         f"dense FLOPs     {dense_flops:.4g} a token, {dense_flops * tokens:.4g} a step",
     ]
@@ -152,7 +155,7 @@ def plan(config: RunConfig) -> str:
     for phase, end in zip(config.schedule.phases, ends, strict=True):
         lines.append(
             f"phase           steps {phase.start:,} to {end:,}: {phase.label}, "
-            f"executes {flops[phase] / dense_flops:.1%} of the dense FLOPs"
+            f"executes {flops(phase.recipe) / dense_flops:.1%} of the dense FLOPs"
         )
     return "\n".join(lines)
 

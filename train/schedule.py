@@ -24,7 +24,7 @@ def label(name: str | None, recipe: Recipe) -> str:
         if recipe.is_dense:
             return "dense"
         parts = ["act24"] if recipe.activations else []
-        parts = parts + ["w24"] if recipe.weights else parts
+        parts = [*parts, "w24"] if recipe.weights else parts
         name = "+".join(parts) or "routed"
     return f"{name} E={recipe.experts} k={recipe.top_k}" if recipe.routed else name
 

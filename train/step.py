@@ -33,8 +33,12 @@ def token_losses(
     train = config.train
     model = assemble(graphdef, params, method)
     hidden, stats, _ = model.hidden(
-        tokens[:, :-1], recipe=recipe, dtype=jnp.dtype(train.dtype), key=key,
-        implementation=train.implementation, remat=train.remat,
+        tokens[:, :-1],
+        recipe=recipe,
+        dtype=jnp.dtype(train.dtype),
+        key=key,
+        implementation=train.implementation,
+        remat=train.remat,
     )
 
     def losses(hidden, labels):
@@ -114,7 +118,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         method = jax.lax.switch(branch, [partial(update_bias, recipe) for recipe in recipes], state.method, load)
         new_state = TrainState(
-            params=optax.apply_updates(state.params, updates),
+            params=optax.apply_updates(state.params, updates),  # pyrefly: ignore[bad-argument-type]
             method=method,
             opt_state=opt_state,
             step=state.step + 1,
@@ -132,9 +136,7 @@ def make_eval_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
     @partial(jax.jit, static_argnames="recipe")
     def eval_step(params, method, tokens: Int[Array, "B S+1"], weight: Float[Array, " B"], *, recipe: Recipe):
         # A fixed key: evaluating must not depend on when it happens, also with the random router.
-        losses, _ = token_losses(
-            graphdef, params, method, tokens, recipe=recipe, key=jax.random.key(0), config=config
-        )
+        losses, _ = token_losses(graphdef, params, method, tokens, recipe=recipe, key=jax.random.key(0), config=config)
         return (losses * weight[:, None]).sum(), weight.sum() * losses.shape[1]
 
     return eval_step
@@ -150,8 +152,12 @@ def make_diagnosis(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
     def diagnosis(params, method, tokens: Int[Array, "B S+1"], masks: WeightMasks | None, *, recipe: Recipe):
         train = config.train
         _, _, ffn_inputs = assemble(graphdef, params, method).hidden(
-            tokens[:, :-1], recipe=recipe, dtype=jnp.dtype(train.dtype), key=jax.random.key(0),
-            implementation=train.implementation, keep_ffn_inputs=True,
+            tokens[:, :-1],
+            recipe=recipe,
+            dtype=jnp.dtype(train.dtype),
+            key=jax.random.key(0),
+            implementation=train.implementation,
+            keep_ffn_inputs=True,
         )
         ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
 
