@@ -10,12 +10,18 @@
 Shapes in signatures are jaxtyping annotations. They are checked at run time under pytest only.
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-__all__ = ["Array", "Bool", "Float", "Int", "Metadata", "Positions", "UInt32"]
+__all__ = ["Array", "Bool", "Float", "Int", "Metadata", "Positions", "UInt32", "accumulator"]
 
 Positions = Int[Array, "R C_4 2"]
 """Which two of four neighbours are stored: the two indices 0..3 of each group, the lower first."""
 
 Metadata = UInt32[Array, "R_64 C_64 128"]
 """Positions in the order the tensor core reads: one word per thread of a warpgroup and 64 x 64 tile."""
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which products of operands of `dtype` are accumulated: f32, or f64 for f64 operands."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.array_types import Array, Bool, Float, Int
+from pallas_kernels.array_types import Array, Bool, Float, Int, accumulator
 from pallas_kernels.grouped24 import reference as grouped
 from pallas_kernels.pack import reference as pack
 from venom_jax.dispatch import Implementation, resolve_implementation
@@ -225,4 +225,4 @@ def _kept_along_tokens(recipe: Recipe, grouping: Grouping | None, a) -> Bool[Arr
 
 
 def _dot(a, b) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return jnp.dot(a, b, preferred_element_type=accumulator(a.dtype))

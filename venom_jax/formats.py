@@ -1,12 +1,13 @@
 """Packed sparse matrices as frozen pytrees: validate, unpack, and an exact round trip."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import metadata as hardware
-from pallas_kernels.array_types import Array, Float, Metadata
+from pallas_kernels.array_types import Array, Float
 from pallas_kernels.pack import reference as pack
 
 
@@ -25,8 +26,8 @@ class Sparse24:
       axis: 0 or 1, the axis of the logical matrix along which 2:4 runs.
     """
 
-    values: Float[Array, "R C_2"]
-    metadata: Metadata
+    values: Any  # no shape annotations here: transformations rebuild pytrees around batched or absent leaves
+    metadata: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})
 

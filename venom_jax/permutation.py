@@ -9,6 +9,7 @@ p, p + n'/4, p + n'/2, p + 3n'/4.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,9 @@ class Grouping:
       blocks: groups per expert.
     """
 
-    token_of_row: Int[Array, "R"]
-    row_of_slot: Int[Array, "T k"]
-    group_sizes: Int[Array, "G"]
+    token_of_row: Any  # no shape annotations here: transformations rebuild pytrees around batched or absent leaves
+    row_of_slot: Any
+    group_sizes: Any
     align: int = dataclasses.field(metadata={"static": True})
     blocks: int = dataclasses.field(metadata={"static": True})
 

@@ -9,7 +9,7 @@ XLA expands to the full dense product on CPUs and does not speed up on GPUs eith
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.array_types import Array, Float, Int
+from pallas_kernels.array_types import Array, Float, Int, accumulator
 
 
 def tile_groups(group_sizes: Int[Array, "G"], num_tiles: int, align: int) -> Int[Array, "tiles"]:
@@ -22,7 +22,7 @@ def rows(
     a: Float[Array, "R k"], b: Float[Array, "G k n"], group_sizes: Int[Array, "G"], *, align: int = 1
 ) -> Float[Array, "R n"]:
     """out[r] = a[r] b[group of r], accumulated and returned in f32 (f64 for f64 operands)."""
-    accumulate = jnp.promote_types(a.dtype, jnp.float32)
+    accumulate = accumulator(a.dtype)
     if b.shape[0] == 1:
         return jnp.dot(a, b[0], preferred_element_type=accumulate)
     if align == 1:
@@ -39,7 +39,7 @@ def contraction(
     a: Float[Array, "R m"], b: Float[Array, "R n"], group_sizes: Int[Array, "G"], *, align: int = 1
 ) -> Float[Array, "G m n"]:
     """out[g] = sum over the rows r of group g of a[r]^T b[r], in f32 (f64 for f64 operands)."""
-    accumulate = jnp.promote_types(a.dtype, jnp.float32)
+    accumulate = accumulator(a.dtype)
     if group_sizes.shape[0] == 1:
         return jnp.einsum("rm,rn->mn", a, b, preferred_element_type=accumulate)[None]
     if align == 1:

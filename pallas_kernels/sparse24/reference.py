@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.array_types import Array, Float, Metadata
+from pallas_kernels.array_types import Array, Float, Metadata, accumulator
 from pallas_kernels.metadata import unpack_positions
 from pallas_kernels.pack.reference import decompress24
 
@@ -21,5 +21,5 @@ def sparse24(
     holds inf or NaN, which a zero of A turns into NaN and a pruned position does not touch.
     """
     a = to_dense(values, metadata)
-    accumulate = jnp.promote_types(a.dtype, jnp.float32)
+    accumulate = accumulator(a.dtype)
     return jnp.dot(a, b, precision="highest", preferred_element_type=accumulate).astype(out_dtype)

@@ -1,0 +1,29 @@
+"""Shared set-up: shapes are checked, GPU tests skip where there is no Hopper GPU."""
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything of these packages is imported: every annotation of an array function becomes an assertion. Modules
+# that validate plain values themselves (venom_jax.pattern, venom_jax.dispatch) are left to their own messages.
+_ARRAY_MODULES = ["ffn", "formats", "linen", "mlp", "permutation", "phases", "router", "stats", "threshold"]
+install_import_hook(["pallas_kernels", *(f"venom_jax.{name}" for name in _ARRAY_MODULES)], "beartype.beartype")
+
+
+def _has_hopper() -> bool:
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not _has_hopper():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU of compute capability 9.0 (H100, H200)")
+        for item in marked:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No silent promotion between dtypes; optax and nnx layers in bf16 would not survive it."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
