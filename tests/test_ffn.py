@@ -56,7 +56,7 @@ def inputs(tokens=90, dtype=jnp.float32, d_model=D, d_ffn=F, seed=0):
 def run(x, w1, w2, dy, route, beta, recipe, packed=False):
     """y, dx, dW1, dW2 under the cotangent dy."""
     weights = pack_weights(w1, w2, beta, dtype=x.dtype) if packed else None
-    y, vjp = jax.vjp(lambda *a: sparse_ffn(*a, route, beta, recipe=recipe, packed=weights), x, w1, w2)
+    y, vjp = jax.vjp(lambda x, w1, w2: sparse_ffn(x, w1, w2, route, beta, recipe=recipe, packed=weights), x, w1, w2)
     return y, *vjp(dy)
 
 
@@ -269,7 +269,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="d_ffn = 64 does not split into experts = 5"):
         sparse_ffn(x, w1, w2, jnp.zeros((90, 1), jnp.int32), recipe=Recipe.venom(5, 1))
     with pytest.raises(ValueError, match="implementation = 'fast'; use one of 'reference', 'hopper'"):
-        resolve_implementation("fast")
+        resolve_implementation("fast")  # pyrefly: ignore[bad-argument-type]
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="tests the refusal on machines without a GPU")

@@ -77,7 +77,7 @@ def test_trains_in_a_linen_model():
     @jax.jit
     def step(params):
         def loss(params):
-            y = model.apply({"params": params, "Method": method}, x, Recipe.venom(4, 1))
+            y = jnp.asarray(model.apply({"params": params, "Method": method}, x, Recipe.venom(4, 1)))
             return jnp.mean((y - target) ** 2)
 
         value, gradient = jax.value_and_grad(loss)(params)

@@ -86,7 +86,7 @@ def test_scales_are_frozen_when_weights_turn_sparse(model):
     out = phases.transition(params, method, [], DENSE, ALL24, seed=0)
     beta, w1, w2 = leaves(out.method)["tower", "beta"], leaves(params)["tower", "w1"], leaves(params)["tower", "w2"]
     for layer in range(2):
-        expected = [optimal_scale(w1[layer], 0), 1, optimal_scale(w2[layer], 1), 1]
+        expected = np.array([optimal_scale(w1[layer], 0), 1, optimal_scale(w2[layer], 1), 1])
         np.testing.assert_allclose(beta[layer], expected, rtol=1e-6)
     assert out.report["beta_y1"] == pytest.approx(float(beta[:, 0].mean()))
     assert "beta_y3" not in out.report

@@ -11,7 +11,7 @@ Source: arXiv 2602.06183, algorithms 1 and 2; docs/method.md says what is ours.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def sparse_ffn(
     packed: PackedWeights | None = None,
     implementation: Implementation | None = None,
     return_density: bool = False,
-) -> Array | tuple[Array, Array]:
+) -> Any:
     """y3 = relu(x S(W1))^2 W2 over the neurons of each token's experts, with the sparse backward of `recipe`.
 
     Args:
@@ -93,7 +93,7 @@ def sparse_ffn(
       return_density: also return the share of the computed hidden activations that are positive, f32 [].
 
     Returns:
-      [T, D] in x's dtype.
+      y3 [T, D] in x's dtype, or (y3, density).
 
     Raises:
       ValueError: sizes that the recipe cannot split, or a route that is missing or not asked for.
