@@ -40,9 +40,7 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
             raise ValueError(f"input {entry} is no file, no folder, and as a pattern matches nothing")
         for match in matches:
             if not match.name.endswith(SUFFIXES):
-                raise ValueError(
-                    f"{match}: unknown kind of file; the suffix must be one of {', '.join(SUFFIXES)}"
-                )
+                raise ValueError(f"{match}: unknown kind of file; the suffix must be one of {', '.join(SUFFIXES)}")
         found.update(matches)
     if not found:
         raise ValueError("no input files given")

@@ -117,9 +117,7 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
     try:
         core = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for anything it cannot parse
-        raise ValueError(
-            f"{path} is not a tokenizer.json that the tokenizers library can read: {error}"
-        ) from error
+        raise ValueError(f"{path} is not a tokenizer.json that the tokenizers library can read: {error}") from error
     if eos_token is None:
         vocab = core.get_vocab(with_added_tokens=True)
         eos_token = next((name for name in KNOWN_END_OF_DOCUMENT if name in vocab), None)
