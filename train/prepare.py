@@ -60,7 +60,7 @@ def prepare(
       text_field: field or column with the text.
       shard_tokens: most tokens in one file.
       overwrite: replace a finished dataset in `output`.
-      progress: show progress bars.
+      progress: show progress bars, where the output is a terminal.
 
     Raises:
       ValueError: bad arguments, bad or empty input, an output folder that cannot be written or is in use.
@@ -88,11 +88,13 @@ def prepare(
     output = Path(output)
     _claim(output, overwrite)
 
+    hidden = None if progress else True  # None: tqdm shows itself on a terminal only
+
     def documents(description: str) -> Iterator[tuple[str, str]]:
         """(split, text) of every document."""
         files = [(p, "train") for p in train_files] + [(p, "val") for p in val_files]
         size = sum(p.stat().st_size for p, _ in files)
-        with tqdm(desc=description, total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+        with tqdm(desc=description, total=size, unit="B", unit_scale=True, disable=hidden) as bar:
             for path, split in files:
                 for text in read_documents(path, text_field, bar.update):
                     held_out = not validation and fraction > 0 and _is_held_out(text, fraction)
