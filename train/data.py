@@ -137,7 +137,10 @@ def open_dataset(folder: str | Path, split: str = "train") -> TokenDataset:
     folder = Path(folder)
     manifest = _read_manifest(folder)
     if split not in manifest["splits"]:
-        raise ValueError(f"{folder} has no split {split!r}; it has {sorted(manifest['splits'])}")
+        raise ValueError(
+            f"{folder} has no split {split!r}; it has {sorted(manifest['splits'])}. Held-out text comes from "
+            "--validation or --validation_fraction of train.prepare"
+        )
     content = manifest["splits"][split]
     itemsize = np.dtype(manifest["dtype"]).itemsize
     for entry in content["files"]:
