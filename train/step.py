@@ -125,7 +125,7 @@ def make_train_step(
             phase=state.phase,
             rng=state.rng,
         )
-        return new_state, metrics | {"grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
+        return new_state, metrics | {"grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
 
     return train_step
 

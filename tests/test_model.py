@@ -1,0 +1,152 @@
+"""The decoder behaves as a causal transformer, whatever its options."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import assert_close
+from tests.trainer import MODEL
+from train import model
+from venom_jax import Recipe
+
+DENSE = Recipe.dense()
+
+
+@pytest.fixture(scope="module")
+def small():
+    return model.build(MODEL, 4, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (2, 16), 0, MODEL.vocab_size)
+
+
+def logits(built, tokens, **options):
+    return model.assemble(*built)(tokens, recipe=options.pop("recipe", DENSE), **options)[0]
+
+
+def test_causality_by_gradient(small, tokens):
+    """The logits at position s depend on the embeddings up to s, and on each of them."""
+    graphdef, params, method = small
+    position = 6
+
+    def score(rows):
+        # Every position gets its own embedding row, so that a gradient tells positions apart.
+        own = params | {"embedding": rows}
+        found = logits((graphdef, own, method), jnp.arange(16)[None])
+        return jnp.square(found[0, position]).sum()
+
+    influence = np.abs(jax.grad(score)(params["embedding"][tokens[0]])).sum(-1)
+    assert (influence[: position + 1] > 0).all()
+    assert (influence[position + 1 :] == 0).all()
+
+
+def test_rotary_turns_pairs_by_position_times_frequency():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 1, 4))
+    found = model.rotary(x, base=100.0)[0, :, 0]
+    for position in range(5):
+        for pair, frequency in enumerate((1.0, 0.1)):
+            turned = complex(*x[0, position, 0, [pair, pair + 2]]) * np.exp(1j * position * frequency)
+            np.testing.assert_allclose(found[position, [pair, pair + 2]], [turned.real, turned.imag], rtol=1e-5)
+
+
+def test_rotary_inner_products_depend_on_the_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 8))
+    turned_q, turned_k = (model.rotary(jnp.tile(v, (1, 12, 1, 1)), 1e4)[0, :, 0] for v in (q, k))
+    products = np.asarray(turned_q @ turned_k.T)
+    for offset in (0, 3, -4):
+        diagonal = np.diagonal(products, offset)
+        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
+    assert abs(products[0, 0] - products[0, 5]) > 1e-2
+
+
+def test_rms_norm_has_unit_mean_square():
+    x = jax.random.normal(jax.random.key(0), (3, 32)) * 7
+    found = model.rms_norm(x, jnp.full(32, 2.0), 1e-6)
+    np.testing.assert_allclose(jnp.mean(found**2, -1), 4.0, rtol=1e-5)
+
+
+def test_grouped_queries_equal_multi_head_with_tied_weights(small, tokens):
+    """K < H key-value heads give what H heads give when those of a group are copies."""
+    config = replace(MODEL, heads=4, kv_heads=2)
+    graphdef, params, method = model.build(config, 1, seed=3)
+    grouped = logits((graphdef, params, method), tokens)
+
+    L, D, h = MODEL.layers, MODEL.d_model, config.head_dim
+    qkv = params["blocks"]["attention"]["qkv"].reshape(L, D, 4 + 2 + 2, h)
+    query, key, value = jnp.split(qkv, (4, 6), axis=2)
+    tied = jnp.concatenate([query, jnp.repeat(key, 2, 2), jnp.repeat(value, 2, 2)], axis=2).reshape(L, D, -1)
+    blocks = params["blocks"]
+    full = params | {"blocks": blocks | {"attention": blocks["attention"] | {"qkv": tied}}}
+    full_structure = model.structure(replace(config, kv_heads=None), 1)
+    assert_close(logits((full_structure, full, method), tokens), grouped, "float32")
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied_head": True}, {"heads": 4, "kv_heads": 1}])
+def test_parameter_count(changes):
+    config = replace(MODEL, **changes)
+    _, params, _ = jax.eval_shape(lambda: (0, *model.build(config, 1, 0)[1:]))
+    assert model.parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_tied_head_reads_the_embedding(tokens):
+    graphdef, params, method = model.build(replace(MODEL, tied_head=True), 1, seed=0)
+    assert "head" not in params
+    hidden, *_ = model.assemble(graphdef, params, method).hidden(tokens, recipe=DENSE)
+    assert_close(logits((graphdef, params, method), tokens), hidden @ params["embedding"].T, "float32")
+
+
+@pytest.mark.parametrize(("recipe", "policy"), [(DENSE, "dots"), (Recipe.venom(), "full")], ids=["dots", "full"])
+def test_rematerialisation_changes_no_gradient(small, tokens, recipe, policy):
+    graphdef, params, method = small
+
+    def gradient(remat):
+        def loss(params):
+            return jnp.square(logits((graphdef, params, method), tokens, recipe=recipe, remat=remat)).mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    for kept, recomputed in zip(*map(jax.tree.leaves, (gradient("none"), gradient(policy))), strict=True):
+        assert_close(recomputed, kept, "float32")
+
+
+def test_statistics_have_one_structure_for_every_recipe(small, tokens):
+    graphdef, params, method = small
+    for recipe in (DENSE, Recipe.act24(), Recipe.venom()):
+        _, stats = jax.eval_shape(lambda r=recipe: model.assemble(graphdef, params, method)(tokens, recipe=r))
+        assert stats.density.shape == (MODEL.layers,)
+        assert stats.load.shape == (MODEL.layers, 4)
+
+
+def test_flops_of_one_forward_agree_with_xla(tokens):
+    """A third of the formula is the forward; XLA counts a scanned layer once, so the model has one layer."""
+    config = replace(MODEL, layers=1, d_model=64, d_ffn=256)
+    graphdef, params, method = model.build(config, 1, seed=0)
+    forward = jax.jit(lambda params: logits((graphdef, params, method), tokens))
+    counted = forward.lower(params).cost_analysis()["flops"] / tokens.size
+    # XLA does not skip the masked half of the attention and counts elementwise work.
+    attention_half = 2 * config.d_model * tokens.shape[1]
+    expected = model.flops_per_token(config, tokens.shape[1], DENSE) / 3 + attention_half
+    assert expected == pytest.approx(counted, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "share"),
+    [
+        (DENSE, 1.0),
+        (Recipe.act24(), (1 + 0.5 + 1 + 0.5 + 0.5 + 0.5) / 6),
+        (Recipe.all24(), 0.5),
+        (Recipe.venom(), 0.125),
+        (Recipe.venom(experts=16, top_k=4), 0.125),
+        (Recipe.venom(wgrad="dense"), (4 * 0.125 + 2 * 0.25) / 6),
+        (Recipe.venom(hidden="full"), (2 * 0.5 + 4 * 0.125) / 6),
+    ],
+)
+def test_executed_share_of_the_ffn(recipe, share):
+    config, dense_ffn = MODEL, 12 * MODEL.layers * MODEL.d_model * MODEL.d_ffn
+    rest = model.flops_per_token(config, 16, DENSE) - dense_ffn
+    assert model.flops_per_token(config, 16, recipe) - rest == pytest.approx(share * dense_ffn)

@@ -1,0 +1,68 @@
+"""A model and a corpus so small that a whole run of the trainer takes seconds."""
+
+import functools
+import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from train.config import Data, LearningRate, Model, Optimizer, Phases, RunConfig, Train
+from train.prepare import prepare
+
+MODEL = Model(vocab_size=320, d_model=32, d_ffn=64, layers=2, heads=2)
+TRAIN = Train(
+    steps=12,
+    batch_size=8,
+    seq_len=16,
+    dtype="float32",
+    eval_every=6,
+    eval_batches=2,
+    checkpoint_every=6,
+    sample_tokens=5,
+)
+THREE_PHASES = ((0, "dense"), (4, "venom"), (8, "dense"))
+
+
+@functools.cache
+def token_folder() -> Path:
+    """A prepared folder of a few thousand tokens, made once per process."""
+    folder = Path(tempfile.mkdtemp(prefix="tokens-"))
+    source = folder / "text"
+    source.mkdir()
+    rng = random.Random(0)
+    subjects, verbs = ["the cat", "a dog", "my house", "the state"], ["sees", "was", "likes", "is not"]
+    for split, count in (("train", 400), ("val", 60)):
+        lines = [f"{rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(subjects)}." for _ in range(count)]
+        (source / f"{split}.txt").write_text("\n".join(lines))
+    prepare(
+        [source / "train.txt"],
+        folder / "tokens",
+        validation=[source / "val.txt"],
+        vocab_size=300,
+        progress=False,
+    )
+    return folder / "tokens"
+
+
+def run_config(
+    *, model: dict[str, Any] | None = None, phases: Any = ((0, "dense"),), folder: Path | None = None, **train: Any
+) -> RunConfig:
+    """The small run with some fields of its model and of its training changed."""
+    return RunConfig(
+        model=replace(MODEL, **(model or {})),
+        data=Data(str(folder or token_folder())),
+        optimizer=Optimizer(),
+        learning_rate=LearningRate(peak=1e-2, warmup=2),
+        phases=Phases(phases),
+        train=replace(TRAIN, **train),
+    )
+
+
+def gin_bindings(**overrides: Any) -> list[str]:
+    """The same small run as gin bindings, keyed Class_field."""
+    values = {f"Model.{name}": value for name, value in vars(MODEL).items()}
+    values |= {f"Train.{name}": value for name, value in vars(TRAIN).items()}
+    values |= {"Data.folder": str(token_folder()), "LearningRate.peak": 1e-2, "LearningRate.warmup": 2}
+    values |= {name.replace("_", ".", 1): value for name, value in overrides.items()}
+    return [f"{name} = {value!r}" for name, value in values.items()]
