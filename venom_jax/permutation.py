@@ -82,7 +82,7 @@ def group_tokens(
     order: TokenOrder = "interleaved",
     blocks: int = 1,
 ) -> Grouping:
-    """Sort tokens into groups by expert, by counting; no host synchronisation, static shapes.
+    """Sort tokens into groups by expert; no host synchronisation, static shapes.
 
     Args:
       routed: the experts of each token, distinct within a row.
@@ -101,16 +101,17 @@ def group_tokens(
     groups = experts * blocks
     block = jnp.arange(tokens, dtype=jnp.int32) // (tokens // blocks) if blocks > 1 else 0
     group = (routed * blocks + jnp.broadcast_to(jnp.asarray(block), (tokens,))[:, None]).reshape(-1)
-    member = (group[:, None] == jnp.arange(groups)).astype(jnp.int32)
-    seen = jnp.cumsum(member, axis=0)
-    rank = jnp.take_along_axis(seen, group[:, None], axis=1)[:, 0] - 1
-    sizes = (seen[-1] + align - 1) // align * align
-    start = jnp.cumsum(sizes) - sizes
+    copies = jnp.argsort(group, stable=True).astype(jnp.int32)  # copies of tokens, by group and then by batch position
+    group = group[copies]
+    ends = jnp.searchsorted(group, jnp.arange(groups), side="right").astype(jnp.int32)
+    counts = jnp.diff(ends, prepend=0)
+    sizes = (counts + align - 1) // align * align
+    rank = jnp.arange(tokens * top_k, dtype=jnp.int32) - (ends - counts)[group]
     if order == "interleaved":
         quarter = jnp.maximum(sizes[group] // 4, 1)
         rank = rank % quarter * 4 + rank // quarter
-    row = start[group] + rank
-    token = jnp.repeat(jnp.arange(tokens, dtype=jnp.int32), top_k)
-    rows = max_rows(tokens, top_k, groups, align)
-    token_of_row = jnp.full(rows, tokens, jnp.int32).at[row].set(token, unique_indices=True)
-    return Grouping(token_of_row, row.reshape(tokens, top_k).astype(jnp.int32), sizes, align, blocks)
+    row = (jnp.cumsum(sizes) - sizes)[group] + rank
+    empty = jnp.full(max_rows(tokens, top_k, groups, align), tokens, jnp.int32)
+    token_of_row = empty.at[row].set(copies // top_k, unique_indices=True)
+    row_of_slot = jnp.zeros(tokens * top_k, jnp.int32).at[copies].set(row, unique_indices=True)
+    return Grouping(token_of_row, row_of_slot.reshape(tokens, top_k), sizes, align, blocks)
