@@ -1,1 +1,4 @@
-"""gin files of the trainer: one axis a folder (size, recipe, data, options). Text only; nothing here is imported."""
+"""gin files of the trainer: one axis a folder (size, recipe, data, options). Text only.
+
+The folders are packages so that gin finds an included file in an installed wheel too.
+"""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_close
-from tests.trainer import MODEL
+from tests.trainer import MODEL, build
 from train import model
 from venom_jax import Recipe
 
@@ -17,7 +17,7 @@ DENSE = Recipe.dense()
 
 @pytest.fixture(scope="module")
 def small():
-    return model.build(MODEL, 4, seed=0)
+    return build(MODEL, 4, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_rms_norm_has_unit_mean_square():
 def test_grouped_queries_equal_multi_head_with_tied_weights(small, tokens):
     """K < H key-value heads give what H heads give when those of a group are copies."""
     config = replace(MODEL, heads=4, kv_heads=2)
-    graphdef, params, method = model.build(config, 1, seed=3)
+    graphdef, params, method = build(config, 1, seed=3)
     grouped = logits((graphdef, params, method), tokens)
 
     L, D, h = MODEL.layers, MODEL.d_model, config.head_dim
@@ -89,12 +89,12 @@ def test_grouped_queries_equal_multi_head_with_tied_weights(small, tokens):
 @pytest.mark.parametrize("changes", [{}, {"tied_head": True}, {"heads": 4, "kv_heads": 1}])
 def test_parameter_count(changes):
     config = replace(MODEL, **changes)
-    _, params, _ = jax.eval_shape(lambda: (0, *model.build(config, 1, 0)[1:]))
+    _, params, _ = jax.eval_shape(lambda: (0, *build(config, 1, 0)[1:]))
     assert model.parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def test_tied_head_reads_the_embedding(tokens):
-    graphdef, params, method = model.build(replace(MODEL, tied_head=True), 1, seed=0)
+    graphdef, params, method = build(replace(MODEL, tied_head=True), 1, seed=0)
     assert "head" not in params
     hidden, *_ = model.assemble(graphdef, params, method).hidden(tokens, recipe=DENSE)
     assert_close(logits((graphdef, params, method), tokens), hidden @ params["embedding"].T, "float32")
@@ -125,7 +125,7 @@ def test_statistics_have_one_structure_for_every_recipe(small, tokens):
 def test_flops_of_one_forward_agree_with_xla(tokens):
     """A third of the formula is the forward; XLA counts a scanned layer once, so the model has one layer."""
     config = replace(MODEL, layers=1, d_model=64, d_ffn=256)
-    graphdef, params, method = model.build(config, 1, seed=0)
+    graphdef, params, method = build(config, 1, seed=0)
     forward = jax.jit(lambda params: logits((graphdef, params, method), tokens))
     counted = forward.lower(params).cost_analysis()["flops"] / tokens.size
     # XLA does not skip the masked half of the attention and counts elementwise work.

@@ -9,10 +9,9 @@ import optax
 import pytest
 
 from tests.helpers import assert_close, relative_error
-from tests.trainer import run_config
+from tests.trainer import build, run_config
 from train import model
-from train.optimizer import learning_rate, optimizer
-from train.state import TrainState
+from train.state import initial_state
 from train.step import make_diagnosis, make_eval_step, make_train_step, token_losses
 from venom_jax import Recipe, phases
 
@@ -21,11 +20,8 @@ BATCH = np.asarray(jax.random.randint(jax.random.key(5), (8, 17), 0, 300))
 
 def start(config):
     """(train step, first state) of a run."""
-    graphdef, params, method = model.build(config.model, config.max_experts, config.train.seed)
-    schedule = learning_rate(config.learning_rate, config.train.steps)
-    adamw = optimizer(config.optimizer, schedule)
-    state = TrainState.create(params, method, adamw, config.train.seed)
-    return make_train_step(graphdef, config, adamw, schedule), state
+    graphdef = model.structure(config.model, config.max_experts)
+    return make_train_step(graphdef, config), initial_state(config)
 
 
 def at_phase(state, index):
@@ -160,7 +156,7 @@ def test_permuting_the_neurons_changes_neither_loss_nor_next_step(dense, dense_t
 
 def test_evaluation_weighs_rows_and_repeats_exactly():
     config = run_config(phases=((0, "dense"), (1, Recipe.venom(router="random"))))
-    graphdef, params, method = model.build(config.model, config.max_experts, 0)
+    graphdef, params, method = build(config.model, config.max_experts, 0)
     step = make_eval_step(graphdef, config)
     recipe = config.schedule.recipes[1]
     full = step(params, method, BATCH, np.ones(8, np.float32), recipe=recipe)
@@ -176,7 +172,7 @@ def test_diagnosis_reports_flips_against_the_last_masks(dense_twice):
     config = run_config(phases=((0, "dense"), (1, "venom")))
     graphdef = model.structure(config.model, config.max_experts)
     diagnosis = make_diagnosis(graphdef, config)
-    _, params, method = model.build(config.model, config.max_experts, 0)
+    _, params, method = build(config.model, config.max_experts, 0)
     figures, masks = diagnosis(params, method, BATCH, None, recipe=Recipe.venom())
     assert "flip_rate" not in figures
     assert all(value.shape == (config.model.layers,) for value in figures.values())

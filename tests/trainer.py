@@ -7,8 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from flax import nnx
+
+from train import loop, model
+from train.checkpoint import Checkpoints
 from train.config import Data, LearningRate, Model, Optimizer, Phases, RunConfig, Train
+from train.metrics import read_metrics
 from train.prepare import prepare
+from train.state import abstract_state
 
 MODEL = Model(vocab_size=320, d_model=32, d_ffn=64, layers=2, heads=2)
 TRAIN = Train(
@@ -46,11 +54,11 @@ def token_folder() -> Path:
 
 
 def run_config(
-    *, model: dict[str, Any] | None = None, phases: Any = ((0, "dense"),), folder: Path | None = None, **train: Any
+    *, shape: dict[str, Any] | None = None, phases: Any = ((0, "dense"),), folder: Path | None = None, **train: Any
 ) -> RunConfig:
     """The small run with some fields of its model and of its training changed."""
     return RunConfig(
-        model=replace(MODEL, **(model or {})),
+        model=replace(MODEL, **(shape or {})),
         data=Data(str(folder or token_folder())),
         optimizer=Optimizer(),
         learning_rate=LearningRate(peak=1e-2, warmup=2),
@@ -66,3 +74,38 @@ def gin_bindings(**overrides: Any) -> list[str]:
     values |= {"Data.folder": str(token_folder()), "LearningRate.peak": 1e-2, "LearningRate.warmup": 2}
     values |= {name.replace("_", ".", 1): value for name, value in overrides.items()}
     return [f"{name} = {value!r}" for name, value in values.items()]
+
+
+def build(shape: Model, max_experts: int, seed: int) -> tuple[nnx.GraphDef, dict, dict]:
+    """Structure, parameters and method's state of a model."""
+    params, method = jax.jit(lambda key: model.initial(shape, max_experts, key))(jax.random.key(seed))
+    return model.structure(shape, max_experts), params, method
+
+
+def run_to_end(config: RunConfig, workdir: Path) -> int:
+    """Trains in ``workdir`` and returns the exit code."""
+    return loop.train(loop.prepare(config, workdir))
+
+
+def records(workdir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Records of metrics.jsonl without what depends on the clock."""
+    timed = {"time", "tokens_per_second", "seconds"}
+    return [
+        {name: value for name, value in record.items() if name not in timed}
+        for record in read_metrics(workdir)
+        if kind in (None, record["kind"])
+    ]
+
+
+def final_state(config: RunConfig, workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint, by its path."""
+    with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+        leaves = jax.tree_util.tree_leaves_with_path(checkpoints.restore_state(abstract_state(config)))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Every array equal bit for bit; names those that are not."""
+    assert found.keys() == expected.keys()
+    differing = [name for name in expected if found[name].tobytes() != expected[name].tobytes()]
+    assert not differing

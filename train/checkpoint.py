@@ -115,7 +115,7 @@ class Checkpoints:
     def restore(self, state: TrainState, iterator: Any) -> tuple[TrainState, WeightMasks | None, float]:
         """(state, masks or None, seconds of training so far) of the newest; moves ``iterator`` to its position.
 
-        ``state`` gives shapes, dtypes and devices.
+        ``state`` gives shapes and dtypes.
         """
         metadata = self._metadata()
         wanted = {"state": _abstract(state), "data": iterator}
@@ -141,7 +141,6 @@ class Checkpoints:
 
 
 def _abstract(tree: Any) -> Any:
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default), tree
-    )
+    """Shapes and dtypes, and the device to load to."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)

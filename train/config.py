@@ -301,8 +301,6 @@ def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[s
       ValueError: an unknown name or parameter (with its file and line), a wrong type or value, a missing file.
     """
     gin.clear_config()
-    if str(CONFIG_ROOT) not in gin.config._LOCATION_PREFIXES:
-        gin.add_config_file_search_path(str(CONFIG_ROOT))
     try:
         files = [_find(name) for name in gin_files]
         gin.parse_config_files_and_bindings(files, list(gin_bindings), finalize_config=False)

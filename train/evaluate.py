@@ -17,8 +17,7 @@ from flax import nnx
 from train import checkpoint, model
 from train.config import RunConfig, load_config
 from train.data import TokenDataset, eval_batches, open_dataset
-from train.optimizer import learning_rate, optimizer
-from train.state import TrainState
+from train.state import TrainState, abstract_state
 from train.step import make_eval_step
 from venom_jax import Recipe, phases
 
@@ -85,11 +84,9 @@ def restore(workdir: Path) -> tuple[nnx.GraphDef, RunConfig, TrainState, int]:
     step = checkpoints.latest
     if step is None:
         raise ValueError(f"{workdir} holds no checkpoint yet")
-    graphdef, params, method = model.build(config.model, config.max_experts, config.train.seed)
-    adamw = optimizer(config.optimizer, learning_rate(config.learning_rate, config.train.steps))
-    state = checkpoints.restore_state(TrainState.create(params, method, adamw, config.train.seed))
+    state = checkpoints.restore_state(abstract_state(config))
     checkpoints.close()
-    return graphdef, config, state, step
+    return model.structure(config.model, config.max_experts), config, state, step
 
 
 def main(argv: Sequence[str]) -> int:

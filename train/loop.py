@@ -15,10 +15,10 @@ from train.config import RunConfig
 from train.data import TokenDataset, open_dataset, train_iterator
 from train.generate import sample_text
 from train.metrics import cut_metrics
-from train.optimizer import learning_rate, optimizer
+from train.optimizer import learning_rate
 from train.plot import plot_run
 from train.report import Logger, summary
-from train.state import TrainState
+from train.state import TrainState, abstract_state, initial_state, place
 from train.step import make_diagnosis, make_train_step
 from venom_jax import phases
 from venom_jax.dispatch import resolve_implementation
@@ -70,20 +70,18 @@ def train(run: Run) -> int:
       NonFiniteLossError: the loss or the gradient stopped being finite; the newest checkpoint is from before.
     """
     config, settings, checkpoints = run.config, run.config.train, run.checkpoints
-    graphdef, params, method = model.build(config.model, config.max_experts, settings.seed)
-    schedule = learning_rate(config.learning_rate, settings.steps)
-    adamw = optimizer(config.optimizer, schedule)
-    state, masks, seconds = TrainState.create(params, method, adamw, settings.seed), None, 0.0
-    del params, method  # the state's buffers are donated step by step
+    graphdef = model.structure(config.model, config.max_experts)
     iterator = train_iterator(
         run.train_data, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=settings.seed
     )
-    start = checkpoints.latest or 0
+    start, masks, seconds = checkpoints.latest or 0, None, 0.0
     if start:
-        state, masks, seconds = checkpoints.restore(state, iterator)
+        state, masks, seconds = checkpoints.restore(abstract_state(config), iterator)
+    else:
+        state = initial_state(config)
     cut_metrics(run.workdir, start)
 
-    train_step = make_train_step(graphdef, config, adamw, schedule)
+    train_step = make_train_step(graphdef, config)
     diagnosis = make_diagnosis(graphdef, config)
     evaluator = evaluate.Evaluator(graphdef, config, run.val_data)
     all_phases, phase_index = config.schedule.phases, int(state.phase)
@@ -141,7 +139,7 @@ def switch_phase(state: TrainState, config: RunConfig, index: int) -> tuple[Trai
     out = phases.transition(state.params, state.method, [state.opt_state], old, new, seed=config.train.seed)
     phase = jnp.asarray(index, jnp.int32)
     changed = replace(state, params=out.params, method=out.method, opt_state=out.trees[0], phase=phase)
-    return changed, out.report
+    return place(changed), out.report
 
 
 def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) -> None:

@@ -156,18 +156,11 @@ class Decoder(nnx.Module):
         return self.logits(hidden), stats
 
 
-def build(config: Model, max_experts: int, seed: int) -> tuple[nnx.GraphDef, dict, dict]:
-    """Structure, parameters and the method's state, the last two as nested dicts of arrays."""
-
-    @jax.jit
-    def initial(key):
-        _, params, method, _ = nnx.split(
-            Decoder(config, max_experts=max_experts, rngs=nnx.Rngs(params=key)), nnx.Param, Method, ...
-        )
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(method)
-
-    params, method = initial(jax.random.key(seed))
-    return structure(config, max_experts), params, method
+def initial(config: Model, max_experts: int, key: PRNGKeyArray) -> tuple[dict, dict]:
+    """Parameters and the method's state, as nested dicts of arrays."""
+    decoder = Decoder(config, max_experts=max_experts, rngs=nnx.Rngs(params=key))
+    _, params, method, _ = nnx.split(decoder, nnx.Param, Method, ...)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(method)
 
 
 def structure(config: Model, max_experts: int) -> nnx.GraphDef:

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from train.config import LearningRate, Optimizer
+from train.config import LearningRate, Optimizer, RunConfig
 from train.schedule import resolve_step
 
 
@@ -50,3 +50,9 @@ def optimizer(config: Optimizer, schedule: optax.Schedule) -> optax.GradientTran
         mask=lambda params: jax.tree_util.tree_map_with_path(_is_decayed, params),
     )
     return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+
+
+def for_run(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a run, and its learning rate."""
+    schedule = learning_rate(config.learning_rate, config.train.steps)
+    return optimizer(config.optimizer, schedule), schedule

@@ -5,8 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Int, UInt32
+
+from train import model
+from train.config import RunConfig
+from train.optimizer import for_run
 
 
 @jax.tree_util.register_dataclass
@@ -25,13 +28,30 @@ class TrainState:
     phase: Int[Array, ""]
     rng: UInt32[Array, "..."]
 
-    @classmethod
-    def create(cls, params: dict, method: dict, optimizer: optax.GradientTransformation, seed: int) -> "TrainState":
-        return cls(
-            params=params,
-            method=method,
-            opt_state=optimizer.init(params),
-            step=jnp.zeros((), jnp.int32),
-            phase=jnp.zeros((), jnp.int32),
-            rng=jax.random.key_data(jax.random.key(seed)),
-        )
+
+def initial_state(config: RunConfig) -> TrainState:
+    """The state before the first step, a function of the configuration and its seed."""
+    return place(jax.jit(lambda: _create(config))())
+
+
+def abstract_state(config: RunConfig) -> TrainState:
+    """Its shapes and dtypes, without computing it."""
+    return jax.eval_shape(lambda: _create(config))
+
+
+def place(state: TrainState) -> TrainState:
+    """The state committed to its device, as one that was restored is: else each change would compile the step again."""
+    return jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+def _create(config: RunConfig) -> TrainState:
+    seed = config.train.seed
+    params, method = model.initial(config.model, config.max_experts, jax.random.key(seed))
+    return TrainState(
+        params=params,
+        method=method,
+        opt_state=for_run(config)[0].init(params),
+        step=jnp.zeros((), jnp.int32),
+        phase=jnp.zeros((), jnp.int32),
+        rng=jax.random.key_data(jax.random.key(seed)),
+    )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.config import RunConfig
 from train.model import assemble
+from train.optimizer import for_run
 from train.state import TrainState
 from venom_jax import Recipe, phases
 from venom_jax.stats import WeightMasks, diagnose
@@ -96,13 +97,14 @@ def _load_metrics(load: Float[Array, "L E"], recipe: Recipe, tokens: Int[Array, 
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, config: RunConfig, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    graphdef: nnx.GraphDef, config: RunConfig
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """The jitted step: gradients by the phase's recipe, clipped AdamW, the router's bias.
 
     One program holds every recipe.  The branch goes around the whole gradient computation: inside the layers it
     would keep the residuals of all branches.  The state is donated.
     """
+    optimizer, schedule = for_run(config)
     gradients = make_gradients(graphdef, config)
     recipes = config.schedule.recipes
     branches = [partial(gradients, recipe=recipe) for recipe in recipes]
