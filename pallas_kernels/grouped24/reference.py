@@ -38,7 +38,10 @@ def rows(
 def contraction(
     a: Float[Array, "R m"], b: Float[Array, "R n"], group_sizes: Int[Array, "G"], *, align: int = 1
 ) -> Float[Array, "G m n"]:
-    """out[g] = sum over the rows r of group g of a[r]^T b[r], in f32 (f64 for f64 operands)."""
+    """out[g] = sum over the rows r of group g of a[r]^T b[r], in f32 (f64 for f64 operands).
+
+    With `align` > 1 a NaN or inf of any row reaches every group's result (as 0 * NaN).
+    """
     accumulate = accumulator(a.dtype)
     if group_sizes.shape[0] == 1:
         return jnp.einsum("rm,rn->mn", a, b, preferred_element_type=accumulate)[None]
@@ -50,8 +53,10 @@ def contraction(
     tiles_a, tiles_b = _tiles(a, align), _tiles(b, align)
     group = tile_groups(group_sizes, tiles_a.shape[0], align)
     parts = jnp.einsum("tvm,tvn->tmn", tiles_a, tiles_b, preferred_element_type=accumulate)
-    # Tiles of no group carry the index G, which segment_sum drops.
-    return jax.ops.segment_sum(parts, group, num_segments=group_sizes.shape[0], indices_are_sorted=True)
+    # A product with the indicator instead of segment_sum: for thousands of tiles XLA's scatter of whole matrices takes
+    # minutes to compile on a GPU, and its atomics add in any order. Tiles of no group carry the index G: no column.
+    member = jax.nn.one_hot(group, group_sizes.shape[0], dtype=accumulate)
+    return jnp.einsum("tg,tmn->gmn", member, parts, precision="highest")
 
 
 def _tiles(a: Array, align: int) -> Array:
