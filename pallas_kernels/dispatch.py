@@ -1,0 +1,64 @@
+"""Which implementation of an op runs, and the checks that the ops share."""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+from pallas_kernels import device
+from pallas_kernels.array_types import Array
+from pallas_kernels.tiles import GRANULE
+
+Implementation = Literal["reference", "hopper"]
+
+KERNEL_DTYPES = ("bfloat16", "float16")
+OUT_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def resolve(implementation: Implementation | None) -> Implementation:
+    """The implementation to run: a named one or none, never another; None takes "hopper" on a Hopper GPU.
+
+    Raises:
+      ValueError: no such implementation.
+      NotImplementedError: "hopper" without a Hopper GPU.
+    """
+    if implementation is None:
+        return "hopper" if device.hopper_available() else "reference"
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"{implementation=}; use one of {get_args(Implementation)} or None")
+    if implementation == "hopper" and not device.hopper_available():
+        gpu = device.current()
+        found = "no GPU" if gpu is None else f"{gpu.name} of compute capability {gpu.compute_capability}"
+        raise NotImplementedError(
+            f"{implementation=} needs a GPU of compute capability {device.HOPPER} (H100, H200); this process has "
+            f"{found}. Use None or 'reference'."
+        )
+    return implementation
+
+
+def check_kernel_dtypes(dtype, out_dtype) -> None:
+    """Raise NotImplementedError for types the tensor core or the store does not take."""
+    if jnp.dtype(dtype).name not in KERNEL_DTYPES or jnp.dtype(out_dtype).name not in OUT_DTYPES:
+        raise NotImplementedError(
+            f"the Hopper kernels take operands in {KERNEL_DTYPES} and give {OUT_DTYPES}; got {jnp.dtype(dtype).name} "
+            f"and {jnp.dtype(out_dtype).name}. Cast, or use implementation='reference'."
+        )
+
+
+def check_packed(values: Array, metadata: Array, b: Array) -> None:
+    """Raise ValueError unless values [R, C/2] and metadata [R/64, C/64, 128] belong together and to b's dtype."""
+    if values.ndim != 2 or values.dtype != b.dtype:
+        raise ValueError(f"values {values.dtype}{list(values.shape)} must be a matrix of b's dtype, {b.dtype}")
+    rows, columns = values.shape[0], 2 * values.shape[1]
+    words = (-(-rows // GRANULE), -(-columns // GRANULE), 128)
+    if metadata.dtype != jnp.uint32 or metadata.shape != words:
+        raise ValueError(
+            f"metadata is {metadata.dtype}{list(metadata.shape)}; values {list(values.shape)} take "
+            f"uint32{list(words)}: one word per thread of a warpgroup and {GRANULE} x {GRANULE} tile (metadata.py)"
+        )
+
+
+def check_multiple(of: int, **sizes: int) -> None:
+    """Raise ValueError naming the first size that is no positive multiple."""
+    for name, size in sizes.items():
+        if size % of or size <= 0:
+            raise ValueError(f"{name}={size} must be a positive multiple of {of}; pad with zeros")

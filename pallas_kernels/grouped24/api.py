@@ -1,0 +1,177 @@
+"""2:4 products over ragged groups of tokens: validate, choose the implementation, run it.
+
+Tokens lie group after group. `group_sizes` [G] lives on the device and never reaches the host. A group starts where
+the one before it ends, rounded up to a multiple of 64 (the rows that one metadata word describes), so that sizes which
+are multiples of 64 lie end to end; rows up to the next multiple of 64 are the group's own padding. Where the sizes add
+up to more than there are tokens, groups end with the tokens; negative sizes count as 0. Tokens beyond the last group
+give zeros (before the epilogue).
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.array_types import Array, Float, Int, Metadata
+from pallas_kernels.epilogue import Epilogue, apply
+from pallas_kernels.grouped24 import hopper, reference
+from pallas_kernels.sparse24.reference import to_dense
+from pallas_kernels.tiles import GRANULE, Mode, TileConfig
+
+_PLAIN = Epilogue()
+
+
+def rows(
+    values: Float[Array, "R k_2"],
+    metadata: Metadata,
+    b: Float[Array, "_G _k _n"],
+    group_sizes: Int[Array, "_G"],
+    *,
+    b_k_major: bool = False,
+    transpose_out: bool = False,
+    **options,
+) -> Float[Array, "_R _n"]:
+    """out[r, n] = epilogue(sum_k A[r, k] b[group of r, k, n]): sparse tokens times dense weights.
+
+    Args:
+      values, metadata: packed tokens A [R, k], 2:4 along k.
+      b: weights [G, k, n], or [n, G, k] if `b_k_major`.
+      group_sizes: tokens of each group (see the module).
+      transpose_out: give out^T [n, R].
+      options: out_dtype, epilogue, operand, row_scale, implementation, config, as in `sparse24.api`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not belong together, sizes that are no multiples of 64.
+      NotImplementedError: the named implementation does not take this device or these dtypes.
+    """
+    want = "[n, G, k]" if b_k_major else "[G, k, n]"
+    if b.ndim != 3:
+        raise ValueError(f"b is {list(b.shape)}; want {want}")
+    n, groups, k = b.shape if b_k_major else (b.shape[2], *b.shape[:2])
+    if 2 * values.shape[1] != k:
+        raise ValueError(f"values {list(values.shape)} have k={2 * values.shape[1]}, b {list(b.shape)} is {want}")
+    flat = b.reshape(n, groups * k) if b_k_major else b.reshape(groups * k, n)
+    sizes = {"m": values.shape[0], "n": n, "k": k}
+    return _run("rows", values, metadata, flat, group_sizes, groups, sizes, b_k_major, transpose_out, **options)
+
+
+def columns(
+    values: Float[Array, "F k_2"],
+    metadata: Metadata,
+    b: Float[Array, "_k _R"],
+    group_sizes: Int[Array, "_G"],
+    *,
+    b_k_major: bool = False,
+    transpose_out: bool = False,
+    **options,
+) -> Float[Array, "_f _R"]:
+    """out[f, r] = epilogue(sum_k A[g f_count + f, k] b[k, r]), g the group of r: sparse weights times dense tokens.
+
+    Args:
+      values, metadata: packed weights A [F, k], 2:4 along k, the F / G rows of each group one after another.
+      b: tokens [k, R], or [R, k] if `b_k_major`.
+      transpose_out: give out^T [R, F / G], one row per token.
+      group_sizes, options, errors: as in `rows`.
+    """
+    groups = group_sizes.shape[0]
+    tokens, k = b.shape if b_k_major else b.shape[::-1]
+    if 2 * values.shape[1] != k:
+        raise ValueError(f"values {list(values.shape)} have k={2 * values.shape[1]}, b {list(b.shape)} has {k=}")
+    if values.shape[0] % (groups * GRANULE):
+        raise ValueError(
+            f"{values.shape[0]} rows of weights do not split into {groups=} parts of multiples of {GRANULE}"
+        )
+    sizes = {"m": values.shape[0], "n": tokens, "k": k}
+    return _run("columns", values, metadata, b, group_sizes, groups, sizes, b_k_major, transpose_out, **options)
+
+
+def contraction(
+    values: Float[Array, "m R_2"],
+    metadata: Metadata,
+    b: Float[Array, "_R _n"],
+    group_sizes: Int[Array, "_G"],
+    *,
+    b_k_major: bool = False,
+    transpose_out: bool = False,
+    **options,
+) -> Float[Array, "_G _m _n"]:
+    """out[g, m, n] = epilogue(sum over the tokens r of group g of A[m, r] b[r, n]): the weight gradient.
+
+    Padding tokens of a group take part: they must be zero in A or in b. A group without tokens gives zeros.
+
+    Args:
+      values, metadata: packed activations A [m, R], 2:4 along the tokens.
+      b: tokens [R, n], or [n, R] if `b_k_major`.
+      transpose_out: give out^T [n, G, m].
+      group_sizes, options, errors: as in `rows`.
+    """
+    groups = group_sizes.shape[0]
+    n, tokens = b.shape if b_k_major else b.shape[::-1]
+    if 2 * values.shape[1] != tokens:
+        raise ValueError(f"values {list(values.shape)} cover {2 * values.shape[1]} tokens, b {list(b.shape)} {tokens}")
+    m = values.shape[0]
+    sizes = {"m": m, "n": n, "k": tokens}
+    out = _run("contraction", values, metadata, b, group_sizes, groups, sizes, b_k_major, transpose_out, **options)
+    return out.reshape(n, groups, m) if transpose_out else out.reshape(groups, m, n)
+
+
+def _run(
+    mode: Mode,
+    values,
+    metadata,
+    b,
+    group_sizes,
+    groups: int,
+    sizes: dict[str, int],
+    b_k_major: bool,
+    transpose_out: bool,
+    *,
+    out_dtype=None,
+    epilogue: Epilogue = _PLAIN,
+    operand=None,
+    row_scale=None,
+    implementation: dispatch.Implementation | None = None,
+    config: TileConfig | None = None,
+):
+    chosen = dispatch.resolve(implementation)
+    dispatch.check_packed(values, metadata, b)
+    dispatch.check_multiple(GRANULE, **sizes)
+    if group_sizes.shape != (groups,) or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}; want integers [{groups}]")
+    out_dtype = jnp.dtype(b.dtype if out_dtype is None else out_dtype)
+    problem = hopper.problem(mode, groups, sizes, b_k_major, transpose_out, b.dtype.name, out_dtype.name, epilogue)
+    out_rows = problem.out_shape[1 if transpose_out else 0]
+    shaped = None if operand is None else operand.reshape(problem.out_shape)
+    epilogue.check(shaped, row_scale, problem.out_shape, out_rows, out_dtype)
+    if chosen == "hopper":
+        dispatch.check_kernel_dtypes(b.dtype, out_dtype)
+        return hopper.grouped24(problem, values, metadata, b, group_sizes, shaped, row_scale, config)
+    acc = _REFERENCE[mode](to_dense(values, metadata), b.T if b_k_major else b, group_sizes, groups)
+    acc = acc.T if transpose_out else acc
+    return apply(epilogue, acc, shaped, row_scale, row_axis=1 if transpose_out else 0, out_dtype=out_dtype)
+
+
+def _reference_rows(a, b, group_sizes, groups: int):
+    tokens = a.shape[0]
+    sizes = _clipped(group_sizes, tokens)
+    out = reference.rows(a, b.reshape(groups, -1, b.shape[1]), sizes, align=GRANULE)
+    return jnp.where(jnp.arange(tokens)[:, None] < jnp.sum(sizes), out, 0)
+
+
+def _reference_columns(a, b, group_sizes, groups: int):
+    weights = a.reshape(groups, -1, a.shape[1]).transpose(0, 2, 1)
+    return _reference_rows(b.T, weights.reshape(-1, weights.shape[2]), group_sizes, groups).T
+
+
+def _reference_contraction(a, b, group_sizes, groups: int):
+    del groups
+    out = reference.contraction(a.T, b, _clipped(group_sizes, a.shape[1]), align=GRANULE)
+    return out.reshape(-1, b.shape[1])
+
+
+_REFERENCE = {"rows": _reference_rows, "columns": _reference_columns, "contraction": _reference_contraction}
+
+
+def _clipped(group_sizes, tokens: int):
+    """Sizes rounded up to the granule and cut where the tokens end: what the kernels make of them."""
+    padded = -(-jnp.maximum(group_sizes, 0) // GRANULE) * GRANULE
+    ends = jnp.minimum(jnp.cumsum(padded), tokens)
+    return jnp.diff(ends, prepend=0)

@@ -1,0 +1,259 @@
+"""out[m, n] = epilogue(A[m, k] B[k, n]) with A 2:4 sparse along k, whole or over ragged groups: the Hopper kernel.
+
+One persistent block per multiprocessor. A loading warpgroup streams stages of A, its metadata and B into a ring of
+shared memory, across tile borders and without ever waiting for a store; one or two computing warpgroups multiply
+and write their part of the tile. Names end in the memory they live in: _gmem, _smem.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper import wgmma_sp
+from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, sort_groups
+from pallas_kernels.tiles import GRANULE, LOAD_REGISTERS, MAX_TILE, TILE_K, Problem, TileConfig, chunk_columns
+
+SWIZZLE = 128
+_LOADS = 3  # copies that fill a stage: values, metadata, B
+
+
+def matmul(
+    values,
+    metadata,
+    b,
+    *,
+    problem: Problem,
+    config: TileConfig,
+    num_sms: int,
+    groups=None,
+    operand=None,
+    row_scale=None,
+) -> jax.Array:
+    """Launch the kernel; shapes and configuration have been checked by the callers (the ops' api.py).
+
+    Args:
+      values: [m, k / 2], stored entries of A, or [groups * m, k / 2] when A's rows are split by columns' groups.
+      metadata: uint32 [m / 64, k / 64, 128].
+      b: [k, n], or [n, k] when `problem.b_k_major`; for rows' groups k runs over groups x k.
+      groups: None, or int32 [G], the rows of each group.
+      operand: an array of the output's shape for the epilogue.
+      row_scale: f32 [rows of the output's m side].
+    """
+    config.check(problem)
+    operands = {"values": values, "metadata": jax.lax.bitcast_convert_type(metadata, jnp.int32), "b": b}
+    if row_scale is not None:
+        row_scale = jnp.pad(row_scale, (0, MAX_TILE))  # a tile at the edge reads scales it does not use
+    extra = {"groups": groups, "operand": operand, "row_scale": row_scale}
+    operands |= {name: array for name, array in extra.items() if array is not None}
+    names = tuple(operands)
+
+    def body(*refs):
+        inputs, (out_gmem, scratch) = refs[: len(names)], refs[len(names) :]
+        _block(dict(zip(names, inputs, strict=True)), out_gmem, scratch, problem, config)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(problem.out_shape, problem.out_dtype),
+        scratch_types=[_scratch(problem, config)],
+        grid=(num_sms,),
+        grid_names=("sm",),
+        num_threads=config.warpgroups + 1,
+        thread_name="wg",
+        # Safe here: a chunk of shared memory is written by one warpgroup, committed, and rewritten only after
+        # wait_smem_to_gmem, which synchronizes the warpgroup; everything else is ordered by barriers below.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(*operands.values())
+
+
+def _span(start, size: int, of: int = GRANULE):
+    """A slice whose start is a multiple of `of`, which the lowering must know where memory is tiled."""
+    return pl.ds(pl.multiple_of(start, of), size)
+
+
+def _tiled(columns: int):
+    return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * 2))
+
+
+def _scratch(problem: Problem, config: TileConfig) -> dict:
+    c, stages = config, config.stages
+    dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
+    b_shape = (c.tile_n, TILE_K) if problem.b_k_major else (TILE_K, c.tile_n)
+    columns = chunk_columns(problem.out_dtype)
+    chunk = (columns, GRANULE) if problem.transpose_out else (GRANULE, columns)
+    chunk_row = SWIZZLE // out_dtype.itemsize
+    chunk_tiling = (plgpu.TilingTransform((8, chunk_row)), plgpu.SwizzleTransform(SWIZZLE))
+    sorted_groups = {"groups": plgpu.SMEM((3, problem.groups), jnp.int32)} if problem.mode == "contraction" else {}
+    return sorted_groups | {
+        "values": plgpu.SMEM((stages, c.tile_m, TILE_K // 2), dtype, transforms=_tiled(TILE_K // 2)),
+        "metadata": plgpu.SMEM((stages, c.tile_m // GRANULE, TILE_K // GRANULE, 128), jnp.int32),
+        "b": plgpu.SMEM((stages, *b_shape), dtype, transforms=_tiled(SWIZZLE // 2)),
+        "chunks": plgpu.SMEM((c.warpgroups, c.store_slots, *chunk), out_dtype, transforms=chunk_tiling),
+        "filled": plgpu.Barrier(num_arrivals=_LOADS, num_barriers=stages),
+        "emptied": plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=stages),
+        "operand_filled": plgpu.Barrier(num_barriers=c.warpgroups * c.store_slots),
+    }
+
+
+def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileConfig):
+    groups = gmem.get("groups")
+    if problem.mode == "contraction":
+        groups = scratch["groups"]
+        sort_groups(gmem["groups"], groups, problem.k)
+    schedule = Schedule(problem, config, groups)
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == config.warpgroups)
+    def _load():
+        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        load = functools.partial(_load_tile, gmem, scratch, problem, config)
+        _for_each_tile(schedule, load)
+
+    @pl.when(wg < config.warpgroups)
+    def _compute():
+        plgpu.set_max_registers(config.compute_registers, action="increase")
+        compute = functools.partial(_compute_tile, gmem, out_gmem, scratch, problem, config)
+        _for_each_tile(schedule, compute)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _for_each_tile(schedule: Schedule, visit):
+    """visit(tile, step) -> step for each of this block's tiles; step counts stages since the start."""
+    sm, num_sms = lax.axis_index("sm"), lax.axis_size("sm")
+    rounds = ceil_div(schedule.count() - sm, num_sms)
+
+    def round_(i, carry):
+        cursor, step = carry
+        block = sm
+        if schedule.problem.mode == "contraction":
+            # Sizes fall from round to round: walk every other round backwards, or the first blocks get the most.
+            block = jnp.where(lax.rem(i, 2) == 1, num_sms - 1 - sm, sm)
+        cursor, tile = schedule.locate(cursor, i * num_sms + block)
+        return cursor, visit(tile, step)
+
+    lax.fori_loop(0, rounds, round_, (schedule.start(), jnp.int32(0)))
+
+
+def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
+    c = config
+
+    def load_stage(i, step):
+        slot = lax.rem(step, c.stages)
+
+        @pl.when(step >= c.stages)
+        def _():
+            plgpu.barrier_wait(scratch["emptied"].at[slot])
+
+        a_k, b_k = tile.a_k + i * TILE_K, tile.b_k + i * TILE_K
+        rows, k_tile, columns = _span(tile.a_row, c.tile_m), _span(b_k, TILE_K), _span(tile.b_n, c.tile_n)
+        row_tiles = pl.ds(lax.div(tile.a_row, GRANULE), c.tile_m // GRANULE)
+        word_tiles = pl.ds(lax.div(a_k, GRANULE), TILE_K // GRANULE)
+        b_gmem = gmem["b"].at[columns, k_tile] if problem.b_k_major else gmem["b"].at[k_tile, columns]
+        for source, name in (
+            (gmem["values"].at[rows, _span(lax.div(a_k, 2), TILE_K // 2, GRANULE // 2)], "values"),
+            (gmem["metadata"].at[row_tiles, word_tiles], "metadata"),
+            (b_gmem, "b"),
+        ):
+            plgpu.copy_gmem_to_smem(source, scratch[name].at[slot], scratch["filled"].at[slot])
+        return step + 1
+
+    return lax.fori_loop(0, tile.steps, load_stage, step)
+
+
+def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
+    c = config
+    wg = lax.axis_index("wg")
+    wg_m, wg_n = (lax.div(wg, c.warpgroups_n), lax.rem(wg, c.warpgroups_n)) if c.warpgroups_n > 1 else (wg, 0)
+    shape = (c.warpgroup_m, c.warpgroup_n)
+
+    def multiply_stage(_, carry):
+        acc, step = carry
+        slot = lax.rem(step, c.stages)
+        plgpu.barrier_wait(scratch["filled"].at[slot])
+        rows = _span(wg_m * c.warpgroup_m, c.warpgroup_m)
+        row_tiles = pl.ds(wg_m * (c.warpgroup_m // GRANULE), c.warpgroup_m // GRANULE)
+        b_smem = scratch["b"].at[slot]
+        if c.warpgroups_n > 1:
+            columns = _span(wg_n * c.warpgroup_n, c.warpgroup_n)
+            b_smem = b_smem.at[columns] if problem.b_k_major else b_smem.at[:, columns]
+        values_smem = scratch["values"].at[slot].at[rows]
+        metadata_smem = scratch["metadata"].at[slot].at[row_tiles]
+        acc = _multiply(acc, values_smem, metadata_smem, b_smem, problem)
+        plgpu.barrier_arrive(scratch["emptied"].at[slot])
+        return acc, step + 1
+
+    acc = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+    acc, step = lax.fori_loop(0, tile.steps, multiply_stage, (acc, step))
+    _store(acc, gmem, out_gmem, scratch, problem, config, tile, wg, wg_m * c.warpgroup_m, wg_n * c.warpgroup_n)
+    return step
+
+
+def _multiply(acc, values_smem, metadata_smem, b_smem, problem: Problem):
+    a_tiling, b_tiling = _tiled(TILE_K // 2), _tiled(SWIZZLE // 2)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(a_tiling), plgpu.RefType(), plgpu.RefType(b_tiling)),
+        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    def multiply(_, acc, values, metadata, b):
+        return wgmma_sp.multiply(
+            acc,
+            values,
+            metadata,
+            b,
+            a_swizzle=TILE_K,
+            b_swizzle=SWIZZLE,
+            b_k_major=problem.b_k_major,
+            dtype=problem.dtype,
+        )
+
+    return multiply(acc, values_smem, metadata_smem, b_smem)
+
+
+def _store(acc, gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, wg, m, n):
+    """Apply the epilogue to this warpgroup's accumulators and send them off chunk by chunk."""
+    p, c, e = problem, config, problem.epilogue
+    columns = chunk_columns(p.out_dtype)
+    layout = plgpu.Layout.WGMMA_TRANSPOSED if p.transpose_out else plgpu.Layout.WGMMA
+    chunks = [(i, j) for i in range(0, c.warpgroup_m, GRANULE) for j in range(0, c.warpgroup_n, columns)]
+    if e.alpha != 1.0:
+        acc = acc * e.alpha
+    for first in range(0, len(chunks), c.store_slots):
+        batch = chunks[first : first + c.store_slots]
+        # The slots' last stores must have left shared memory before the slots are written again.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        copies = []
+        for slot, (i, j) in enumerate(batch):
+            chunk_m, chunk_n = tile.out_m + m + i, tile.out_n + n + j
+            rows, cols = _span(chunk_m, GRANULE), _span(chunk_n, columns, columns)
+            where = (cols, rows) if p.transpose_out else (rows, cols)
+            owned = (chunk_m < tile.m_end) & (chunk_n < tile.n_end)
+            chunk_smem = scratch["chunks"].at[wg, slot]
+            copies.append((chunk_smem, where, owned))
+            if e.operand is not None:
+                barrier = scratch["operand_filled"].at[wg * c.store_slots + slot]
+                plgpu.copy_gmem_to_smem(gmem["operand"].at[where], chunk_smem, barrier)
+        for slot, (i, j) in enumerate(batch):
+            chunk_smem, (_, _), _ = copies[slot]
+            view = chunk_smem.T if p.transpose_out else chunk_smem
+            part = acc[i : i + GRANULE, j : j + columns]
+            if e.row_scale:
+                rows = _span(tile.out_m + m + i, GRANULE)
+                scale = plgpu.load(gmem["row_scale"].at[rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                part = part * lax.broadcast_in_dim(scale, part.shape, (0,))
+            if e.activation is not None:
+                part = jnp.maximum(part, 0.0)
+            if e.activation == "relu2":
+                part = part * part
+            if e.operand is not None:
+                plgpu.barrier_wait(scratch["operand_filled"].at[wg * c.store_slots + slot])
+                part = plgpu.layout_cast(part, layout)
+                saved = plgpu.load(view, layout=layout).astype(jnp.float32)
+                part = part * saved if e.operand == "multiply" else part + saved
+            view[...] = plgpu.layout_cast(part.astype(p.out_dtype), layout)
+        plgpu.commit_smem()
+        for chunk_smem, where, owned in copies:
+            plgpu.copy_smem_to_gmem(chunk_smem, out_gmem.at[where], predicate=owned)

@@ -1,0 +1,80 @@
+"""What the kernels are measured against: dense products over layouts, and cuSPARSELt through torch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import timing
+from pallas_kernels.metadata import unpack_positions
+from pallas_kernels.pack.reference import decompress24
+from pallas_kernels.tiles import Problem
+
+_LAYOUTS = {"NN": (False, False), "NT": (False, True), "TN": (True, False)}
+
+
+@functools.cache
+def dense(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
+    """bf16 products [m, k] x [k, n] by XLA and, through torch, cuBLAS: "dense xla NN" -> (run, calls per run)."""
+
+    def normal(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
+
+    found = {}
+    for name, (a_transposed, b_transposed) in _LAYOUTS.items():
+        shapes = (k, m) if a_transposed else (m, k), (n, k) if b_transposed else (k, n)
+        sets = [tuple(normal(2 * seed + i, *shape) for i, shape in enumerate(shapes)) for seed in range(2)]
+
+        def product(a, b, at=a_transposed, bt=b_transposed):
+            return (a.T if at else a) @ (b.T if bt else b)
+
+        found[f"dense xla {name}"] = (timing.repeated(product, sets), len(sets))
+    if torch := _torch():
+        a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        b = torch.randn(k, n, device="cuda", dtype=torch.bfloat16)
+        columns = b.t().contiguous().t()
+        found["dense cublas NN"] = (_torch_run(torch, lambda: torch.mm(a, b)), 1)
+        found["dense cublas NT"] = (_torch_run(torch, lambda: torch.mm(a, columns)), 1)
+    return found
+
+
+def cusparselt(problem: Problem, arguments: tuple) -> dict[str, tuple[timing.Run, int]]:
+    """The problem by cuSPARSELt with the best algorithm of its search, for both layouts of B and result orders."""
+    torch = _torch()
+    if torch is None or not torch.backends.cusparselt.is_available():
+        return {}
+    values, metadata, b = arguments
+    a = torch.from_dlpack(decompress24(values, unpack_positions(metadata)))
+    packed = torch._cslt_compress(a)
+    b = torch.from_dlpack(b)
+    b = b.t().contiguous() if problem.b_k_major else b
+    found = {}
+    for layout, operand in (("NN", b), ("NT", b.t().contiguous().t())):
+        for transposed in (False, True):
+            best = torch._cslt_sparse_mm_search(packed, operand, transpose_result=transposed)
+            call = functools.partial(torch._cslt_sparse_mm, packed, operand, alg_id=best, transpose_result=transposed)
+            found[f"cusparselt {layout} {'T' if transposed else 'N'}"] = (_torch_run(torch, call), 1)
+    return found
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch if torch.cuda.is_available() else None
+
+
+class _Pending:
+    """A torch result that `jax.block_until_ready` can wait for."""
+
+    def __init__(self, torch, out):
+        self._torch, self.out = torch, out
+
+    def block_until_ready(self):
+        self._torch.cuda.synchronize()
+        return self
+
+
+def _torch_run(torch, call) -> timing.Run:
+    return lambda: _Pending(torch, call())

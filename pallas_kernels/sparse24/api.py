@@ -1,0 +1,82 @@
+"""out = epilogue(A B), A 2:4 sparse along k: validate, choose the implementation, run it."""
+
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.array_types import Array, Float, Metadata, accumulator
+from pallas_kernels.epilogue import Epilogue, apply
+from pallas_kernels.metadata import TILE
+from pallas_kernels.sparse24 import hopper, reference
+from pallas_kernels.tiles import TileConfig
+
+_PLAIN = Epilogue()
+
+
+def sparse24(
+    values: Float[Array, "m k_2"],
+    metadata: Metadata,
+    b: Float[Array, "_k _n"],
+    *,
+    b_k_major: bool = False,
+    transpose_out: bool = False,
+    out_dtype=None,
+    epilogue: Epilogue = _PLAIN,
+    operand: Float[Array, "_m _n"] | None = None,
+    row_scale: Float[Array, "m"] | None = None,
+    implementation: dispatch.Implementation | None = None,
+    config: TileConfig | None = None,
+) -> Float[Array, "_m _n"]:
+    """out[m, n] = epilogue(sum_k A[m, k] b[k, n]), accumulated in f32.
+
+    A pruned position of A is never multiplied on the hardware: inf or NaN of b reaches an output only through a
+    stored value, a stored zero included. The reference multiplies pruned positions as zeros.
+
+    Args:
+      values: stored entries of A, two of each four along k.
+      metadata: their positions (`pallas_kernels.metadata.pack_positions`), padded to tiles of 64 x 64.
+      b: [k, n], or [n, k] if `b_k_major`, in values' dtype.
+      transpose_out: give out^T [n, m]; `operand` then has that shape too.
+      out_dtype: bfloat16, float16 or float32; None is b's.
+      epilogue, operand, row_scale: see `Epilogue`.
+      implementation: "reference", "hopper", or None to choose by device and, on Hopper, by `dense_wins`.
+      config: a tile to use instead of the tuned one (hopper).
+
+    Returns:
+      out [m, n], or [n, m] if `transpose_out`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not belong together, or sizes that are no multiples of 8.
+      NotImplementedError: the named implementation does not take this device or these dtypes.
+    """
+    chosen = dispatch.resolve(implementation)
+    dispatch.check_packed(values, metadata, b)
+    (m, half_k), (n, k) = values.shape, b.shape if b_k_major else b.shape[::-1]
+    if 2 * half_k != k:
+        raise ValueError(f"values {list(values.shape)} have k={2 * half_k}, b {list(b.shape)} has {k=} ({b_k_major=})")
+    dispatch.check_multiple(8, m=m, n=n, k=k)
+    out_dtype = jnp.dtype(b.dtype if out_dtype is None else out_dtype)
+    epilogue.check(operand, row_scale, (n, m) if transpose_out else (m, n), m, out_dtype)
+    if chosen == "hopper":
+        dispatch.check_kernel_dtypes(b.dtype, out_dtype)
+        if implementation == "hopper" or not dense_wins(m, n, k):
+            return hopper.sparse24(
+                values, metadata, b, b_k_major, transpose_out, out_dtype.name, epilogue, operand, row_scale, config
+            )
+    values = jnp.pad(values, ((0, -m % TILE), (0, -half_k % (TILE // 2))))
+    b = jnp.pad(b.T if b_k_major else b, ((0, -k % TILE), (0, 0)))
+    acc = reference.sparse24(values, metadata, b, out_dtype=accumulator(b.dtype))[:m]
+    acc = acc.T if transpose_out else acc
+    return apply(epilogue, acc, operand, row_scale, row_axis=1 if transpose_out else 0, out_dtype=out_dtype)
+
+
+def dense_wins(m: int, n: int, k: int) -> bool:
+    """Whether XLA's dense product of the same shape is faster than the sparse kernel on an H100.
+
+    Measured (docs/kernels.md): the kernel needs enough tiles to fill the multiprocessors and enough k to fill its
+    pipeline.
+    """
+    return m * n < _MIN_OUTPUT or k < _MIN_K
+
+
+_MIN_OUTPUT = 512 * 512
+_MIN_K = 256

@@ -1,0 +1,26 @@
+"""Problems that sparse24 is timed and tuned on: (m, n, k), and where they come from."""
+
+from pallas_kernels.tiles import Problem
+
+# y1 and dy2 of an FFN with 2:4 weights (m = D or F of the weight), y3, dx and the weight gradients with 2:4 activations
+# (m = tokens or F), for 16384 tokens of a model with D = 2048 or 4096; then batches too small for most kernels.
+SIZES = (
+    (16384, 4096, 4096),
+    (16384, 16384, 4096),
+    (8192, 16384, 2048),
+    (4096, 16384, 4096),
+    (1024, 4096, 4096),
+    (512, 4096, 4096),
+)
+
+
+def cases() -> dict[str, Problem]:
+    """Every size in both orders of B, and with a transposed output where the FFN writes one."""
+    found = {}
+    for m, n, k in SIZES:
+        for b_k_major in (False, True):
+            name = f"{m}x{n}x{k} b={'kmajor' if b_k_major else 'nmajor'}"
+            found[name] = Problem(m, n, k, b_k_major=b_k_major)
+    m, n, k = 8192, 16384, 2048
+    found[f"{m}x{n}x{k} b=kmajor out=transposed"] = Problem(m, n, k, b_k_major=True, transpose_out=True)
+    return found

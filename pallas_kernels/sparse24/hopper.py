@@ -1,0 +1,53 @@
+"""sparse24 on Hopper: pad what the copy engine cannot take, and launch."""
+
+import jax.numpy as jnp
+
+from pallas_kernels import device, tuned
+from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.hopper import kernel
+from pallas_kernels.tiles import GRANULE, Problem, TileConfig
+
+
+def sparse24(
+    values,
+    metadata,
+    b,
+    b_k_major: bool,
+    transpose_out: bool,
+    out_dtype: str,
+    epilogue: Epilogue,
+    operand=None,
+    row_scale=None,
+    config: TileConfig | None = None,
+):
+    """Arguments as in api.py, validated there.
+
+    The copy engine moves swizzled rows of 64 elements, so the last dimension of each matrix in memory is padded to a
+    multiple of 64 where it is none (a copy of that matrix); rows need no padding. Zero columns of A and zero rows of
+    B add nothing.
+    """
+    (m, half_k), n = values.shape, b.shape[0 if b_k_major else 1]
+    values = _pad(values, half_k, GRANULE // 2)
+    b = _pad(b, b.shape[1], GRANULE)
+    last = m if transpose_out else n
+    if last % GRANULE and operand is not None:
+        operand = _pad(operand, last, GRANULE)
+    padded_m, padded_n = (-(-m // GRANULE) * GRANULE, n) if transpose_out else (m, -(-n // GRANULE) * GRANULE)
+    problem = Problem(
+        padded_m, padded_n, 2 * values.shape[1], "dense", 1, b_k_major, transpose_out, b.dtype.name, out_dtype, epilogue
+    )
+    out = kernel.matmul(
+        values,
+        metadata,
+        b,
+        problem=problem,
+        config=config or tuned.choose(problem),
+        num_sms=device.sm_count(),
+        operand=operand,
+        row_scale=row_scale,
+    )
+    return out[:n, :m] if transpose_out else out[:m, :n]
+
+
+def _pad(array, size: int, multiple: int):
+    return jnp.pad(array, ((0, 0), (0, -size % multiple))) if size % multiple else array

@@ -1,0 +1,128 @@
+"""The problem a kernel solves and the tile it solves it in: frozen data, and the one statement of the constraints."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from pallas_kernels.device import HOPPER_SMEM_BYTES
+from pallas_kernels.epilogue import Epilogue
+
+Mode = Literal["dense", "rows", "columns", "contraction"]
+"""What the groups split: nothing, the rows of A (tokens), the columns of B (tokens), or the contraction (tokens)."""
+
+GRANULE = 64
+"""Rows, and logical columns of A, that one metadata word per thread covers: groups start at multiples of it."""
+TILE_K = 64
+"""Logical columns of A in one stage: what one metadata word per thread covers."""
+MAX_TILE = 256
+"""The copy engine's largest box side."""
+MAX_GROUPS = 128
+LOAD_REGISTERS = 40
+"""Registers of a loading thread."""
+CHUNK_BYTES = 128
+"""Bytes of a row of an output chunk: the widest swizzle of the copy engine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """out[m, n] = A[m, k] B[k, n], A 2:4 along k; all sizes are multiples of 64 (the callers pad).
+
+    With groups, out of group g is (rows) A[rows of g] B[g k : (g + 1) k], (columns) A[g-th part of m] B[:, columns
+    of g], (contraction) A[:, columns of g] B[rows of g]. m and k are A's whole sizes, n is that of B.
+    """
+
+    m: int
+    n: int
+    k: int
+    mode: Mode = "dense"
+    groups: int = 1
+    b_k_major: bool = False
+    transpose_out: bool = False
+    dtype: str = "bfloat16"
+    out_dtype: str = "bfloat16"
+    epilogue: Epilogue = dataclasses.field(default_factory=Epilogue)
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        rows = {"columns": self.m // self.groups, "contraction": self.m * self.groups}.get(self.mode, self.m)
+        return (self.n, rows) if self.transpose_out else (rows, self.n)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """How one block of threads covers the output.
+
+    warpgroup_m, warpgroup_n: the part of the output in one warpgroup's registers.
+    warpgroups_m, warpgroups_n: warpgroups that compute; one more loads.
+    stages: stages in flight.
+    store_slots: output chunks per warpgroup that may be on their way to memory.
+    raster_along, raster_width: consecutive tiles walk `raster_width` tiles along this dimension before they step
+      along the other, so that tiles computed at the same time share operands in L2.
+    """
+
+    warpgroup_m: int = 64
+    warpgroup_n: int = 256
+    warpgroups_m: int = 2
+    warpgroups_n: int = 1
+    stages: int = 4
+    store_slots: int = 2
+    raster_along: Literal["m", "n"] = "m"
+    raster_width: int = 8
+
+    @property
+    def tile_m(self) -> int:
+        return self.warpgroup_m * self.warpgroups_m
+
+    @property
+    def tile_n(self) -> int:
+        return self.warpgroup_n * self.warpgroups_n
+
+    @property
+    def warpgroups(self) -> int:
+        return self.warpgroups_m * self.warpgroups_n
+
+    @property
+    def compute_registers(self) -> int:
+        """Registers a computing thread may use once the loading warpgroup has given its own away."""
+        return min(240, (512 - LOAD_REGISTERS) // self.warpgroups // 8 * 8)
+
+    def smem_bytes(self) -> int:
+        a = self.tile_m * TILE_K  # half of the columns, two bytes each
+        metadata = self.tile_m * TILE_K // 8
+        b = self.tile_n * TILE_K * 2
+        chunk = GRANULE * CHUNK_BYTES
+        barriers = 1024
+        return self.stages * (a + metadata + b) + self.warpgroups * self.store_slots * chunk + barriers
+
+    def violation(self, problem: Problem) -> str | None:
+        """THE statement of what a tile must satisfy: the first broken rule in words, or None."""
+        if self.warpgroup_m not in (64, 128):
+            return f"{self.warpgroup_m=}: a warpgroup takes 64 or 128 rows"
+        if self.warpgroup_n % 64 or not 64 <= self.warpgroup_n <= 256:
+            return f"{self.warpgroup_n=}: the instruction takes up to 256 columns, the swizzle a multiple of 64"
+        if max(self.tile_m, self.tile_n) > MAX_TILE:
+            return f"{self.tile_m=}, {self.tile_n=}: the copy engine moves boxes of at most {MAX_TILE} a side"
+        if self.warpgroups not in (1, 2):
+            return f"{self.warpgroups=}: the register file holds the accumulators of one or two warpgroups"
+        if self.warpgroup_m * self.warpgroup_n > 128 * 192:
+            return f"{self.warpgroup_m} x {self.warpgroup_n}: more than 192 accumulators a thread would spill"
+        if self.stages < 2 or self.store_slots < 1:
+            return f"{self.stages=}, {self.store_slots=}: at least two stages and one slot are needed"
+        if self.smem_bytes() > HOPPER_SMEM_BYTES:
+            return f"{self.smem_bytes()} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"
+        if problem.groups > MAX_GROUPS:
+            return f"{problem.groups=}: at most {MAX_GROUPS} groups, one per thread of a warpgroup"
+        if problem.mode == "rows" and problem.k % TILE_K:
+            return f"{problem.k=} is no multiple of {TILE_K}: a step would reach into the next group's B"
+        return None
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError if this tile cannot serve the problem."""
+        if violation := self.violation(problem):
+            raise ValueError(f"{self} does not fit: {violation}")
+
+
+def chunk_columns(out_dtype: str) -> int:
+    """Elements in a row of an output chunk."""
+    return CHUNK_BYTES // jnp.dtype(out_dtype).itemsize

@@ -1,0 +1,90 @@
+"""Search the tile of every benchmark problem and write the table: python -m pallas_kernels.tune [--problems WORD]
+
+For each problem all candidates are compiled in parallel, checked against each other, and timed in turns.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import bench, device, timing, tuned
+from pallas_kernels.hopper import kernel
+from pallas_kernels.tiles import Problem, TileConfig
+
+TILES = (
+    TileConfig(64, 256, 2, 1, stages=4, store_slots=2, raster_along="m", raster_width=8),
+    TileConfig(64, 256, 2, 1, stages=4, store_slots=2, raster_along="m", raster_width=16),
+    TileConfig(128, 192, 2, 1, stages=4, store_slots=2, raster_along="m", raster_width=8),
+    TileConfig(128, 192, 2, 1, stages=4, store_slots=2, raster_along="n", raster_width=8),
+    TileConfig(128, 128, 2, 1, stages=4, store_slots=4, raster_along="m", raster_width=8),
+    TileConfig(128, 128, 1, 2, stages=4, store_slots=2, raster_along="m", raster_width=8),
+    TileConfig(64, 128, 2, 1, stages=6, store_slots=2, raster_along="m", raster_width=8),
+    TileConfig(64, 64, 2, 1, stages=6, store_slots=1, raster_along="m", raster_width=8),
+)
+"""Tiles worth trying; docs/log.md lists those that were not."""
+
+
+def candidates(problem: Problem) -> Iterator[TileConfig]:
+    """The tiles worth timing for a problem: those that fit, less than twice the output in either direction."""
+    for config in TILES:
+        fits = config.tile_m < 2 * problem.m and config.tile_n < 2 * problem.n
+        if fits and config.violation(problem) is None:
+            yield config
+
+
+def search(problem: Problem, group_sizes: tuple[int, ...] | None) -> dict[TileConfig, float]:
+    """Milliseconds of each tile that compiles and agrees with the others."""
+    sets = bench.argument_sets(problem, group_sizes)
+    groups = None if group_sizes is None else jnp.asarray(group_sizes, jnp.int32)
+
+    def job(config):
+        launch = functools.partial(kernel.matmul, problem=problem, config=config, num_sms=device.sm_count())
+        return timing.repeated(lambda *operands: launch(*operands, groups=groups), sets)
+
+    configs = list(candidates(problem))
+    built = timing.build({config: functools.partial(job, config) for config in configs})
+    runs = {config: run for config, run in built.items() if not isinstance(run, Exception)}
+    first = {config: run()[0] for config, run in runs.items()}
+    good = {c: runs[c] for c in runs if _agree(first[c], next(iter(first.values())))}
+    return timing.race(good, dict.fromkeys(good, len(sets)), rounds=5)
+
+
+def _agree(a: jax.Array, b: jax.Array) -> bool:
+    """All tiles add the same products in the same order of k, so they give the same bits."""
+    return bool(jnp.array_equal(a, b))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--problems", default="", help="only problems whose name contains this")
+    parser.add_argument("--output", help="the file to write; default: tuned/<gpu>.json of the package")
+    arguments = parser.parse_args()
+    gpu = device.current()
+    if gpu is None or not gpu.is_hopper:
+        raise SystemExit("tuning needs a Hopper GPU")
+    entries = []
+    for name, (problem, group_sizes) in bench.problems().items():
+        if arguments.problems not in name or "ragged" in name:
+            continue
+        times = search(problem, group_sizes)
+        best = min(times, key=times.get)
+        listed = "  ".join(
+            f"{c.tile_m}x{c.tile_n}/{c.raster_along} {1e3 * t:.1f}"
+            for c, t in sorted(times.items(), key=lambda item: item[1])
+        )
+        print(f"{name}: {listed} us", flush=True)
+        entries.append(
+            {"problem": bench.sizes_of(problem), "config": dataclasses.asdict(best), "ms": round(times[best], 5)}
+        )
+    path = arguments.output or tuned.path_of(gpu.file_name)
+    with open(path, "w") as file:
+        file.write("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()

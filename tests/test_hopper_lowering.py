@@ -1,0 +1,98 @@
+"""Every kernel and tile lowers to a Hopper kernel on a machine without a GPU: layouts, shared memory, types."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import tune
+from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.grouped24 import hopper as grouped24
+from pallas_kernels.hopper import kernel
+from pallas_kernels.sparse24 import hopper as sparse24
+from pallas_kernels.tiles import Problem, TileConfig
+
+MODES = ("dense", "rows", "columns", "contraction")
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
+
+
+def lower(problem: Problem, config: TileConfig) -> str:
+    p, array = problem, jax.ShapeDtypeStruct
+    b_rows = p.k * (p.groups if p.mode == "rows" else 1)
+    arguments = {
+        "values": array((p.m, p.k // 2), p.dtype),
+        "metadata": array((-(-p.m // 64), p.k // 64, 128), jnp.uint32),
+        "b": array((p.n, b_rows) if p.b_k_major else (b_rows, p.n), p.dtype),
+    }
+    if p.mode != "dense":
+        arguments["groups"] = array((p.groups,), jnp.int32)
+    if p.epilogue.operand is not None:
+        arguments["operand"] = array(p.out_shape, p.out_dtype)
+    if p.epilogue.row_scale:
+        arguments["row_scale"] = array((p.out_shape[1 if p.transpose_out else 0],), jnp.float32)
+    launch = jax.jit(lambda arguments: kernel.matmul(**arguments, problem=p, config=config, num_sms=132))
+    return launch.trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def problem_of(mode: str, **fields) -> Problem:
+    groups = 1 if mode == "dense" else 4
+    return Problem(m=512, n=512, k=512, mode=mode, groups=groups, **fields)
+
+
+@pytest.mark.parametrize(
+    "config",
+    dict.fromkeys(dataclasses.replace(t, raster_along="m", raster_width=8) for t in tune.TILES),
+    ids=lambda c: f"{c.tile_m}x{c.tile_n}",
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_tile_lowers_in_every_mode(mode, config):
+    assert "mosaic_gpu" in lower(problem_of(mode, b_k_major=mode == "columns"), config)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("transpose_out", [False, True])
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+def test_every_order_and_type_lowers(mode, transpose_out, out_dtype):
+    problem = problem_of(mode, b_k_major=transpose_out, transpose_out=transpose_out, out_dtype=out_dtype)
+    assert "mosaic_gpu" in lower(problem, TileConfig())
+
+
+@pytest.mark.parametrize("transpose_out", [False, True])
+@pytest.mark.parametrize(
+    "epilogue",
+    [Epilogue("relu"), Epilogue("relu2", "multiply", row_scale=True, alpha=2.0), Epilogue(None, "add")],
+    ids=["relu", "everything", "add"],
+)
+def test_every_epilogue_lowers(epilogue, transpose_out):
+    problem = problem_of("dense", transpose_out=transpose_out, epilogue=epilogue, dtype="float16", out_dtype="float16")
+    assert "mosaic_gpu" in lower(problem, TileConfig(warpgroup_m=128, warpgroup_n=128))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(8, 8, 8), (1000, 72, 104), (64, 65536, 64)])
+@pytest.mark.parametrize("b_k_major", [False, True])
+def test_sizes_that_fit_no_tile_lower(m, n, k, b_k_major):
+    array = jax.ShapeDtypeStruct
+    words = array((-(-m // 64), -(-k // 64), 128), jnp.uint32)
+    b = array((n, k) if b_k_major else (k, n), jnp.bfloat16)
+    launch = jax.jit(lambda v, e, b: sparse24.sparse24(v, e, b, b_k_major, b_k_major, "bfloat16", Epilogue()))
+    traced = launch.trace(array((m, k // 2), jnp.bfloat16), words, b)
+    assert traced.out_info.shape == ((n, m) if b_k_major else (m, n))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_grouped_product_is_one_kernel_launch():
+    array = jax.ShapeDtypeStruct
+    problem = problem_of("rows")
+    launch = jax.jit(lambda v, e, b, sizes: grouped24.grouped24(problem, v, e, b, sizes))
+    text = launch.trace(
+        array((512, 256), jnp.bfloat16),
+        array((8, 8, 128), jnp.uint32),
+        array((2048, 512), jnp.bfloat16),
+        array((4,), jnp.int32),
+    ).lower(lowering_platforms=("cuda",))
+    assert text.as_text().count("stablehlo.custom_call") == 1

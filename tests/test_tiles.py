@@ -1,0 +1,63 @@
+"""Tiles: each constraint says what it limits, and every tuned tile satisfies all of them."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pallas_kernels import tune, tuned
+from pallas_kernels.tiles import Problem, TileConfig
+
+PROBLEM = Problem(1024, 1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"warpgroup_m": 96}, "warpgroup_m=96"),
+        ({"warpgroup_n": 72}, "warpgroup_n=72"),
+        ({"warpgroup_n": 320}, "warpgroup_n=320"),
+        ({"warpgroup_m": 128}, "128 x 256"),
+        ({"warpgroups_m": 2, "warpgroups_n": 2, "warpgroup_n": 64}, "warpgroups=4"),
+        ({"warpgroups_n": 2, "warpgroups_m": 1}, "tile_n=512"),
+        ({"stages": 1}, "stages=1"),
+        ({"store_slots": 0}, "store_slots=0"),
+        ({"stages": 6}, "bytes of shared memory"),
+    ],
+)
+def test_a_broken_rule_is_named_with_its_value(changes, named):
+    config = dataclasses.replace(TileConfig(), **changes)
+    with pytest.raises(ValueError, match=named):
+        config.check(PROBLEM)
+
+
+def test_groups_of_rows_need_whole_stages():
+    problem = Problem(1024, 1024, 96, mode="rows", groups=4)
+    with pytest.raises(ValueError, match=r"problem\.k=96"):
+        TileConfig().check(problem)
+
+
+def test_shared_memory_adds_up():
+    config = TileConfig(64, 128, 2, 1, stages=3, store_slots=2)
+    a, words, b, chunk = 128 * 32 * 2, 2 * 128 * 4, 64 * 128 * 2, 64 * 128
+    assert config.smem_bytes() == 3 * (a + words + b) + 2 * 2 * chunk + 1024
+
+
+def test_every_tuned_tile_fits_its_problem():
+    for path in tuned.FOLDER.glob("*.json"):
+        for entry in json.loads(path.read_text()):
+            assert TileConfig(**entry["config"]).violation(Problem(**entry["problem"])) is None, (path, entry)
+
+
+@pytest.mark.parametrize("mode", ["dense", "rows", "columns", "contraction"])
+@pytest.mark.parametrize("size", [64, 192, 65536])
+def test_every_problem_gets_a_tile(mode, size):
+    problem = Problem(size, size, size, mode=mode, transpose_out=mode == "columns")
+    assert tuned.choose(problem).violation(problem) is None
+
+
+def test_candidates_fit_and_differ():
+    found = list(tune.candidates(PROBLEM))
+    assert len(found) == len(set(found)) > 4
+    assert all(config.violation(PROBLEM) is None for config in found)
+    assert all(config.tile_m < 256 for config in tune.candidates(Problem(64, 1024, 1024)))
