@@ -1,0 +1,144 @@
+"""A whole run: what it writes, how it stops, what it refuses to save."""
+
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.trainer import records, run_config, run_to_end
+from train import loop
+from train.config import LearningRate
+from train.metrics import cut_metrics, read_metrics
+from train.report import NonFiniteLossError
+
+CONFIG = run_config(phases=((0, "dense"), (4, "venom"), (8, "dense")), eval_every=3, diagnosis_every=6)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir of a run from start to end, the jitted step it used)."""
+    workdir = tmp_path_factory.mktemp("run")
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = loop.make_train_step
+        patch.setattr(loop, "make_train_step", lambda *args: steps.append(original(*args)) or steps[-1])
+        assert run_to_end(CONFIG, workdir) == 0
+    return workdir, steps[0]
+
+
+def test_one_program_serves_all_phases(finished):
+    assert finished[1]._cache_size() == 1
+
+
+def test_each_step_is_recorded_once_with_its_phase(finished):
+    train = records(finished[0], "train")
+    assert [record["step"] for record in train] == list(range(1, 13))
+    assert [record["phase_index"] for record in train] == [0] * 4 + [1] * 4 + [2] * 4
+    assert {record["phase"] for record in train} == {"dense", "venom E=4 k=1"}
+    for record in train:
+        assert {"loss", "grad_norm", "lr", "density", "phase"} <= record.keys()
+        assert ("load_max" in record) == (record["phase_index"] == 1)
+    assert all(record["tokens_per_second"] > 0 for record in read_metrics(finished[0]) if record["kind"] == "train")
+    assert not any("mfu_dense" in record for record in train), "no peak is known for a CPU"
+
+
+def test_phases_are_announced_with_what_changed(finished):
+    phases = records(finished[0], "phase")
+    assert [(record["step"], record["phase"]) for record in phases] == [
+        (0, "dense"),
+        (4, "venom E=4 k=1"),
+        (8, "dense"),
+    ]
+    assert phases[1]["report"]["clustered_experts"] == 4
+    assert phases[1]["report"]["beta_y1"] == pytest.approx(1.48, abs=0.1)
+    assert phases[2]["report"] == {"baked_w1": 1}
+
+
+def test_both_figures_are_reported_in_a_sparse_phase_only(finished):
+    evaluations = {record["step"]: record for record in records(finished[0], "eval")}
+    assert list(evaluations) == [3, 6, 9, 12]
+    assert [step for step, record in evaluations.items() if "val_loss_sparse" in record] == [6]
+    six = evaluations[6]
+    assert six["val_loss_sparse"] != six["val_loss"]
+    # loss / ln 2 / bytes per token: the ratio is the same for every evaluation of the same data.
+    ratios = [record["val_bits_per_byte"] / record["val_loss"] for record in evaluations.values()]
+    assert ratios == pytest.approx([ratios[0]] * 4)
+    assert six["val_bits_per_byte_sparse"] / six["val_loss_sparse"] == pytest.approx(ratios[0])
+
+
+def test_it_learns(finished):
+    losses = [record["val_loss"] for record in records(finished[0], "eval")]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_diagnosis_is_recorded(finished):
+    diagnoses = records(finished[0], "diagnosis")
+    assert [record["step"] for record in diagnoses] == [6, 12]
+    assert 0 < diagnoses[0]["kept_router"] < diagnoses[0]["kept_oracle"] < 1
+    assert diagnoses[1]["kept_router"] == 1
+
+
+def test_the_end_is_summarised_plotted_and_sampled(finished):
+    workdir = finished[0]
+    (end,) = records(workdir, "end")
+    assert end["val_loss"] == records(workdir, "eval")[-1]["val_loss"]
+    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "sample.txt").read_text().startswith("The ")
+
+
+def test_tensorboard_reads_the_same_numbers(finished):
+    events = EventAccumulator(str(finished[0] / "tensorboard")).Reload()
+    found = {event.step: event.value for event in events.Scalars("train/loss")}
+    expected = {record["step"]: record["loss"] for record in records(finished[0], "train")}
+    assert found == pytest.approx(expected)
+    assert "eval/val_bits_per_byte_sparse" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(tmp_path, monkeypatch, capsys, number, code):
+    config = run_config(steps=1000, eval_every=1000, checkpoint_every=1000)
+    original = loop.Logger.log
+
+    def log_then_signal(self, step, *rest):
+        original(self, step, *rest)
+        if step == 3:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(loop.Logger, "log", log_then_signal)
+    handler = signal.getsignal(number)
+    run = loop.prepare(config, tmp_path)
+    assert loop.train(run) == code
+    assert signal.getsignal(number) is handler
+    assert "saved step 3; run again to continue" in capsys.readouterr().out
+    assert loop.prepare(config, tmp_path).checkpoints.latest == 3
+    assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_unsaved(tmp_path):
+    config = replace(
+        run_config(steps=1000, checkpoint_every=1, keep_checkpoints=1000), learning_rate=LearningRate(peak=1e30)
+    )
+    run = loop.prepare(config, tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"step \d+: .*nan.*LearningRate.peak"):
+        loop.train(run)
+    last_finite = records(tmp_path, "train")[-1]["step"]
+    assert loop.prepare(config, tmp_path).checkpoints.latest == last_finite
+
+
+def test_cutting_back_keeps_each_step_once(tmp_path):
+    lines = [
+        {"step": 0, "kind": "phase"},
+        *({"step": step, "kind": "train"} for step in (1, 2)),
+        {"step": 2, "kind": "eval"},
+        {"step": 2, "kind": "phase"},
+        {"step": 3, "kind": "train"},
+        {"step": 3, "kind": "end"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "ki'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    cut_metrics(tmp_path, 2)
+    assert read_metrics(tmp_path) == lines[:4]
+    cut_metrics(tmp_path, 0)
+    assert read_metrics(tmp_path) == lines[:1]
