@@ -22,7 +22,7 @@ from pallas_kernels.hopper import kernel
 from pallas_kernels.metadata import pack_positions, unpack_positions
 from pallas_kernels.pack.reference import decompress24
 from pallas_kernels.sparse24 import bench_shapes as sparse_shapes
-from pallas_kernels.tiles import Problem
+from pallas_kernels.tiles import Problem, TileConfig
 from pallas_kernels.tuned import choose
 
 MAX_ERROR = 2e-3
@@ -31,10 +31,13 @@ MAX_ERROR = 2e-3
 _PAIRS = jnp.array([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]], jnp.int32)
 
 
-def problems() -> dict[str, tuple[Problem, tuple[int, ...] | None]]:
+type Sizes = tuple[int, ...] | None
+
+
+def problems() -> dict[str, tuple[Problem, Sizes]]:
     """Every benchmark case: its problem and group sizes."""
-    sparse = {name: (problem, None) for name, problem in sparse_shapes.cases().items()}
-    return sparse | {name: (case.problem, case.group_sizes) for name, case in grouped_shapes.cases().items()}
+    found: dict[str, tuple[Problem, Sizes]] = {name: (p, None) for name, p in sparse_shapes.cases().items()}
+    return found | {name: (case.problem, case.group_sizes) for name, case in grouped_shapes.cases().items()}
 
 
 def sizes_of(problem: Problem) -> dict:
@@ -43,16 +46,11 @@ def sizes_of(problem: Problem) -> dict:
     return {name: fields[name] for name in ("m", "n", "k", "mode", "groups", "b_k_major", "transpose_out")}
 
 
-def argument_sets(problem: Problem, group_sizes: tuple[int, ...] | None) -> list[tuple]:
+def argument_sets(problem: Problem) -> list[tuple]:
     """Several random operands of a problem: enough calls in a row that Python's launches do not show."""
-    work = 2 * problem.m * problem.n * problem.k / (1 if group_sizes is None else problem.groups ** _split(problem))
-    count = min(8, max(2, math.ceil(1e12 / work)))
-    return [operands(problem, seed) for seed in range(count)]
-
-
-def _split(problem: Problem) -> int:
-    """Whether the listed sizes count each group's work `groups` times over."""
-    return 1 if problem.mode == "columns" else 0
+    split = problem.groups if problem.mode == "columns" else 1
+    work = 2 * problem.m * problem.n * problem.k / split
+    return [operands(problem, seed) for seed in range(min(8, max(2, math.ceil(1e12 / work))))]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -70,48 +68,72 @@ def operands(problem: Problem, seed: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return normal(keys[1], p.m, p.k // 2), pack_positions(positions), b
 
 
-def relative_error(problem: Problem, group_sizes, arguments: tuple, out: jax.Array) -> float:
+def group_array(problem: Problem, group_sizes: Sizes) -> jax.Array | None:
+    return None if group_sizes is None else jnp.asarray(group_sizes, jnp.int32)
+
+
+def relative_error(problem: Problem, groups: jax.Array | None, arguments: tuple, out: jax.Array) -> float:
     """||out - A B|| / ||A B|| with the product in f64."""
-    values, metadata, b = arguments
     with jax.enable_x64(True):
-        a = decompress24(values, unpack_positions(metadata)).astype(jnp.float64)
-        b = (b.T if problem.b_k_major else b).astype(jnp.float64)
-        wanted = _product(problem, group_sizes, a, b)
-        wanted = wanted.T if problem.transpose_out else wanted
-        return float(jnp.linalg.norm(out.astype(jnp.float64) - wanted) / jnp.linalg.norm(wanted))
+        return float(_relative_error(problem, groups, *arguments, out))
 
 
-def _product(problem: Problem, group_sizes, a: jax.Array, b: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _relative_error(problem: Problem, groups, values, metadata, b, out):
     p = problem
-    if group_sizes is None:
-        return a @ b
-    ends = [sum(group_sizes[: g + 1]) for g in range(p.groups)]
-    spans = [slice(end - size, end) for end, size in zip(ends, group_sizes, strict=True)]
-    if p.mode == "rows":
-        return jnp.concatenate([a[span] @ b[g * p.k : (g + 1) * p.k] for g, span in enumerate(spans)])
-    if p.mode == "columns":
-        return jnp.concatenate([part @ b[:, span] for part, span in zip(jnp.split(a, p.groups), spans, strict=True)], 1)
-    return jnp.concatenate([a[:, span] @ b[span] for span in spans])
+    a = decompress24(values, unpack_positions(metadata)).astype(jnp.float64)
+    b = (b.T if p.b_k_major else b).astype(jnp.float64)
+    if groups is None:
+        wanted = a @ b
+    else:
+        tokens = {"rows": p.m, "columns": p.n, "contraction": p.k}[p.mode]
+        group = jnp.searchsorted(jnp.cumsum(groups), jnp.arange(tokens), side="right")
+        products = {
+            "rows": lambda g: jnp.where(group[:, None] == g, a, 0) @ b.reshape(p.groups, p.k, p.n)[g],
+            "columns": lambda g: a.reshape(p.groups, -1, p.k)[g] @ jnp.where(group == g, b, 0),
+            "contraction": lambda g: jnp.where(group == g, a, 0) @ b,
+        }
+        product = products[p.mode]
+        if p.mode == "contraction":
+            wanted = jax.lax.map(product, jnp.arange(p.groups)).reshape(-1, p.n)
+        else:
+            wanted = jax.lax.fori_loop(1, p.groups, lambda g, total: total + product(g), product(0))
+    wanted = wanted.T if p.transpose_out else wanted
+    return jnp.linalg.norm(out.astype(jnp.float64) - wanted) / jnp.linalg.norm(wanted)
 
 
-def run_case(name: str, problem: Problem, group_sizes: tuple[int, ...] | None) -> list[dict]:
-    """The rows of one case: one for each rival.
+def launch(problem: Problem, config: TileConfig):
+    """The kernel as a function of values, metadata, b and groups."""
+
+    def call(values, metadata, b, groups):
+        return kernel.matmul(
+            values, metadata, b, problem=problem, config=config, num_sms=device.sm_count(), groups=groups
+        )
+
+    return call
+
+
+def prepare(name: str, problem: Problem, group_sizes: Sizes) -> tuple[timing.Run, int, float]:
+    """Compile a case and check it: its run, the calls in it, and its relative error.
 
     Raises:
-      RuntimeError: the kernel's result is wrong; nothing is timed.
+      RuntimeError: the kernel's result is wrong; nothing is to be timed.
     """
-    sets = argument_sets(problem, group_sizes)
-    groups = None if group_sizes is None else jnp.asarray(group_sizes, jnp.int32)
-    launch = functools.partial(
-        kernel.matmul, problem=problem, config=choose(problem), num_sms=device.sm_count(), groups=groups
-    )
-    ours = timing.repeated(launch, sets)
-    error = relative_error(problem, group_sizes, sets[0], ours()[0])
+    groups = group_array(problem, group_sizes)
+    sets = argument_sets(problem)
+    run = timing.repeated(launch(problem, choose(problem)), [(*arguments, groups) for arguments in sets])
+    error = relative_error(problem, groups, sets[0], run()[0])
     if not error <= MAX_ERROR:
         raise RuntimeError(f"{name}: relative error {error:.2e} exceeds {MAX_ERROR:.0e}; not timed")
-    runs, calls = {"ours": ours}, {"ours": len(sets)}
-    for rival, (run, count) in _rivals(name, problem, group_sizes, sets).items():
-        runs[rival], calls[rival] = run, count
+    return run, len(sets), error
+
+
+def time_case(name: str, problem: Problem, group_sizes, prepared: tuple[timing.Run, int, float]) -> list[dict]:
+    """The rows of one case: one for each kind of rival, the fastest of it."""
+    run, count, error = prepared
+    runs, calls = {"ours": run}, {"ours": count}
+    for rival, (rival_run, rival_count) in _rivals(name, problem, group_sizes).items():
+        runs[rival], calls[rival] = rival_run, rival_count
     times = timing.race(runs, calls)
     best: dict[str, float] = {}
     for rival, ms in times.items():
@@ -136,10 +158,12 @@ def run_case(name: str, problem: Problem, group_sizes: tuple[int, ...] | None) -
     ]
 
 
-def _rivals(name: str, problem: Problem, group_sizes, sets) -> dict[str, tuple[timing.Run, int]]:
+def _rivals(name: str, problem: Problem, group_sizes) -> dict[str, tuple[timing.Run, int]]:
     if group_sizes is None:
-        return rivals.dense(problem.m, problem.n, problem.k) | rivals.cusparselt(problem, sets[0])
-    return rivals.dense(*(grouped_shapes.cases()[name].full[i] for i in (0, 2, 1)))
+        m, n, k = problem.m, problem.n, problem.k
+        return rivals.dense(m, n, k) | rivals.cusparselt(m, n, k)
+    tokens, d_model, d_ffn = grouped_shapes.cases()[name].full
+    return rivals.dense(tokens, d_ffn, d_model)
 
 
 def table(rows: list[dict]) -> str:
@@ -163,17 +187,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if not device.hopper_available():
         raise SystemExit("the benchmark needs a Hopper GPU")
-    rows = []
-    for name, (problem, group_sizes) in problems().items():
-        if arguments.cases in name:
-            found = run_case(name, problem, group_sizes)
-            rows += found
-            print(*(f"{name}: {r['ms']:.4f} ms, {r['speedup']:.2f}x {r['rival']}" for r in found), sep="\n", flush=True)
+    wanted = {name: case for name, case in problems().items() if arguments.cases in name}
+    prepared = timing.build({name: functools.partial(prepare, name, *case) for name, case in wanted.items()})
+    rows, failures = [], []
+    for name, case in wanted.items():
+        if isinstance(prepared[name], Exception):
+            failures.append(prepared[name])
+            continue
+        found = time_case(name, *case, prepared[name])
+        rows += found
+        print(*(f"{name}: {r['ms']:.4f} ms, {r['speedup']:.2f}x {r['rival']}" for r in found), sep="\n", flush=True)
     with open(arguments.json, "w") as file:
         file.write("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     if arguments.table:
         with open(arguments.table, "w") as file:
             file.write(table(rows))
+    if failures:
+        raise SystemExit("\n".join(f"not timed: {failure!r}" for failure in failures))
 
 
 if __name__ == "__main__":

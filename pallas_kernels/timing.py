@@ -7,21 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-Run = Callable[[], object]
-"""Enqueue some calls and return something `jax.block_until_ready` or a `synchronize` method can wait for."""
+type Run = Callable[[], list]
+"""Enqueue some calls and return their results, which `jax.block_until_ready` can wait for."""
 
 
-def repeated(function, argument_sets: list[tuple], copies: int = 1) -> Run:
-    """One compiled program that calls `function` on each argument set `copies` times: no launch waits for Python.
+def repeated(function, argument_sets: list[tuple]) -> Run:
+    """One compiled program that calls `function` on each argument set: no launch waits for Python.
 
-    Outputs are kept apart, so no call is merged with another or left out.
+    The sets must differ, or the compiler may merge calls.
     """
-    calls = jax.jit(lambda sets: [function(*arguments) for arguments in sets])
-    compiled = calls.lower(argument_sets * copies).compile()
-    return lambda: compiled(argument_sets * copies)
+    compiled = jax.jit(lambda sets: [function(*arguments) for arguments in sets]).lower(argument_sets).compile()
+    return lambda: compiled(argument_sets)
 
 
-def race(runs: dict[Hashable, Run], calls: dict[Hashable, int], *, rounds: int = 7, seconds: float = 0.02) -> dict:
+def race[Key: Hashable](
+    runs: dict[Key, Run], calls: dict[Key, int], *, rounds: int = 7, seconds: float = 0.02
+) -> dict[Key, float]:
     """Median milliseconds of one call for each run.
 
     All runs take turns, so that a card which warms up or throttles treats them alike.
@@ -31,7 +32,7 @@ def race(runs: dict[Hashable, Run], calls: dict[Hashable, int], *, rounds: int =
       calls: how many calls of the function each run makes.
       seconds: the least time one round of one run should take.
     """
-    times = {key: [] for key in runs}
+    times: dict[Key, list[float]] = {key: [] for key in runs}
     repeats = {key: max(1, round(seconds / max(_once(run, 2), 1e-6))) for key, run in runs.items()}
     for _ in range(rounds):
         for key, run in runs.items():
@@ -49,10 +50,10 @@ def _once(run: Run, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def build(jobs: dict[Hashable, Callable[[], Run]]) -> dict:
-    """Compile in parallel: key -> run, or the exception that building it raised."""
+def build[Key: Hashable, Result](jobs: dict[Key, Callable[[], Result]]) -> dict[Key, Result | Exception]:
+    """Compile in parallel: key -> result, or the exception that building it raised."""
 
-    def attempt(job):
+    def attempt(job: Callable[[], Result]) -> Result | Exception:
         try:
             return job()
         except Exception as error:  # a tile that the compiler refuses is a result of the search

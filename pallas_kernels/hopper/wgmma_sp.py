@@ -111,6 +111,7 @@ def _instruction(registers, a, b, word, *, selector: int, n: int, b_transposed: 
         asm_dialect=0,
         has_side_effects=True,
     )
+    assert isinstance(result, ir.Value)
     unpacked = [llvm.extractvalue(register, result, [i]) for i in range(count)]
     return np.array(unpacked, dtype=object).reshape(registers.shape)
 
