@@ -93,7 +93,7 @@ def test_tensorboard_reads_the_same_numbers(finished):
     found = {event.step: event.value for event in events.Scalars("train/loss")}
     expected = {record["step"]: record["loss"] for record in records(finished[0], "train")}
     assert found == pytest.approx(expected)
-    assert "eval/val_bits_per_byte_sparse" in events.Tags()["scalars"]
+    assert len(events.Scalars("eval/val_bits_per_byte_sparse")) == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -127,7 +127,9 @@ def test_flops_of_one_forward_agree_with_xla(tokens):
     config = replace(MODEL, layers=1, d_model=64, d_ffn=256)
     graphdef, params, method = build(config, 1, seed=0)
     forward = jax.jit(lambda params: logits((graphdef, params, method), tokens))
-    counted = forward.lower(params).cost_analysis()["flops"] / tokens.size
+    analysis = forward.lower(params).cost_analysis()
+    assert analysis is not None
+    counted = analysis["flops"] / tokens.size
     # XLA does not skip the masked half of the attention and counts elementwise work.
     attention_half = 2 * config.d_model * tokens.shape[1]
     expected = model.flops_per_token(config, tokens.shape[1], DENSE) / 3 + attention_half

@@ -1,6 +1,5 @@
 """A run that was interrupted ends as one that was not, bit for bit."""
 
-import json
 import os
 import random
 import shutil
@@ -13,8 +12,9 @@ import jax
 import pytest
 
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, run_to_end
-from train import loop
+from train import evaluate, loop
 from train.config import CONFIG_ROOT
+from train.data import open_dataset
 from venom_jax import Recipe
 
 # Switches after 4 and 8 of 12 steps; every step is saved, the router's bias moves, masks are diagnosed.
@@ -87,35 +87,46 @@ def test_looking_changes_nothing(uninterrupted, tmp_path):
     assert losses == [record["loss"] for record in records(uninterrupted, "train")]
 
 
-def command(workdir, bindings):
-    return [sys.executable, "-m", "train.main", f"--workdir={workdir}", *(f"--gin_bindings={b}" for b in bindings)]
-
-
 def test_killed_at_a_random_moment_the_command_ends_the_same(tmp_path, compilation_cache):
-    """The real program, SIGKILL, the same command again."""
-    bindings = gin_bindings(Train_steps=300, Train_checkpoint_every=20, Train_eval_every=100, Train_sample_tokens=0)
-    bindings += ["Phases.schedule = [(0, 'dense'), (30, 'venom'), (150, 'dense')]"]
+    """The real program, SIGKILL, the same command again; and train.evaluate finds the loss that the run reported."""
+    bindings = gin_bindings(Train_steps=200, Train_checkpoint_every=20, Train_eval_every=100, Train_sample_tokens=0)
+    bindings += ["Phases.schedule = [(0, 'dense'), (30, 'venom'), (120, 'dense')]"]
+    program = [sys.executable, "-m", "train.main", *(f"--gin_bindings={binding}" for binding in bindings)]
     environment = os.environ | {
         "PYTHONPATH": str(CONFIG_ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = subprocess.run(command(whole, bindings), env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
-    moment = random.Random().randrange(25, 280)
-    process = subprocess.Popen(command(killed, bindings), env=environment, stdout=subprocess.DEVNULL)
+    def start(workdir):
+        command = [*program, f"--workdir={workdir}"]
+        return subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(process):
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+        return stdout
+
+    finish(start("whole"))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    moment = random.Random().randrange(25, 180)
+    process = start("killed")
     metrics = killed / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count('"train"') < moment):
         time.sleep(0.005)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, f"finished before step {moment}"
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"finished before step {moment}"
 
-    done = subprocess.run(command(killed, bindings), env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "continuing" in done.stdout
-    ends = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (whole, killed)]
-    assert ends[0]["kind"] == "end"
+    assert "continuing" in finish(start("killed"))
+    ends = [records(run, "end")[0] for run in (whole, killed)]
     assert ends[1]["val_loss"] == ends[0]["val_loss"], f"killed at step {moment}"
     assert records(killed) == records(whole), f"killed at step {moment}"
+
+    graphdef, config, state, step = evaluate.restore(whole)
+    assert step == 200
+    again = evaluate.Evaluator(graphdef, config, open_dataset(config.data.folder, "val"))(state, int(state.phase))
+    assert again["val_loss"] == ends[0]["val_loss"]

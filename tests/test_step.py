@@ -15,7 +15,7 @@ from train.state import initial_state
 from train.step import make_diagnosis, make_eval_step, make_train_step, token_losses
 from venom_jax import Recipe, phases
 
-BATCH = np.asarray(jax.random.randint(jax.random.key(5), (8, 17), 0, 300))
+BATCH = jax.random.randint(jax.random.key(5), (8, 17), 0, 300)
 
 
 def start(config):

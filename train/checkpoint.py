@@ -65,7 +65,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int):
         self.workdir = workdir
         self._checkpointer = ocp.training.Checkpointer(
-            str(workdir / "checkpoints"),
+            str((workdir / "checkpoints").absolute()),  # orbax takes no relative path
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyrefly: ignore[bad-argument-type]
             cleanup_tmp_directories=True,
         )
