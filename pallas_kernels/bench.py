@@ -22,6 +22,7 @@ from pallas_kernels.hopper import kernel
 from pallas_kernels.metadata import pack_positions, unpack_positions
 from pallas_kernels.pack.reference import decompress24
 from pallas_kernels.sparse24 import bench_shapes as sparse_shapes
+from pallas_kernels.tile_order import SHAPE, TILE, from_tiles
 from pallas_kernels.tiles import Problem, TileConfig
 from pallas_kernels.tuned import choose
 
@@ -54,8 +55,8 @@ def argument_sets(problem: Problem) -> list[tuple]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def operands(problem: Problem, seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """values, metadata and b: normal values at uniformly random positions."""
+def operands(problem: Problem, seed: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """values in tiles, metadata and b: normal values at uniformly random positions."""
     p = problem
     keys = jax.random.split(jax.random.key(seed), 3)
 
@@ -65,7 +66,7 @@ def operands(problem: Problem, seed: int) -> tuple[jax.Array, jax.Array, jax.Arr
     positions = _PAIRS[jax.random.randint(keys[0], (p.m, p.k // 4), 0, len(_PAIRS))]
     rows = p.k * (p.groups if p.mode == "rows" else 1)
     b = normal(keys[2], *((p.n, rows) if p.b_k_major else (rows, p.n)))
-    return normal(keys[1], p.m, p.k // 2), pack_positions(positions), b
+    return normal(keys[1], p.m // TILE, p.k // TILE, *SHAPE), pack_positions(positions), b
 
 
 def group_array(problem: Problem, group_sizes: Sizes) -> jax.Array | None:
@@ -81,7 +82,7 @@ def relative_error(problem: Problem, groups: jax.Array | None, arguments: tuple,
 @functools.partial(jax.jit, static_argnums=0)
 def _relative_error(problem: Problem, groups, values, metadata, b, out):
     p = problem
-    a = decompress24(values, unpack_positions(metadata)).astype(jnp.float64)
+    a = decompress24(from_tiles(values), unpack_positions(metadata)).astype(jnp.float64)
     b = (b.T if p.b_k_major else b).astype(jnp.float64)
     if groups is None:
         wanted = a @ b
@@ -191,10 +192,11 @@ def main() -> None:
     prepared = timing.build({name: functools.partial(prepare, name, *case) for name, case in wanted.items()})
     rows, failures = [], []
     for name, case in wanted.items():
-        if isinstance(prepared[name], Exception):
-            failures.append(prepared[name])
+        ready = prepared[name]
+        if isinstance(ready, Exception):
+            failures.append(ready)
             continue
-        found = time_case(name, *case, prepared[name])
+        found = time_case(name, *case, ready)
         rows += found
         print(*(f"{name}: {r['ms']:.4f} ms, {r['speedup']:.2f}x {r['rival']}" for r in found), sep="\n", flush=True)
     with open(arguments.json, "w") as file:

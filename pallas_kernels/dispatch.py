@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from pallas_kernels import device
+from pallas_kernels import device, tile_order
 from pallas_kernels.array_types import Array
 from pallas_kernels.tiles import GRANULE
 
@@ -44,17 +44,36 @@ def check_kernel_dtypes(dtype, out_dtype) -> None:
         )
 
 
-def check_packed(values: Array, metadata: Array, b: Array) -> None:
-    """Raise ValueError unless values [R, C/2] and metadata [R/64, C/64, 128] belong together and to b's dtype."""
-    if values.ndim != 2 or values.dtype != b.dtype:
-        raise ValueError(f"values {values.dtype}{list(values.shape)} must be a matrix of b's dtype, {b.dtype}")
-    rows, columns = values.shape[0], 2 * values.shape[1]
+def check_packed(values: Array, metadata: Array, b: Array) -> tuple[int, int]:
+    """The logical sizes [R, C] of packed values, in rows [R, C/2] or in tiles [R/64, C/64, 8, 256].
+
+    Raises:
+      ValueError: values, metadata [R/64, C/64, 128] and b's dtype do not belong together.
+    """
+    if values.dtype != b.dtype or not (values.ndim == 2 or values.shape[2:] == tile_order.SHAPE):
+        raise ValueError(
+            f"values are {values.dtype}{list(values.shape)}; want b's dtype, {b.dtype}, in rows [R, C/2] or in tiles "
+            f"[R/{GRANULE}, C/{GRANULE}, 8, 256] (tile_order.py)"
+        )
+    unit = 1 if values.ndim == 2 else GRANULE
+    rows, columns = values.shape[0] * unit, values.shape[1] * (2 if values.ndim == 2 else GRANULE)
     words = (-(-rows // GRANULE), -(-columns // GRANULE), 128)
     if metadata.dtype != jnp.uint32 or metadata.shape != words:
         raise ValueError(
             f"metadata is {metadata.dtype}{list(metadata.shape)}; values {list(values.shape)} take "
             f"uint32{list(words)}: one word per thread of a warpgroup and {GRANULE} x {GRANULE} tile (metadata.py)"
         )
+    return rows, columns
+
+
+def in_rows(values: Array) -> Array:
+    """Values [R, C/2], whichever order they come in."""
+    return values if values.ndim == 2 else tile_order.from_tiles(values)
+
+
+def in_tiles(values: Array) -> Array:
+    """Values [R/64, C/64, 8, 256], whichever order they come in; from rows it is a pass over them."""
+    return tile_order.to_tiles(values) if values.ndim == 2 else values
 
 
 def check_multiple(of: int, **sizes: int) -> None:

@@ -1,4 +1,4 @@
-"""Search the tile of every benchmark problem and write the table: python -m pallas_kernels.tune [--problems WORD]
+"""Search the tile of every benchmark problem and write the table: python -m pallas_kernels.tune [--problems WORD ...]
 
 For each problem all candidates are compiled in parallel, compared with f64, and timed in turns.
 """
@@ -12,22 +12,27 @@ from collections.abc import Iterator
 from pallas_kernels import bench, device, timing, tuned
 from pallas_kernels.tiles import Problem, TileConfig
 
-TILES = (
+LARGE = (
     TileConfig(64, 256, 2, 1, stages=4, store_slots=2, raster_along="m", raster_width=8),
-    TileConfig(64, 256, 2, 1, stages=4, store_slots=2, raster_along="m", raster_width=16),
+    TileConfig(64, 256, 2, 1, stages=4, store_slots=2, raster_along="n", raster_width=8),
     TileConfig(128, 192, 2, 1, stages=4, store_slots=2, raster_along="m", raster_width=8),
     TileConfig(128, 192, 2, 1, stages=4, store_slots=2, raster_along="n", raster_width=8),
     TileConfig(128, 128, 2, 1, stages=4, store_slots=4, raster_along="m", raster_width=8),
-    TileConfig(128, 128, 1, 2, stages=4, store_slots=2, raster_along="m", raster_width=8),
+)
+"""Tiles for outputs that give every multiprocessor several of them; docs/log.md lists what else was tried."""
+
+SMALL = (
     TileConfig(64, 128, 2, 1, stages=6, store_slots=2, raster_along="m", raster_width=8),
     TileConfig(64, 64, 2, 1, stages=6, store_slots=1, raster_along="m", raster_width=8),
 )
-"""Tiles worth trying; docs/log.md lists those that were not."""
+"""Tiles for the rest."""
 
 
 def candidates(problem: Problem) -> Iterator[TileConfig]:
     """The tiles worth timing for a problem: those that fit, less than twice the output in either direction."""
-    for config in TILES:
+    rows, columns = problem.out_shape
+    few = rows * columns < 4 * device.sm_count() * 128 * 256
+    for config in (*LARGE, *SMALL) if few else LARGE:
         fits = config.tile_m < 2 * problem.m and config.tile_n < 2 * problem.n
         if fits and config.violation(problem) is None:
             yield config
@@ -50,7 +55,7 @@ def search(problem: Problem, group_sizes: tuple[int, ...] | None) -> dict[TileCo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--problems", default="", help="only problems whose name contains this")
+    parser.add_argument("--problems", nargs="*", default=[""], help="only problems whose name contains one of these")
     parser.add_argument("--output", help="the file to write; default: tuned/<gpu>.json of the package")
     arguments = parser.parse_args()
     gpu = device.current()
@@ -58,8 +63,8 @@ def main() -> None:
         raise SystemExit("tuning needs a Hopper GPU")
     entries = []
     for name, (problem, group_sizes) in bench.problems().items():
-        if arguments.problems not in name or "ragged" in name:
-            continue
+        if "ragged" in name or not any(word in name for word in arguments.problems):
+            continue  # the tile of a ragged case is that of the equal one
         times = search(problem, group_sizes)
         best = min(times, key=times.__getitem__)
         listed = "  ".join(

@@ -11,9 +11,12 @@ from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import hopper as grouped24
 from pallas_kernels.hopper import kernel
 from pallas_kernels.sparse24 import hopper as sparse24
-from pallas_kernels.tiles import Problem, TileConfig
+from pallas_kernels.tiles import Mode, Problem, TileConfig
 
-MODES = ("dense", "rows", "columns", "contraction")
+TILES = dict.fromkeys(
+    dataclasses.replace(tile, raster_along="m", raster_width=8) for tile in (*tune.LARGE, *tune.SMALL)
+)
+MODES: tuple[Mode, ...] = ("dense", "rows", "columns", "contraction")
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +28,7 @@ def lower(problem: Problem, config: TileConfig) -> str:
     p, array = problem, jax.ShapeDtypeStruct
     b_rows = p.k * (p.groups if p.mode == "rows" else 1)
     arguments = {
-        "values": array((p.m, p.k // 2), p.dtype),
+        "values": array((-(-p.m // 64), p.k // 64, 8, 256), p.dtype),
         "metadata": array((-(-p.m // 64), p.k // 64, 128), jnp.uint32),
         "b": array((p.n, b_rows) if p.b_k_major else (b_rows, p.n), p.dtype),
     }
@@ -39,16 +42,12 @@ def lower(problem: Problem, config: TileConfig) -> str:
     return launch.trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def problem_of(mode: str, **fields) -> Problem:
+def problem_of(mode: Mode, **fields) -> Problem:
     groups = 1 if mode == "dense" else 4
     return Problem(m=512, n=512, k=512, mode=mode, groups=groups, **fields)
 
 
-@pytest.mark.parametrize(
-    "config",
-    dict.fromkeys(dataclasses.replace(t, raster_along="m", raster_width=8) for t in tune.TILES),
-    ids=lambda c: f"{c.tile_m}x{c.tile_n}",
-)
+@pytest.mark.parametrize("config", TILES, ids=lambda c: f"{c.tile_m}x{c.tile_n}")
 @pytest.mark.parametrize("mode", MODES)
 def test_every_tile_lowers_in_every_mode(mode, config):
     assert "mosaic_gpu" in lower(problem_of(mode, b_k_major=mode == "columns"), config)
@@ -90,7 +89,7 @@ def test_a_grouped_product_is_one_kernel_launch():
     problem = problem_of("rows")
     launch = jax.jit(lambda v, e, b, sizes: grouped24.grouped24(problem, v, e, b, sizes))
     text = launch.trace(
-        array((512, 256), jnp.bfloat16),
+        array((8, 8, 8, 256), jnp.bfloat16),
         array((8, 8, 128), jnp.uint32),
         array((2048, 512), jnp.bfloat16),
         array((4,), jnp.int32),

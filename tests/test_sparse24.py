@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import device, dispatch
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.sparse24 import dense_wins, hopper, sparse24
+from pallas_kernels.tile_order import to_tiles
 from pallas_kernels.tiles import TileConfig
 from tests.helpers import relative_error
 from tests.kernels import LIMIT, dense, normal, pack
@@ -37,6 +38,14 @@ def test_reference_path_multiplies(m, n, k, b_k_major):
         values, metadata, b, b_k_major=b_k_major, transpose_out=True, out_dtype=jnp.float32, implementation="reference"
     )
     np.testing.assert_array_equal(transposed, out.T)
+
+
+def test_values_come_in_rows_or_in_tiles():
+    values, metadata, b, _ = problem(128, 72, 192)
+    out = sparse24(values, metadata, b, implementation="reference")
+    np.testing.assert_array_equal(sparse24(to_tiles(values), metadata, b, implementation="reference"), out)
+    with pytest.raises(ValueError, match=r"bfloat16\[2, 3, 2048\].*in tiles"):
+        sparse24(to_tiles(values).reshape(2, 3, 2048), metadata, b)
 
 
 def test_reference_epilogue_is_what_it_says():
@@ -173,6 +182,12 @@ def test_epilogues_agree_with_the_reference(epilogue, out_dtype, transpose_out):
     out = kernel(values, metadata, b, **options)
     wanted = sparse24(values, metadata, b, implementation="reference", **options)
     assert relative_error(out, wanted) < LIMIT[out_dtype] * 2
+
+
+@pytest.mark.gpu
+def test_values_in_tiles_give_the_same_bits():
+    values, metadata, b, _ = problem(192, 136, 256)
+    np.testing.assert_array_equal(kernel(to_tiles(values), metadata, b), kernel(values, metadata, b))
 
 
 @pytest.mark.gpu

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import tune, tuned
+from pallas_kernels.tile_order import from_tiles, to_tiles
 from pallas_kernels.tiles import Problem, TileConfig
 
 PROBLEM = Problem(1024, 1024, 1024)
@@ -61,3 +64,20 @@ def test_candidates_fit_and_differ():
     assert len(found) == len(set(found)) > 4
     assert all(config.violation(PROBLEM) is None for config in found)
     assert all(config.tile_m < 256 for config in tune.candidates(Problem(64, 1024, 1024)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (100, 72), (8, 8), (192, 320)])
+def test_tile_order_comes_back_exactly(rows, columns):
+    values = jnp.arange(rows * columns // 2, dtype=jnp.float32).reshape(rows, columns // 2)
+    tiles = to_tiles(values)
+    assert tiles.shape == (-(-rows // 64), -(-columns // 64), 8, 256)
+    np.testing.assert_array_equal(from_tiles(tiles, rows, columns), values)
+    assert float(jnp.sum(tiles)) == float(jnp.sum(values))
+
+
+def test_tile_order_is_matrices_of_eight_rows_by_eight_values():
+    values = jnp.arange(64 * 32, dtype=jnp.float32).reshape(64, 32)
+    tile = to_tiles(values)[0, 0].reshape(4, 8, 8, 8)
+    np.testing.assert_array_equal(tile[0, 0], values[:8, :8])
+    np.testing.assert_array_equal(tile[1, 0], values[:8, 8:16])
+    np.testing.assert_array_equal(tile[3, 2], values[16:24, 24:])

@@ -20,7 +20,7 @@ _PLAIN = Epilogue()
 
 
 def rows(
-    values: Float[Array, "R k_2"],
+    values: Float[Array, "..."],
     metadata: Metadata,
     b: Float[Array, "_G _k _n"],
     group_sizes: Int[Array, "_G"],
@@ -32,7 +32,7 @@ def rows(
     """out[r, n] = epilogue(sum_k A[r, k] b[group of r, k, n]): sparse tokens times dense weights.
 
     Args:
-      values, metadata: packed tokens A [R, k], 2:4 along k.
+      values, metadata: packed tokens A [R, k], 2:4 along k; values in rows or in tiles, as in `sparse24`.
       b: weights [G, k, n], or [n, G, k] if `b_k_major`.
       group_sizes: tokens of each group (see the module).
       transpose_out: give out^T [n, R].
@@ -46,15 +46,16 @@ def rows(
     if b.ndim != 3:
         raise ValueError(f"b is {list(b.shape)}; want {want}")
     n, groups, k = b.shape if b_k_major else (b.shape[2], *b.shape[:2])
-    if 2 * values.shape[1] != k:
-        raise ValueError(f"values {list(values.shape)} have k={2 * values.shape[1]}, b {list(b.shape)} is {want}")
+    tokens, a_k = dispatch.check_packed(values, metadata, b)
+    if a_k != k:
+        raise ValueError(f"values {list(values.shape)} have k={a_k}, b {list(b.shape)} is {want}")
     flat = b.reshape(n, groups * k) if b_k_major else b.reshape(groups * k, n)
-    sizes = {"m": values.shape[0], "n": n, "k": k}
+    sizes = {"m": tokens, "n": n, "k": k}
     return _run("rows", values, metadata, flat, group_sizes, groups, sizes, b_k_major, transpose_out, **options)
 
 
 def columns(
-    values: Float[Array, "F k_2"],
+    values: Float[Array, "..."],
     metadata: Metadata,
     b: Float[Array, "_k _R"],
     group_sizes: Int[Array, "_G"],
@@ -73,18 +74,17 @@ def columns(
     """
     groups = group_sizes.shape[0]
     tokens, k = b.shape if b_k_major else b.shape[::-1]
-    if 2 * values.shape[1] != k:
-        raise ValueError(f"values {list(values.shape)} have k={2 * values.shape[1]}, b {list(b.shape)} has {k=}")
-    if values.shape[0] % (groups * GRANULE):
-        raise ValueError(
-            f"{values.shape[0]} rows of weights do not split into {groups=} parts of multiples of {GRANULE}"
-        )
-    sizes = {"m": values.shape[0], "n": tokens, "k": k}
+    rows_of_a, a_k = dispatch.check_packed(values, metadata, b)
+    if a_k != k:
+        raise ValueError(f"values {list(values.shape)} have k={a_k}, b {list(b.shape)} has {k=}")
+    if rows_of_a % (groups * GRANULE):
+        raise ValueError(f"{rows_of_a} rows of weights do not split into {groups=} parts of multiples of {GRANULE}")
+    sizes = {"m": rows_of_a, "n": tokens, "k": k}
     return _run("columns", values, metadata, b, group_sizes, groups, sizes, b_k_major, transpose_out, **options)
 
 
 def contraction(
-    values: Float[Array, "m R_2"],
+    values: Float[Array, "..."],
     metadata: Metadata,
     b: Float[Array, "_R _n"],
     group_sizes: Int[Array, "_G"],
@@ -105,9 +105,9 @@ def contraction(
     """
     groups = group_sizes.shape[0]
     n, tokens = b.shape if b_k_major else b.shape[::-1]
-    if 2 * values.shape[1] != tokens:
-        raise ValueError(f"values {list(values.shape)} cover {2 * values.shape[1]} tokens, b {list(b.shape)} {tokens}")
-    m = values.shape[0]
+    m, a_tokens = dispatch.check_packed(values, metadata, b)
+    if a_tokens != tokens:
+        raise ValueError(f"values {list(values.shape)} cover {a_tokens} tokens, b {list(b.shape)} {tokens}")
     sizes = {"m": m, "n": n, "k": tokens}
     out = _run("contraction", values, metadata, b, group_sizes, groups, sizes, b_k_major, transpose_out, **options)
     return out.reshape(n, groups, m) if transpose_out else out.reshape(groups, m, n)
@@ -132,7 +132,6 @@ def _run(
     config: TileConfig | None = None,
 ):
     chosen = dispatch.resolve(implementation)
-    dispatch.check_packed(values, metadata, b)
     dispatch.check_multiple(GRANULE, **sizes)
     if group_sizes.shape != (groups,) or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}; want integers [{groups}]")
@@ -144,7 +143,7 @@ def _run(
     if chosen == "hopper":
         dispatch.check_kernel_dtypes(b.dtype, out_dtype)
         return hopper.grouped24(problem, values, metadata, b, group_sizes, shaped, row_scale, config)
-    acc = _REFERENCE[mode](to_dense(values, metadata), b.T if b_k_major else b, group_sizes, groups)
+    acc = _REFERENCE[mode](to_dense(dispatch.in_rows(values), metadata), b.T if b_k_major else b, group_sizes, groups)
     acc = acc.T if transpose_out else acc
     return apply(epilogue, acc, shaped, row_scale, row_axis=1 if transpose_out else 0, out_dtype=out_dtype)
 

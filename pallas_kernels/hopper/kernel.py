@@ -13,11 +13,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import tile_order
 from pallas_kernels.hopper import wgmma_sp
 from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, sort_groups
 from pallas_kernels.tiles import GRANULE, LOAD_REGISTERS, MAX_TILE, TILE_K, Problem, TileConfig, chunk_columns
 
 SWIZZLE = 128
+"""Bytes of a row of B, or of an output chunk, in shared memory."""
+_SWIZZLED = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
 _LOADS = 3  # copies that fill a stage: values, metadata, B
 
 
@@ -36,7 +39,7 @@ def matmul(
     """Launch the kernel; shapes and configuration have been checked by the callers (the ops' api.py).
 
     Args:
-      values: [m, k / 2], stored entries of A, or [groups * m, k / 2] when A's rows are split by columns' groups.
+      values: [m / 64, k / 64, 8, 256], stored entries of A tile by tile (tile_order.py).
       metadata: uint32 [m / 64, k / 64, 128].
       b: [k, n], or [n, k] when `problem.b_k_major`; for rows' groups k runs over groups x k.
       groups: None, or int32 [G], the rows of each group.
@@ -74,10 +77,6 @@ def _span(start, size: int, of: int = GRANULE):
     return pl.ds(pl.multiple_of(start, of), size)
 
 
-def _tiled(columns: int):
-    return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * 2))
-
-
 def _scratch(problem: Problem, config: TileConfig) -> dict:
     c, stages = config, config.stages
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
@@ -88,9 +87,9 @@ def _scratch(problem: Problem, config: TileConfig) -> dict:
     chunk_tiling = (plgpu.TilingTransform((8, chunk_row)), plgpu.SwizzleTransform(SWIZZLE))
     sorted_groups = {"groups": plgpu.SMEM((3, problem.groups), jnp.int32)} if problem.mode == "contraction" else {}
     return sorted_groups | {
-        "values": plgpu.SMEM((stages, c.tile_m, TILE_K // 2), dtype, transforms=_tiled(TILE_K // 2)),
-        "metadata": plgpu.SMEM((stages, c.tile_m // GRANULE, TILE_K // GRANULE, 128), jnp.int32),
-        "b": plgpu.SMEM((stages, *b_shape), dtype, transforms=_tiled(SWIZZLE // 2)),
+        "values": plgpu.SMEM((stages, c.tile_m // GRANULE, *tile_order.SHAPE), dtype),
+        "metadata": plgpu.SMEM((stages, c.tile_m // GRANULE, 128), jnp.int32),
+        "b": plgpu.SMEM((stages, *b_shape), dtype, transforms=_SWIZZLED),
         "chunks": plgpu.SMEM((c.warpgroups, c.store_slots, *chunk), out_dtype, transforms=chunk_tiling),
         "filled": plgpu.Barrier(num_arrivals=_LOADS, num_barriers=stages),
         "emptied": plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=stages),
@@ -123,14 +122,13 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
 def _for_each_tile(schedule: Schedule, visit):
     """visit(tile, step) -> step for each of this block's tiles; step counts stages since the start."""
     sm, num_sms = lax.axis_index("sm"), lax.axis_size("sm")
-    rounds = ceil_div(schedule.count() - sm, num_sms)
+    in_turns = schedule.problem.mode == "contraction"
+    rounds = ceil_div(schedule.count() - (0 if in_turns else sm), num_sms)
 
     def round_(i, carry):
         cursor, step = carry
-        block = sm
-        if schedule.problem.mode == "contraction":
-            # Sizes fall from round to round: walk every other round backwards, or the first blocks get the most.
-            block = jnp.where(lax.rem(i, 2) == 1, num_sms - 1 - sm, sm)
+        # Where sizes fall from round to round, walk every other round backwards, or the first blocks get the most.
+        block = jnp.where(lax.rem(i, 2) == 1, num_sms - 1 - sm, sm) if in_turns else sm
         cursor, tile = schedule.locate(cursor, i * num_sms + block)
         return cursor, visit(tile, step)
 
@@ -147,14 +145,12 @@ def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, 
         def _():
             plgpu.barrier_wait(scratch["emptied"].at[slot])
 
-        a_k, b_k = tile.a_k + i * TILE_K, tile.b_k + i * TILE_K
-        rows, k_tile, columns = _span(tile.a_row, c.tile_m), _span(b_k, TILE_K), _span(tile.b_n, c.tile_n)
-        row_tiles = pl.ds(lax.div(tile.a_row, GRANULE), c.tile_m // GRANULE)
-        word_tiles = pl.ds(lax.div(a_k, GRANULE), TILE_K // GRANULE)
-        b_gmem = gmem["b"].at[columns, k_tile] if problem.b_k_major else gmem["b"].at[k_tile, columns]
+        row_tiles, a_tile = pl.ds(lax.div(tile.a_row, GRANULE), c.tile_m // GRANULE), lax.div(tile.a_k, TILE_K) + i
+        rows, columns = _span(tile.b_k + i * TILE_K, TILE_K), _span(tile.b_n, c.tile_n)
+        b_gmem = gmem["b"].at[columns, rows] if problem.b_k_major else gmem["b"].at[rows, columns]
         for source, name in (
-            (gmem["values"].at[rows, _span(lax.div(a_k, 2), TILE_K // 2, GRANULE // 2)], "values"),
-            (gmem["metadata"].at[row_tiles, word_tiles], "metadata"),
+            (gmem["values"].at[row_tiles, a_tile], "values"),
+            (gmem["metadata"].at[row_tiles, a_tile], "metadata"),
             (b_gmem, "b"),
         ):
             plgpu.copy_gmem_to_smem(source, scratch[name].at[slot], scratch["filled"].at[slot])
@@ -173,13 +169,12 @@ def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig,
         acc, step = carry
         slot = lax.rem(step, c.stages)
         plgpu.barrier_wait(scratch["filled"].at[slot])
-        rows = _span(wg_m * c.warpgroup_m, c.warpgroup_m)
         row_tiles = pl.ds(wg_m * (c.warpgroup_m // GRANULE), c.warpgroup_m // GRANULE)
         b_smem = scratch["b"].at[slot]
         if c.warpgroups_n > 1:
             columns = _span(wg_n * c.warpgroup_n, c.warpgroup_n)
             b_smem = b_smem.at[columns] if problem.b_k_major else b_smem.at[:, columns]
-        values_smem = scratch["values"].at[slot].at[rows]
+        values_smem = scratch["values"].at[slot].at[row_tiles]
         metadata_smem = scratch["metadata"].at[slot].at[row_tiles]
         acc = _multiply(acc, values_smem, metadata_smem, b_smem, problem)
         plgpu.barrier_arrive(scratch["emptied"].at[slot])
@@ -192,10 +187,9 @@ def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig,
 
 
 def _multiply(acc, values_smem, metadata_smem, b_smem, problem: Problem):
-    a_tiling, b_tiling = _tiled(TILE_K // 2), _tiled(SWIZZLE // 2)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(a_tiling), plgpu.RefType(), plgpu.RefType(b_tiling)),
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType(), plgpu.RefType(_SWIZZLED)),
         return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
     )
     def multiply(_, acc, values, metadata, b):
@@ -204,7 +198,6 @@ def _multiply(acc, values_smem, metadata_smem, b_smem, problem: Problem):
             values,
             metadata,
             b,
-            a_swizzle=TILE_K,
             b_swizzle=SWIZZLE,
             b_k_major=problem.b_k_major,
             dtype=problem.dtype,

@@ -145,13 +145,17 @@ class Schedule:
             return cursor, Tile(m, zero, zero, n, m, n, p.m, p.n, steps)
         if p.mode == "contraction":
             per_group = self.m_tiles * self.n_tiles
+            # A round walked backwards begins past the last tile: nothing to add up and nothing to store there.
+            exists = index < self.count()
+            index = jnp.minimum(index, self.count() - 1)
             rank = lax.div(index, per_group)
             group, start, size = (self.groups_ref[i, rank] for i in range(3))
             mi, ni = raster(index - rank * per_group, self.m_tiles, self.n_tiles, c)
             m, n = mi * c.tile_m, ni * c.tile_n
             first = group * p.m
-            steps = lax.div(size, TILE_K)
-            return cursor, Tile(m, start, start, n, first + m, n, first + p.m, p.n, steps)
+            steps = jnp.where(exists, lax.div(size, TILE_K), 0)
+            m_end = jnp.where(exists, first + p.m, 0)
+            return cursor, Tile(m, start, start, n, first + m, n, m_end, p.n, steps)
         cursor = lax.while_loop(lambda s: index >= s.first + s.tiles, self._next_group, cursor)
         group, first, start, size, _ = cursor
         steps = jnp.where(group < p.groups, steps, 0)  # rows of no group: no product, zeros

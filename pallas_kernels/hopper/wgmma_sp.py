@@ -19,52 +19,59 @@ MMA_M = 64
 """Rows of one instruction."""
 MMA_K = 32
 """Logical columns of A, and rows of B, of one instruction."""
-METADATA_K = 64
-"""Logical columns that one metadata word per thread describes: two instructions."""
+TILE_K = 64
+"""Logical columns of A that one metadata word per thread describes: two instructions."""
+
+# A tile of A in shared memory is made of matrices of 8 rows x 16 bytes (tile_order.py).
+_OCTET_OF_ROWS = 128
+"""Bytes from one matrix to that of the next eight rows."""
+_OCTET_OF_COLUMNS = 8 * _OCTET_OF_ROWS
+"""Bytes from one matrix to that of the next eight stored columns."""
+_TILE_BYTES = 4 * _OCTET_OF_COLUMNS
 
 _PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
 
 
-def multiply(acc, a, metadata, b, *, a_swizzle: int, b_swizzle: int, b_k_major: bool, dtype: str):
-    """acc + A B for one stage of K, complete on return.
+def multiply(acc, a, metadata, b, *, b_swizzle: int, b_k_major: bool, dtype: str):
+    """acc + A B for 64 columns of A, complete on return.
 
     Args:
       acc: f32 [m, n] in WGMMA layout, m a multiple of 64, n of 8 and at most 256.
-      a: shared memory, stored values [m, k / 2], tiled (8, a_swizzle / 2) and swizzled.
-      metadata: shared memory, int32 [m / 64, k / 64, 128]: one word per thread.
-      b: shared memory, [k, n], or [n, k] if `b_k_major`, tiled (8, b_swizzle / 2) and swizzled.
+      a: shared memory, [m / 64, 8, 256] stored values, tile by tile (tile_order.py).
+      metadata: shared memory, int32 [m / 64, 128]: one word per thread.
+      b: shared memory, [64, n], or [n, 64] if `b_k_major`, tiled (8, b_swizzle / 2) and swizzled.
       dtype: "bfloat16" or "float16", of both operands.
     """
     if b_k_major:
         b = utils.memref_transpose(b, (1, 0, 3, 2))
-    (m, half_k), _ = mma_utils.tiled_memref_shape(a)
+    row_tiles = acc.shape[0] // MMA_M
     (k, n), _ = mma_utils.tiled_memref_shape(b)
-    if k != 2 * half_k:
-        raise ValueError(f"A stores half of K: got {half_k} values a row and {k} rows of B")
-    a_tile, b_tile = a_swizzle // 2, b_swizzle // 2  # elements of 16 bits in a swizzled row
-    (a_base, a_strides), (a_row_stride, a_tile_stride), a_fastest = mma_utils.create_descriptor(
-        a, swizzle=a_swizzle, large_tile=(MMA_M, a_tile), group_size=(MMA_M, a_tile), logical_k_major=False
-    )
+    if k != TILE_K:
+        raise ValueError(f"a stage holds {TILE_K} columns of A; b has {k} rows")
+    b_tile = b_swizzle // 2  # elements of 16 bits in a swizzled row
     (b_base, b_strides), (_, b_tile_stride), b_fastest = mma_utils.create_descriptor(
         b, swizzle=b_swizzle, large_tile=(b_tile, b_tile), group_size=(b_tile, n), logical_k_major=True
     )
-    if a_fastest != mma_utils.Dim.K or a_strides[0] or b_strides[0]:
-        raise NotImplementedError("A must be row-major and both operands tiled like their swizzle")
-    (a_stride,), (b_stride,) = a_strides[1], b_strides[1]
+    if b_strides[0]:
+        raise NotImplementedError("B must be tiled like its swizzle")
+    (b_stride,) = b_strides[1]
+    a_base = mma_utils.encode_descriptor(
+        a, leading_byte_offset=_OCTET_OF_COLUMNS, stride_byte_offset=_OCTET_OF_ROWS, swizzle=None
+    )
 
-    words = _load_metadata(metadata, m // MMA_M, k // METADATA_K)
+    words = _load_metadata(metadata, row_tiles)
     acc = _wgmma.wgmma_fence(acc.to_layout(fa.WGMMA_LAYOUT_ACC_32BIT))
     registers = acc.registers.copy()
     for step in range(k // MMA_K):
-        a_column, b_row = step * MMA_K // 2, step * MMA_K
-        a_offset = a_column // a_tile * a_tile_stride + a_column % a_tile // 16 * a_stride
+        b_row = step * MMA_K
         b_offset = b_row // b_tile * b_tile_stride + b_row % b_tile // 16 * b_stride
-        for row in range(m // MMA_M):
+        for row in range(row_tiles):
+            a_offset = row * _TILE_BYTES + step * 2 * _OCTET_OF_COLUMNS
             registers[row : row + 1] = _instruction(
                 registers[row : row + 1],
-                _advance(a_base, a_offset + row * a_row_stride),
+                _advance(a_base, a_offset),
                 _advance(b_base, b_offset),
-                words[row, step // 2],
+                words[row],
                 selector=step % 2,
                 n=n,
                 b_transposed=b_fastest != mma_utils.Dim.K,
@@ -78,19 +85,10 @@ def multiply(acc, a, metadata, b, *, a_swizzle: int, b_swizzle: int, b_k_major: 
     return acc.to_layout(fa.WGMMA_LAYOUT)
 
 
-def _load_metadata(metadata, row_tiles: int, column_tiles: int):
-    index = ir.IndexType.get()
-    i32 = ir.IntegerType.get_signless(32)
-    thread = arith.index_cast(index, arith.remui(utils.thread_idx(), arith.constant(i32, 128)))
-
-    def constant(i):
-        return arith.constant(index, i)
-
-    return {
-        (row, column): memref.load(metadata, [constant(row), constant(column), thread])
-        for row in range(row_tiles)
-        for column in range(column_tiles)
-    }
+def _load_metadata(metadata, row_tiles: int):
+    index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
+    thread = arith.index_cast(index, arith.remui(utils.thread_idx(), arith.constant(i32, utils.WARPGROUP_SIZE)))
+    return [memref.load(metadata, [arith.constant(index, row), thread]) for row in range(row_tiles)]
 
 
 def _instruction(registers, a, b, word, *, selector: int, n: int, b_transposed: bool, ptx_type: str):

@@ -13,7 +13,7 @@ _PLAIN = Epilogue()
 
 
 def sparse24(
-    values: Float[Array, "m k_2"],
+    values: Float[Array, "..."],
     metadata: Metadata,
     b: Float[Array, "_k _n"],
     *,
@@ -22,7 +22,7 @@ def sparse24(
     out_dtype=None,
     epilogue: Epilogue = _PLAIN,
     operand: Float[Array, "_m _n"] | None = None,
-    row_scale: Float[Array, "m"] | None = None,
+    row_scale: Float[Array, "_m"] | None = None,
     implementation: dispatch.Implementation | None = None,
     config: TileConfig | None = None,
 ) -> Float[Array, "_m _n"]:
@@ -32,7 +32,8 @@ def sparse24(
     stored value, a stored zero included. The reference multiplies pruned positions as zeros.
 
     Args:
-      values: stored entries of A, two of each four along k.
+      values: stored entries of A, two of each four along k: rows [m, k/2], or tiles [m/64, k/64, 8, 256], which the
+        kernel reads without another pass (`pallas_kernels.tile_order`).
       metadata: their positions (`pallas_kernels.metadata.pack_positions`), padded to tiles of 64 x 64.
       b: [k, n], or [n, k] if `b_k_major`, in values' dtype.
       transpose_out: give out^T [n, m]; `operand` then has that shape too.
@@ -49,10 +50,9 @@ def sparse24(
       NotImplementedError: the named implementation does not take this device or these dtypes.
     """
     chosen = dispatch.resolve(implementation)
-    dispatch.check_packed(values, metadata, b)
-    (m, half_k), (n, k) = values.shape, b.shape if b_k_major else b.shape[::-1]
-    if 2 * half_k != k:
-        raise ValueError(f"values {list(values.shape)} have k={2 * half_k}, b {list(b.shape)} has {k=} ({b_k_major=})")
+    (m, a_k), (n, k) = dispatch.check_packed(values, metadata, b), b.shape if b_k_major else b.shape[::-1]
+    if a_k != k:
+        raise ValueError(f"values {list(values.shape)} have k={a_k}, b {list(b.shape)} has {k=} ({b_k_major=})")
     dispatch.check_multiple(8, m=m, n=n, k=k)
     out_dtype = jnp.dtype(b.dtype if out_dtype is None else out_dtype)
     epilogue.check(operand, row_scale, (n, m) if transpose_out else (m, n), m, out_dtype)
@@ -62,7 +62,7 @@ def sparse24(
             return hopper.sparse24(
                 values, metadata, b, b_k_major, transpose_out, out_dtype.name, epilogue, operand, row_scale, config
             )
-    values = jnp.pad(values, ((0, -m % TILE), (0, -half_k % (TILE // 2))))
+    values = jnp.pad(dispatch.in_rows(values), ((0, -m % TILE), (0, -k % TILE // 2)))
     b = jnp.pad(b.T if b_k_major else b, ((0, -k % TILE), (0, 0)))
     acc = reference.sparse24(values, metadata, b, out_dtype=accumulator(b.dtype))[:m]
     acc = acc.T if transpose_out else acc

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels import device, tuned
+from pallas_kernels import device, dispatch, tuned
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.hopper import kernel
 from pallas_kernels.tiles import GRANULE, Problem, TileConfig
@@ -23,18 +23,24 @@ def sparse24(
     """Arguments as in api.py, validated there.
 
     The copy engine moves swizzled rows of 64 elements, so the last dimension of each matrix in memory is padded to a
-    multiple of 64 where it is none (a copy of that matrix); rows need no padding. Zero columns of A and zero rows of
-    B add nothing.
+    multiple of 64 where it is none (a copy of that matrix); rows need no padding, reads past the end give zeros.
     """
-    (m, half_k), n = values.shape, b.shape[0 if b_k_major else 1]
-    values = _pad(values, half_k, GRANULE // 2)
+    m, n = (values.shape[0] * (1 if values.ndim == 2 else GRANULE)), b.shape[0 if b_k_major else 1]
+    values = dispatch.in_tiles(values)
     b = _pad(b, b.shape[1], GRANULE)
     last = m if transpose_out else n
     if last % GRANULE and operand is not None:
         operand = _pad(operand, last, GRANULE)
     padded_m, padded_n = (-(-m // GRANULE) * GRANULE, n) if transpose_out else (m, -(-n // GRANULE) * GRANULE)
     problem = Problem(
-        padded_m, padded_n, 2 * values.shape[1], "dense", 1, b_k_major, transpose_out, b.dtype.name, out_dtype, epilogue
+        m=padded_m,
+        n=padded_n,
+        k=values.shape[1] * GRANULE,
+        b_k_major=b_k_major,
+        transpose_out=transpose_out,
+        dtype=b.dtype.name,
+        out_dtype=out_dtype,
+        epilogue=epilogue,
     )
     out = kernel.matmul(
         values,
