@@ -53,7 +53,7 @@ def equal_sizes(groups: int) -> tuple[int, ...]:
 def ragged_sizes(groups: int, seed: int = 0) -> tuple[int, ...]:
     """Dirichlet(1) sizes in multiples of 64 that add up to all tokens, with two empty groups."""
     shares = np.random.default_rng(seed).dirichlet(np.ones(groups - 2))
-    granules = np.floor(shares * (TOKENS // GRANULE)).astype(int)
+    granules = np.maximum(np.floor(shares * (TOKENS // GRANULE)), 1).astype(int)
     granules[np.argmax(granules)] += TOKENS // GRANULE - granules.sum()
     sizes = (granules * GRANULE).tolist()
     sizes.insert(1, 0)
