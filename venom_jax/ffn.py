@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from pallas_kernels.array_types import Array, Bool, Float, Int, accumulator
 from pallas_kernels.grouped24 import reference as grouped
 from pallas_kernels.pack import reference as pack
-from venom_jax.dispatch import Implementation, resolve_implementation
+from venom_jax import packed_ffn
+from venom_jax.dispatch import Implementation, Kernels, choose_kernels
 from venom_jax.formats import Sparse24
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe, WeightGemm
 from venom_jax.permutation import Grouping, group_tokens
@@ -97,10 +98,10 @@ def sparse_ffn(
 
     Raises:
       ValueError: sizes that the recipe cannot split, or a route that is missing or not asked for.
-      NotImplementedError: the named implementation does not run here.
+      NotImplementedError: the named implementation does not run here, or not this recipe.
     """
-    resolve_implementation(implementation)
     recipe.check(*w1.shape)
+    kernels = choose_kernels(implementation, recipe, *w1.shape)
     if w2.shape != w1.shape[::-1] or x.shape[1] != w1.shape[0]:
         raise ValueError(f"shapes do not fit: x {x.shape}, w1 {w1.shape}, w2 {w2.shape}; want [T,D], [D,F], [F,D].")
     if recipe.routed != (route is not None):
@@ -113,16 +114,19 @@ def sparse_ffn(
         y, density = _dot(a * a, w2.astype(x.dtype)).astype(x.dtype), jnp.mean(a > 0, dtype=jnp.float32)
     else:
         beta = jnp.ones(len(WEIGHT_GEMMS), jnp.float32) if beta is None else beta
-        y, density = _sparse(recipe, x, w1, w2, beta, packed, route)
+        y, density = _sparse(recipe, kernels, x, w1, w2, beta, packed, route)
     return (y, jax.lax.stop_gradient(density)) if return_density else y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sparse(recipe, x, w1, w2, beta, packed, route):
-    return _forward(recipe, x, w1, w2, beta, packed, route)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sparse(recipe: Recipe, kernels: Kernels | None, x, w1, w2, beta, packed, route):
+    """(y3, density); `kernels` None is the masked form, else the packed one over these kernels."""
+    return _forward(recipe, kernels, x, w1, w2, beta, packed, route)[0]
 
 
-def _forward(recipe, x, w1, w2, beta, packed, route):
+def _forward(recipe, kernels, x, w1, w2, beta, packed, route):
+    if kernels is not None:
+        return _packed_forward(recipe, kernels, x, w1, w2, beta, packed, route)
     grouping = _grouping(recipe, route, x.shape[0])
     w1_y1 = _operand("y1", recipe, w1, beta, packed, x.dtype)
     a = jax.nn.relu(_hidden(recipe, grouping, x, w1_y1))
@@ -134,9 +138,11 @@ def _forward(recipe, x, w1, w2, beta, packed, route):
     return (y3, density), _Residuals(x, w1, w2, beta, packed, grouping, a)
 
 
-def _backward(recipe, residuals, cotangents):
-    x, w1, w2, beta, packed, grouping, a = residuals
+def _backward(recipe, kernels, residuals, cotangents):
     dy3 = cotangents[0]
+    if kernels is not None:
+        return _packed_backward(recipe, kernels, residuals, dy3)
+    x, w1, w2, beta, packed, grouping, a = residuals
     dy2 = _hidden(recipe, grouping, dy3, _operand("dy2", recipe, w2, beta, packed, x.dtype).T)
     dy1 = 2 * dy2 * a
     sparse_dy1 = recipe.activations and "dx" not in recipe.weights
@@ -149,6 +155,11 @@ def _backward(recipe, residuals, cotangents):
     x_rows, dy3_rows = (t if grouping is None else grouping.apply(t) for t in (x, dy3))
     dw2 = _over_tokens(grouping, a_w * a_w, dy3_rows).reshape(w2.shape)
     dw1 = jnp.moveaxis(_over_tokens(grouping, x_rows, dy1_w), 0, 1).reshape(w1.shape)
+    return _cotangents(recipe, w1, w2, beta, dx, dw1, dw2)
+
+
+def _cotangents(recipe: Recipe, w1, w2, beta, dx, dw1, dw2):
+    """Through the thresholds of the forward, and to the masters' dtype; beta, packed and route get none."""
     if "y1" in recipe.weights:
         dw1 = threshold_gradient(w1, dw1, beta[0], 0, recipe.threshold_grad)
     if "y3" in recipe.weights:
@@ -157,6 +168,25 @@ def _backward(recipe, residuals, cotangents):
 
 
 _sparse.defvjp(_forward, _backward)
+
+
+def _packed_forward(recipe, kernels, x, w1, w2, beta, packed, route):
+    rows_in_batch_order = route is None and recipe.token_order == "interleaved" and recipe.token_blocks == 1
+    grouping = None if rows_in_batch_order else _grouping(recipe, route, x.shape[0])
+    if packed is None and recipe.weights:
+        packed = pack_weights(w1, w2, beta, dtype=x.dtype)
+    sparse_w1 = packed.w1 if packed is not None and "y1" in recipe.weights else None
+    dense_w1, dense_w2 = w1.astype(x.dtype), w2.astype(x.dtype)
+    y3, density, saved = packed_ffn.forward(recipe, kernels, x, dense_w1, dense_w2, sparse_w1, grouping)
+    return (y3, density), (x, w1, w2, beta, packed, saved)
+
+
+def _packed_backward(recipe, kernels, residuals, dy3):
+    x, w1, w2, beta, packed, saved = residuals
+    sparse_w2 = packed.w2 if packed is not None and "dy2" in recipe.weights else None
+    dense_w1, dense_w2 = w1.astype(x.dtype), w2.astype(x.dtype)
+    dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, dense_w1, dense_w2, sparse_w2, saved, dy3)
+    return _cotangents(recipe, w1, w2, beta, dx, dw1, dw2)
 
 
 def _operand(gemm: WeightGemm, recipe: Recipe, w, beta, packed: PackedWeights | None, dtype) -> Array:

@@ -4,6 +4,8 @@ All rules are stated on the magnitude's *bits*: for floats of one sign the bit p
 is above every finite number and NaN above inf. So every order below is total, and -0.0 equals +0.0.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -70,13 +72,31 @@ def compress24(a: Float[Array, "R C"], mask: Bool[Array, "R C"]) -> tuple[Float[
     The mask must hold exactly two of each four along the rows, as `select24` gives them.
     """
     rows, columns = a.shape
-    four, kept = (t.reshape(rows, columns // 4, 4) for t in (a, mask))
-    index = jnp.arange(4, dtype=jnp.int32)
-    low = jnp.min(jnp.where(kept, index, 3), axis=-1)
-    high = jnp.max(jnp.where(kept, index, 0), axis=-1)
-    positions = jnp.stack([low, high], axis=-1)
-    values = jnp.take_along_axis(four, positions, axis=-1)
-    return values.reshape(rows, columns // 2), positions
+    kept = mask.reshape(rows, columns // 4, 4)
+    positions = jnp.stack(kept_positions([kept[..., i] for i in range(4)]), axis=-1)
+    return take24(a, positions), positions
+
+
+def kept_positions(kept: Sequence[Array]) -> tuple[Array, Array]:
+    """The lower and the higher index of the two that are kept, from four masks; int32, without branches."""
+    low = jnp.where(kept[0], 0, jnp.where(kept[1], 1, 2))
+    high = jnp.where(kept[3], 3, jnp.where(kept[2], 2, 1))
+    return low, high
+
+
+def take24(a: Float[Array, "R C"], positions: Positions) -> Float[Array, "R C_2"]:
+    """The entries of a [R, C] at `positions`: values [R, C/2]."""
+    rows, columns = a.shape
+    fours = a.reshape(rows, columns // 4, 4)
+    pair = pick([fours[..., i] for i in range(4)], positions[..., 0], positions[..., 1])
+    return jnp.stack(pair, axis=-1).reshape(rows, columns // 2)
+
+
+def pick(fours: Sequence[Array], low: Array, high: Array) -> tuple[Array, Array]:
+    """Of four arrays the entries at the lower (0, 1, 2) and the higher (1, 2, 3) position, without gathers."""
+    at_low = jnp.where(low == 0, fours[0], jnp.where(low == 1, fours[1], fours[2]))
+    at_high = jnp.where(high == 3, fours[3], jnp.where(high == 2, fours[2], fours[1]))
+    return at_low, at_high
 
 
 def decompress24(values: Float[Array, "R C_2"], positions: Positions) -> Float[Array, "R C"]:

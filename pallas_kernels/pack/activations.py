@@ -1,0 +1,77 @@
+"""Activations as sparse operands: two of four kept along features, or along tokens, and packed.
+
+A token-major array a [R, C] (rows are tokens) is the sparse operand of products over features as it stands, and of
+products over tokens transposed. Which tokens make a four along tokens:
+
+    consecutive   4 p, 4 p + 1, 4 p + 2, 4 p + 3             (rows already lie as the fours want them)
+    interleaved   p, p + R/4, p + R/2, p + 3 R/4             (rows in batch order; far apart)
+
+and the packed matrix's columns are then tokens in the order four after four (`contraction_order`).
+
+Everything is branch-free jnp that XLA fuses into single passes.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels.array_types import Array, Float, Metadata
+from pallas_kernels.metadata import pack_positions, unpack_positions
+from pallas_kernels.pack import reference
+
+
+class Packed(NamedTuple):
+    """A 2:4 matrix ready for the tensor core."""
+
+    values: Array
+    """[R, C/2] stored entries."""
+    metadata: Array
+    """uint32 [R/64, C/64, 128] positions in hardware order."""
+
+
+def pack_features(a: Float[Array, "R C"]) -> Packed:
+    """Two of each four neighbouring features by magnitude: values [R, C/2]; R and C multiples of 64."""
+    values, positions = reference.compress24(a, reference.select24(a))
+    return Packed(values, pack_positions(positions))
+
+
+def take_features(a: Float[Array, "R C"], metadata: Metadata) -> Float[Array, "R C_2"]:
+    """The entries of another array at the positions that `pack_features` chose."""
+    return reference.take24(a, unpack_positions(metadata))
+
+
+def pack_tokens(a: Float[Array, "R C"], *, interleaved: bool) -> Packed:
+    """Two of each four tokens by magnitude, for each feature: values [C, R/2]; R and C multiples of 64."""
+    fours = _token_fours(a, interleaved)
+    mask = reference.select24(jnp.stack(fours, axis=-1))
+    low, high = reference.kept_positions([mask[..., i] for i in range(4)])
+    positions = jnp.stack([low.T, high.T], axis=-1)
+    return Packed(_feature_major(*reference.pick(fours, low, high)), pack_positions(positions))
+
+
+def take_tokens(a: Float[Array, "R C"], metadata: Metadata, *, interleaved: bool) -> Float[Array, "C R_2"]:
+    """The entries of another array at the positions that `pack_tokens` chose."""
+    positions = unpack_positions(metadata)
+    low, high = positions[..., 0].T, positions[..., 1].T
+    return _feature_major(*reference.pick(_token_fours(a, interleaved), low, high))
+
+
+def contraction_order(rows: Float[Array, "R D"], *, interleaved: bool) -> Float[Array, "R D"]:
+    """Rows in the order of the columns of `pack_tokens`: the other operand of a product over tokens."""
+    if not interleaved:
+        return rows
+    return rows.reshape(4, rows.shape[0] // 4, rows.shape[1]).swapaxes(0, 1).reshape(rows.shape)
+
+
+def _token_fours(a: Array, interleaved: bool) -> tuple[Array, ...]:
+    """The first, second, third and fourth token of each four, all features: four arrays [R/4, C]."""
+    rows, columns = a.shape
+    if interleaved:
+        return tuple(a.reshape(4, rows // 4, columns))
+    fours = a.reshape(rows // 4, 4, columns)
+    return tuple(fours[:, i] for i in range(4))
+
+
+def _feature_major(low: Array, high: Array) -> Array:
+    """Two arrays [R/4, C] of stored entries as values [C, R/2]."""
+    return jnp.stack([low, high], axis=1).reshape(-1, low.shape[1]).T

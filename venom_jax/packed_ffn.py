@@ -1,0 +1,195 @@
+"""The six products of `venom_jax.ffn` over packed operands: what runs on sparse tensor cores.
+
+The same algorithm with the same signature as the masked form, and the same numbers but for the order of summation.
+Where the masked form multiplies zeros, here each sparse operand is packed once and read by the kernels of
+`pallas_kernels`; the residuals are the packed activations, 9/16 of the dense array for each of the two copies.
+
+Rows are tokens in one of two orders. Routed (or with groups formed in blocks of the batch) they are gathered into
+groups, whose consecutive rows make fours. Otherwise they stay in batch order, and fours are interleaved by the packing.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.array_types import Array
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.grouped24 import api as grouped
+from pallas_kernels.grouped24 import reference as dense_groups
+from pallas_kernels.pack import activations
+from pallas_kernels.pack.activations import Packed
+from pallas_kernels.sparse24.api import sparse24
+from pallas_kernels.sparse24.reference import to_dense
+from venom_jax.formats import Sparse24
+from venom_jax.pattern import Recipe
+from venom_jax.permutation import Grouping
+
+GRANULE = 64
+
+
+class Residuals(NamedTuple):
+    """What the backward needs beside the inputs."""
+
+    grouping: Grouping | None
+    dense: Array | None
+    """a [R, Fe] where a product reads it dense."""
+    features: Packed | None
+    """a packed along features."""
+    tokens: Packed | None
+    """a packed along tokens."""
+
+
+def unsupported(recipe: Recipe, d_model: int, d_ffn: int) -> str | None:
+    """Why the packed form does not run this recipe at these sizes, or None."""
+    if "y3" in recipe.weights or "dx" in recipe.weights:
+        return f"weights = {recipe.weights}: weights sparse along d_ffn are an ablation of the reference"
+    if recipe.wgrad == "split95":
+        return "wgrad = 'split95' runs in the reference only"
+    if recipe.hidden == "full" and recipe.routed:
+        return "hidden = 'full' with routing is an ablation of the reference"
+    if d_model % GRANULE or d_ffn % (GRANULE * recipe.experts):
+        return (
+            f"d_model = {d_model} and d_ffn / experts = {d_ffn} / {recipe.experts} must be multiples of {GRANULE}, "
+            "the tensor core's tile"
+        )
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The order of token rows, and the products over them."""
+
+    recipe: Recipe
+    grouping: Grouping | None
+    tokens: int
+    implementation: Implementation
+
+    @property
+    def interleaved(self) -> bool:
+        return self.grouping is None
+
+    def enter(self, x: Array) -> Array:
+        """[T, D] -> rows [R, D], R a multiple of 64; padding rows are zero."""
+        if self.grouping is not None:
+            return self.grouping.apply(x)
+        return jnp.pad(x, ((0, -self.tokens % self.recipe.v), (0, 0)))
+
+    def leave(self, rows: Array, dtype: Any) -> Array:
+        """Rows [R, D] -> [T, D], the copies of a token summed in f32."""
+        if self.grouping is not None:
+            return self.grouping.undo(rows.astype(jnp.float32)).astype(dtype)
+        return rows[: self.tokens].astype(dtype)
+
+    def hidden(self, rows: Array, sparse: Sparse24 | None, dense: Array) -> Array:
+        """rows [R, D] times the weight [D, F] of each row's expert: [R, Fe]; `sparse` is it packed along D."""
+        options = {"b_k_major": True, "transpose_out": True, "implementation": self.implementation}
+        if sparse is None:
+            return self._dense(rows, jnp.moveaxis(dense.reshape(dense.shape[0], self.recipe.experts, -1), 1, 0))
+        if self.grouping is None:
+            return sparse24(sparse.values, sparse.metadata, rows, **options)
+        return grouped.columns(sparse.values, sparse.metadata, rows, self.grouping.expert_sizes, **options)
+
+    def back(self, packed: Packed | None, dense_rows: Array | None, weight: Array, *, k_major: bool) -> Array:
+        """Activations [R, Fe] times the weight of each row's expert, [F, D] or, `k_major`, [D, F]: [R, D]."""
+        experts = self.recipe.experts
+        if packed is None:
+            assert dense_rows is not None
+            weight = weight.T if k_major else weight
+            return self._dense(dense_rows, weight.reshape(experts, -1, weight.shape[1]))
+        if self.grouping is None:
+            return sparse24(*packed, weight, b_k_major=k_major, implementation=self.implementation)
+        b = weight.reshape(weight.shape[0], experts, -1) if k_major else weight.reshape(experts, -1, weight.shape[1])
+        return grouped.rows(
+            *packed, b, self.grouping.expert_sizes, b_k_major=k_major, implementation=self.implementation
+        )
+
+    def over_tokens(self, packed: Packed | None, dense_rows: Array | None, rows: Array, *, transpose: bool) -> Array:
+        """sum over tokens of activations [R, Fe] and rows [R, D]: [F, D], or [D, F] if `transpose`; f32."""
+        if packed is None:
+            assert dense_rows is not None
+            out = self._dense_over_tokens(dense_rows, rows)
+            return out.T if transpose else out
+        options = {"transpose_out": transpose, "out_dtype": jnp.float32, "implementation": self.implementation}
+        if self.grouping is None:
+            rows = activations.contraction_order(rows, interleaved=True)
+            return sparse24(*packed, rows, **options)
+        out = grouped.contraction(*packed, rows, self.grouping.expert_sizes, **options)
+        return out.reshape(out.shape[0], -1) if transpose else out.reshape(-1, out.shape[2])
+
+    def _dense(self, rows: Array, by_expert: Array) -> Array:
+        if self.grouping is None:
+            out = jnp.dot(rows, by_expert[0], preferred_element_type=jnp.float32)
+        else:
+            out = dense_groups.rows(rows, by_expert, self.grouping.expert_sizes, align=self.grouping.align)
+        return out.astype(rows.dtype)
+
+    def _dense_over_tokens(self, a: Array, rows: Array) -> Array:
+        if self.grouping is None:
+            return jnp.dot(a.T, rows, preferred_element_type=jnp.float32)
+        out = dense_groups.contraction(a, rows, self.grouping.expert_sizes, align=self.grouping.align)
+        return out.reshape(-1, out.shape[2])
+
+
+def forward(
+    recipe: Recipe,
+    implementation: Implementation,
+    x: Array,
+    w1: Array,
+    w2: Array,
+    sparse_w1: Sparse24 | None,
+    grouping: Grouping | None,
+) -> tuple[Array, Array, Residuals]:
+    """y3 [T, D], the density of a, and residuals. `w1`, `w2` in x's dtype; `sparse_w1` where y1 reads it 2:4."""
+    order = _Rows(recipe, grouping, x.shape[0], implementation)
+    a = jax.nn.relu(order.hidden(order.enter(x), sparse_w1, w1))
+    density = jnp.sum(a > 0, dtype=jnp.float32) / (x.shape[0] * recipe.top_k * a.shape[1])
+    features = activations.pack_features(a) if recipe.activations else None
+    tokens = None
+    if recipe.wgrad == "24":
+        kept = a if features is None else to_dense(*features)
+        tokens = activations.pack_tokens(kept, interleaved=order.interleaved)
+    dense = a if features is None else None
+    squared = None if features is None else Packed(features.values * features.values, features.metadata)
+    y3 = order.leave(order.back(squared, a * a, w2, k_major=False), x.dtype)
+    return y3, density, Residuals(grouping, dense, features, tokens)
+
+
+def backward(
+    recipe: Recipe,
+    implementation: Implementation,
+    x: Array,
+    w1: Array,
+    w2: Array,
+    sparse_w2: Sparse24 | None,
+    residuals: Residuals,
+    dy3: Array,
+) -> tuple[Array, Array, Array]:
+    """dx in x's dtype, and dW1 [D, F], dW2 [F, D] in f32, before any gradient through the threshold."""
+    grouping, dense, features, tokens = residuals
+    order = _Rows(recipe, grouping, x.shape[0], implementation)
+    rows, dy3_rows = order.enter(x), order.enter(dy3)
+    dy2 = order.hidden(dy3_rows, sparse_w2, w2.T)
+
+    dense_dy1, sparse_dy1 = None, None
+    if features is not None:
+        kept = activations.take_features(dy2, features.metadata)
+        sparse_dy1 = Packed(2 * kept * features.values, features.metadata)
+    if dense is None and tokens is None:
+        assert features is not None
+        dense = to_dense(*features)
+    if dense is not None:
+        dense_dy1 = 2 * dy2 * dense
+    dx = order.leave(order.back(sparse_dy1, dense_dy1, w1, k_major=True), x.dtype)
+
+    if tokens is None:
+        assert dense is not None
+        dw2 = order.over_tokens(None, dense * dense, dy3_rows, transpose=False)
+        dw1 = order.over_tokens(None, dense_dy1, rows, transpose=True)
+    else:
+        kept = activations.take_tokens(dy2, tokens.metadata, interleaved=order.interleaved)
+        squared = Packed(tokens.values * tokens.values, tokens.metadata)
+        dw2 = order.over_tokens(squared, None, dy3_rows, transpose=False)
+        dw1 = order.over_tokens(Packed(2 * kept * tokens.values, tokens.metadata), None, rows, transpose=True)
+    return dx, dw1, dw2
