@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels.pack import reference as pack
 from pallas_kernels.sparse24.reference import sparse24
+from pallas_kernels.tile_order import from_tiles
 from tests.helpers import assert_close
 from venom_jax import Sparse24
 
@@ -38,7 +39,7 @@ def test_packing_prunes_by_magnitude():
 def test_product_with_the_identity_returns_the_matrix():
     a = random24((64, 128), 1)
     packed = Sparse24.pack(a, 1)
-    np.testing.assert_array_equal(sparse24(packed.values, packed.metadata, jnp.eye(128)), a)
+    np.testing.assert_array_equal(sparse24(from_tiles(packed.values), packed.metadata, jnp.eye(128)), a)
 
 
 def test_product_agrees_with_dense():
@@ -46,7 +47,7 @@ def test_product_agrees_with_dense():
     b = jax.random.normal(jax.random.key(2), (192, 40))
     packed = Sparse24.pack(a, 1)
     expected = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
-    assert_close(sparse24(packed.values, packed.metadata, b), expected)
+    assert_close(sparse24(from_tiles(packed.values), packed.metadata, b), expected)
 
 
 def test_is_a_pytree():
@@ -55,12 +56,12 @@ def test_is_a_pytree():
     assert doubled.shape == (64, 64)
     assert doubled.axis == 1
     stacked = jax.vmap(lambda a: Sparse24.pack(a, 1))(jnp.stack([random24((64, 64), 1, seed=i) for i in range(3)]))
-    assert stacked.values.shape == (3, 64, 32)
+    assert stacked.values.shape == (3, 1, 1, 8, 256)
 
 
 def test_validate_names_what_is_wrong():
     packed = Sparse24.pack(random24((64, 64), 1), 1)
-    with pytest.raises(ValueError, match=r"values of shape \(64, 32\).*needs \(128, 32\)"):
+    with pytest.raises(ValueError, match=r"values of shape \(1, 1, 8, 256\).*needs \(2, 1, 8, 256\)"):
         dataclasses.replace(packed, shape=(65, 64)).validate()
     with pytest.raises(ValueError, match=r"metadata of shape \(1, 2, 64\)"):
         dataclasses.replace(packed, metadata=packed.metadata.reshape(1, 2, 64)).validate()

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.pack import activations
 from pallas_kernels.pack import reference as pack
-from pallas_kernels.sparse24.reference import to_dense
+from pallas_kernels.pack.activations import Packed
 from tests.helpers import assert_close, relative_error
 from venom_jax import Recipe, pack_weights, router, sparse_ffn
 from venom_jax.dispatch import choose_kernels
@@ -81,20 +81,24 @@ def test_packing_along_tokens(interleaved):
     packed = activations.pack_tokens(a, interleaved=interleaved)
     rows = activations.contraction_order(a, interleaved=interleaved)
     expected = jnp.where(pack.select24(rows, 0), rows, 0)
-    np.testing.assert_array_equal(to_dense(*packed), expected.T)
+    np.testing.assert_array_equal(activations.unpack(packed), expected.T)
     other = jax.random.normal(jax.random.key(1), (128, 64))
     taken = activations.take_tokens(other, packed.metadata, interleaved=interleaved)
     rows = activations.contraction_order(other, interleaved=interleaved)
-    np.testing.assert_array_equal(to_dense(taken, packed.metadata), jnp.where(pack.select24(expected, 0), rows, 0).T)
+    np.testing.assert_array_equal(
+        activations.unpack(Packed(taken, packed.metadata)), jnp.where(pack.select24(expected, 0), rows, 0).T
+    )
 
 
 def test_packing_along_features():
     a = jax.nn.relu(jax.random.normal(jax.random.key(0), (64, 128)))
     packed = activations.pack_features(a)
-    np.testing.assert_array_equal(to_dense(*packed), jnp.where(pack.select24(a), a, 0))
+    np.testing.assert_array_equal(activations.unpack(packed), jnp.where(pack.select24(a), a, 0))
     other = jax.random.normal(jax.random.key(1), (64, 128))
     taken = activations.take_features(other, packed.metadata)
-    np.testing.assert_array_equal(to_dense(taken, packed.metadata), jnp.where(pack.select24(a), other, 0))
+    np.testing.assert_array_equal(
+        activations.unpack(Packed(taken, packed.metadata)), jnp.where(pack.select24(a), other, 0)
+    )
 
 
 def test_interleaved_order_is_the_groupings():

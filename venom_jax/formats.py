@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import metadata as hardware
+from pallas_kernels import tile_order
 from pallas_kernels.array_types import Array, Float
 from pallas_kernels.pack import reference as pack
+from pallas_kernels.sparse24.reference import to_dense
+from pallas_kernels.tile_order import from_tiles, to_tiles
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +23,7 @@ class Sparse24:
     zeros to a multiple of 64, the tensor core's tile.
 
     Attributes:
-      values: [R, C/2] stored entries, in order of position.
+      values: [R/64, C/64, 8, 256] stored entries, tile by tile (`pallas_kernels.tile_order`), in order of position.
       metadata: [R/64, C/64, 128] uint32 positions in hardware order (`pallas_kernels.metadata`).
       shape: logical shape of the unpacked matrix.
       axis: 0 or 1, the axis of the logical matrix along which 2:4 runs.
@@ -49,24 +52,23 @@ class Sparse24:
         pad = [(0, -size % hardware.TILE) for size in a.shape]
         a = jnp.pad(a, pad)
         values, positions = pack.compress24(a, pack.select24(a))
-        return cls(values, hardware.pack_positions(positions), (dense.shape[0], dense.shape[1]), axis)
+        return cls(to_tiles(values), hardware.pack_positions(positions), (dense.shape[0], dense.shape[1]), axis)
 
     def to_dense(self) -> Float[Array, "rows columns"]:
         """The logical matrix; +0.0 where nothing is stored."""
         rows, columns = self.shape if self.axis == 1 else self.shape[::-1]
-        a = pack.decompress24(self.values, hardware.unpack_positions(self.metadata))[:rows, :columns]
+        a = to_dense(from_tiles(self.values), self.metadata)[:rows, :columns]
         return a if self.axis == 1 else a.T
 
     def validate(self) -> None:
         """Raise ValueError unless sizes agree and every group stores two positions in ascending order."""
         rows, columns = self.shape if self.axis == 1 else self.shape[::-1]
-        rows, columns = (size + -size % hardware.TILE for size in (rows, columns))
-        if self.values.shape != (rows, columns // 2):
-            raise ValueError(f"values of shape {self.values.shape}; {self.shape=} needs {(rows, columns // 2)}.")
-        tiles = (rows // hardware.TILE, columns // hardware.TILE, 128)
-        if self.metadata.shape != tiles or self.metadata.dtype != jnp.uint32:
+        tiles = tuple(-(-size // hardware.TILE) for size in (rows, columns))
+        if self.values.shape != (*tiles, *tile_order.SHAPE):
+            raise ValueError(f"values of shape {self.values.shape}; {self.shape=} needs {(*tiles, *tile_order.SHAPE)}.")
+        if self.metadata.shape != (*tiles, 128) or self.metadata.dtype != jnp.uint32:
             raise ValueError(
-                f"metadata of shape {self.metadata.shape} and {self.metadata.dtype}; needs {tiles}, uint32."
+                f"metadata of shape {self.metadata.shape} and {self.metadata.dtype}; needs {(*tiles, 128)}, uint32."
             )
         positions = hardware.unpack_positions(self.metadata)
         wrong = positions[..., 0] >= positions[..., 1]

@@ -21,7 +21,6 @@ from pallas_kernels.grouped24 import reference as dense_groups
 from pallas_kernels.pack import activations
 from pallas_kernels.pack.activations import Packed
 from pallas_kernels.sparse24.api import sparse24
-from pallas_kernels.sparse24.reference import to_dense
 from venom_jax.formats import Sparse24
 from venom_jax.pattern import Recipe
 from venom_jax.permutation import Grouping
@@ -148,7 +147,7 @@ def forward(
     features = activations.pack_features(a) if recipe.activations else None
     tokens = None
     if recipe.wgrad == "24":
-        kept = a if features is None else to_dense(*features)
+        kept = a if features is None else activations.unpack(features)
         tokens = activations.pack_tokens(kept, interleaved=order.interleaved)
     dense = a if features is None else None
     squared = None if features is None else Packed(features.values * features.values, features.metadata)
@@ -178,7 +177,7 @@ def backward(
         sparse_dy1 = Packed(2 * kept * features.values, features.metadata)
     if dense is None and tokens is None:
         assert features is not None
-        dense = to_dense(*features)
+        dense = activations.unpack(features)
     if dense is not None:
         dense_dy1 = 2 * dy2 * dense
     dx = order.leave(order.back(sparse_dy1, dense_dy1, w1, k_major=True), x.dtype)

@@ -15,33 +15,40 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.array_types import Array, Float, Metadata
+from pallas_kernels.array_types import Array, Float, Metadata, UInt32
 from pallas_kernels.metadata import pack_positions, unpack_positions
 from pallas_kernels.pack import reference
+from pallas_kernels.sparse24.reference import to_dense
+from pallas_kernels.tile_order import from_tiles, to_tiles
 
 
 class Packed(NamedTuple):
     """A 2:4 matrix ready for the tensor core."""
 
     values: Array
-    """[R, C/2] stored entries."""
+    """[R/64, C/64, 8, 256] stored entries, tile by tile (`pallas_kernels.tile_order`)."""
     metadata: Array
     """uint32 [R/64, C/64, 128] positions in hardware order."""
 
 
 def pack_features(a: Float[Array, "R C"]) -> Packed:
-    """Two of each four neighbouring features by magnitude: values [R, C/2]; R and C multiples of 64."""
+    """Two of each four neighbouring features by magnitude, as a matrix [R, C]; R and C multiples of 64."""
     values, positions = reference.compress24(a, reference.select24(a))
-    return Packed(values, pack_positions(positions))
+    return Packed(to_tiles(values), pack_positions(positions))
 
 
-def take_features(a: Float[Array, "R C"], metadata: Metadata) -> Float[Array, "R C_2"]:
-    """The entries of another array at the positions that `pack_features` chose."""
-    return reference.take24(a, unpack_positions(metadata))
+def take_features(a: Float[Array, "R C"], metadata: Metadata) -> Float[Array, "R_64 C_64 8 256"]:
+    """The entries of another array at the positions that `pack_features` chose, in the same order."""
+    return to_tiles(reference.take24(a, unpack_positions(metadata)))
+
+
+def unpack(packed: Packed) -> Float[Array, "R C"]:
+    """The matrix again, +0.0 where nothing is stored."""
+    return to_dense(from_tiles(packed.values), packed.metadata)
 
 
 def pack_tokens(a: Float[Array, "R C"], *, interleaved: bool) -> Packed:
-    """Two of each four tokens by magnitude, for each feature: values [C, R/2]; R and C multiples of 64."""
+    """Two of each four tokens by magnitude, for each feature, as a matrix [C, R]; R and C multiples of 64."""
     fours = _token_fours(a, interleaved)
     mask = reference.select24(jnp.stack(fours, axis=-1))
     low, high = reference.kept_positions([mask[..., i] for i in range(4)])
@@ -49,8 +56,10 @@ def pack_tokens(a: Float[Array, "R C"], *, interleaved: bool) -> Packed:
     return Packed(_feature_major(*reference.pick(fours, low, high)), pack_positions(positions))
 
 
-def take_tokens(a: Float[Array, "R C"], metadata: Metadata, *, interleaved: bool) -> Float[Array, "C R_2"]:
-    """The entries of another array at the positions that `pack_tokens` chose."""
+def take_tokens(
+    a: Float[Array, "R C"], metadata: UInt32[Array, "C_64 R_64 128"], *, interleaved: bool
+) -> Float[Array, "C_64 R_64 8 256"]:
+    """The entries of another array at the positions that `pack_tokens` chose, in the same order."""
     positions = unpack_positions(metadata)
     low, high = positions[..., 0].T, positions[..., 1].T
     return _feature_major(*reference.pick(_token_fours(a, interleaved), low, high))
@@ -73,5 +82,5 @@ def _token_fours(a: Array, interleaved: bool) -> tuple[Array, ...]:
 
 
 def _feature_major(low: Array, high: Array) -> Array:
-    """Two arrays [R/4, C] of stored entries as values [C, R/2]."""
-    return jnp.stack([low, high], axis=1).reshape(-1, low.shape[1]).T
+    """Two arrays [R/4, C] of stored entries as the values of a matrix [C, R]."""
+    return to_tiles(jnp.stack([low, high], axis=1).reshape(-1, low.shape[1]).T)
