@@ -176,16 +176,14 @@ def _packed_forward(recipe, kernels, x, w1, w2, beta, packed, route):
     if packed is None and recipe.weights:
         packed = pack_weights(w1, w2, beta, dtype=x.dtype)
     sparse_w1 = packed.w1 if packed is not None and "y1" in recipe.weights else None
-    dense_w1, dense_w2 = w1.astype(x.dtype), w2.astype(x.dtype)
-    y3, density, saved = packed_ffn.forward(recipe, kernels, x, dense_w1, dense_w2, sparse_w1, grouping)
+    y3, density, saved = packed_ffn.forward(recipe, kernels, x, w1, w2, sparse_w1, grouping)
     return (y3, density), (x, w1, w2, beta, packed, saved)
 
 
 def _packed_backward(recipe, kernels, residuals, dy3):
     x, w1, w2, beta, packed, saved = residuals
     sparse_w2 = packed.w2 if packed is not None and "dy2" in recipe.weights else None
-    dense_w1, dense_w2 = w1.astype(x.dtype), w2.astype(x.dtype)
-    dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, dense_w1, dense_w2, sparse_w2, saved, dy3)
+    dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, w1, w2, sparse_w2, saved, dy3)
     return _cotangents(recipe, w1, w2, beta, dx, dw1, dw2)
 
 

@@ -57,7 +57,7 @@ def unsupported(recipe: Recipe, d_model: int, d_ffn: int) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class TokenRows:
     """The order of token rows, and the products over them."""
 
     recipe: Recipe
@@ -104,13 +104,15 @@ class _Rows:
             *packed, b, self.grouping.expert_sizes, b_k_major=k_major, implementation=self.implementation
         )
 
-    def over_tokens(self, packed: Packed | None, dense_rows: Array | None, rows: Array, *, transpose: bool) -> Array:
-        """sum over tokens of activations [R, Fe] and rows [R, D]: [F, D], or [D, F] if `transpose`; f32."""
+    def over_tokens(
+        self, packed: Packed | None, dense_rows: Array | None, rows: Array, dtype: Any, *, transpose: bool
+    ) -> Array:
+        """sum over tokens of activations [R, Fe] and rows [R, D]: [F, D], or [D, F] if `transpose`, in `dtype`."""
         if packed is None:
             assert dense_rows is not None
-            out = self._dense_over_tokens(dense_rows, rows)
+            out = self._dense_over_tokens(dense_rows, rows).astype(dtype)
             return out.T if transpose else out
-        options = {"transpose_out": transpose, "out_dtype": jnp.float32, "implementation": self.implementation}
+        options = {"transpose_out": transpose, "out_dtype": dtype, "implementation": self.implementation}
         if self.grouping is None:
             rows = activations.contraction_order(rows, interleaved=True)
             return sparse24(*packed, rows, **options)
@@ -140,9 +142,12 @@ def forward(
     sparse_w1: Sparse24 | None,
     grouping: Grouping | None,
 ) -> tuple[Array, Array, Residuals]:
-    """y3 [T, D], the density of a, and residuals. `w1`, `w2` in x's dtype; `sparse_w1` where y1 reads it 2:4."""
-    order = _Rows(recipe, grouping, x.shape[0], implementation)
-    a = jax.nn.relu(order.hidden(order.enter(x), sparse_w1, w1))
+    """y3 [T, D], the density of a, and residuals.
+
+    w1, w2: the masters. sparse_w1: given where y1 reads W1 2:4.
+    """
+    order = TokenRows(recipe, grouping, x.shape[0], implementation)
+    a = jax.nn.relu(order.hidden(order.enter(x), sparse_w1, w1.astype(x.dtype)))
     density = jnp.sum(a > 0, dtype=jnp.float32) / (x.shape[0] * recipe.top_k * a.shape[1])
     features = activations.pack_features(a) if recipe.activations else None
     tokens = None
@@ -151,7 +156,7 @@ def forward(
         tokens = activations.pack_tokens(kept, interleaved=order.interleaved)
     dense = a if features is None else None
     squared = None if features is None else Packed(features.values * features.values, features.metadata)
-    y3 = order.leave(order.back(squared, a * a, w2, k_major=False), x.dtype)
+    y3 = order.leave(order.back(squared, a * a, w2.astype(x.dtype), k_major=False), x.dtype)
     return y3, density, Residuals(grouping, dense, features, tokens)
 
 
@@ -165,11 +170,14 @@ def backward(
     residuals: Residuals,
     dy3: Array,
 ) -> tuple[Array, Array, Array]:
-    """dx in x's dtype, and dW1 [D, F], dW2 [F, D] in f32, before any gradient through the threshold."""
+    """dx in x's dtype, and dW1 [D, F], dW2 [F, D] in the masters' dtypes, before any gradient through the threshold.
+
+    w1, w2: the masters.
+    """
     grouping, dense, features, tokens = residuals
-    order = _Rows(recipe, grouping, x.shape[0], implementation)
+    order = TokenRows(recipe, grouping, x.shape[0], implementation)
     rows, dy3_rows = order.enter(x), order.enter(dy3)
-    dy2 = order.hidden(dy3_rows, sparse_w2, w2.T)
+    dy2 = order.hidden(dy3_rows, sparse_w2, w2.astype(x.dtype).T)
 
     dense_dy1, sparse_dy1 = None, None
     if features is not None:
@@ -180,15 +188,16 @@ def backward(
         dense = activations.unpack(features)
     if dense is not None:
         dense_dy1 = 2 * dy2 * dense
-    dx = order.leave(order.back(sparse_dy1, dense_dy1, w1, k_major=True), x.dtype)
+    dx = order.leave(order.back(sparse_dy1, dense_dy1, w1.astype(x.dtype), k_major=True), x.dtype)
 
     if tokens is None:
         assert dense is not None
-        dw2 = order.over_tokens(None, dense * dense, dy3_rows, transpose=False)
-        dw1 = order.over_tokens(None, dense_dy1, rows, transpose=True)
+        dw2 = order.over_tokens(None, dense * dense, dy3_rows, w2.dtype, transpose=False)
+        dw1 = order.over_tokens(None, dense_dy1, rows, w1.dtype, transpose=True)
     else:
         kept = activations.take_tokens(dy2, tokens.metadata, interleaved=order.interleaved)
         squared = Packed(tokens.values * tokens.values, tokens.metadata)
-        dw2 = order.over_tokens(squared, None, dy3_rows, transpose=False)
-        dw1 = order.over_tokens(Packed(2 * kept * tokens.values, tokens.metadata), None, rows, transpose=True)
+        dw2 = order.over_tokens(squared, None, dy3_rows, w2.dtype, transpose=False)
+        sparse_dy1 = Packed(2 * kept * tokens.values, tokens.metadata)
+        dw1 = order.over_tokens(sparse_dy1, None, rows, w1.dtype, transpose=True)
     return dx, dw1, dw2

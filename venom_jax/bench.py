@@ -1,0 +1,178 @@
+"""Time the whole FFN, forward and backward, against XLA's dense one: python -m venom_jax.bench --json FILE
+
+Everything that a training step pays is inside: thresholding and packing both weights, router, grouping, gathers,
+packing the activations both ways, six products. Each recipe is timed only after its outputs and gradients agree with
+the masked reference in the same run (on fewer tokens). Operands are random, buffers rotate, recipes take turns with
+dense.
+`stage_ms` times the parts of a step one by one; their sum is more than the step, in which XLA fuses across them.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import device, timing
+from pallas_kernels.array_types import Array
+from pallas_kernels.pack import activations
+from venom_jax import router
+from venom_jax.ffn import pack_weights, sparse_ffn
+from venom_jax.packed_ffn import TokenRows
+from venom_jax.pattern import Recipe
+from venom_jax.permutation import group_tokens
+
+SIZES = ((2048, 8192), (4096, 16384))
+"""(D, F) of the 1B and the 7B model of arXiv 2602.06183."""
+RECIPES = {
+    "act24": Recipe.act24(),
+    "all24": Recipe.all24(),
+    "venom E=2 k=1": Recipe.venom(2, 1),
+    "venom E=4 k=2": Recipe.venom(4, 2),
+    "venom E=4 k=1": Recipe.venom(4, 1),
+    "venom E=16 k=4": Recipe.venom(16, 4),
+    "venom E=16 k=1": Recipe.venom(16, 1),
+}
+MAX_ERROR = 1e-2
+"""Norm-wise relative error in bf16: roundings of y1, y2 and dy1, and the patterns that change where values tie."""
+CHECK_TOKENS = 2048
+BETA = jnp.full(4, 1.5, jnp.float32)
+
+
+def operands(tokens: int, d_model: int, d_ffn: int, seed: int, masters: Any) -> tuple[Array, ...]:
+    """x, w1, w2 and the cotangent of y."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x, dy = (jax.random.normal(key, (tokens, d_model), jnp.float32).astype(jnp.bfloat16) for key in keys[:2])
+    w1 = (jax.random.normal(keys[2], (d_model, d_ffn)) / d_model**0.5).astype(masters)
+    w2 = (jax.random.normal(keys[3], (d_ffn, d_model)) / d_ffn**0.5).astype(masters)
+    return x, w1, w2, dy
+
+
+def step(recipe: Recipe, implementation: Any) -> Callable[..., Any]:
+    """(x, w1, w2, dy) -> y, dx, dW1, dW2, with the router and the packing of the weights inside."""
+
+    def run(x, w1, w2, dy):
+        route = router.route(x, w1, recipe) if recipe.routed else None
+        forward = functools.partial(sparse_ffn, recipe=recipe, implementation=implementation)
+        y, vjp = jax.vjp(lambda x, w1, w2: forward(x, w1, w2, route, BETA), x, w1, w2)
+        return y, *vjp(dy)
+
+    return run
+
+
+def stages(recipe: Recipe, x, w1, w2, dy) -> dict[str, tuple[Callable[..., Any], tuple]]:
+    """The parts of a step as functions of concrete arrays."""
+    tokens = x.shape[0]
+    weights = jax.jit(lambda w1, w2: pack_weights(w1, w2, BETA, dtype=x.dtype))(w1, w2) if recipe.weights else None
+    found: dict[str, tuple[Callable[..., Any], tuple]] = {}
+    grouping = None
+    if weights is not None:
+        found["pack weights"] = (lambda w1, w2: pack_weights(w1, w2, BETA, dtype=x.dtype), (w1, w2))
+    if recipe.routed:
+        group = functools.partial(group_tokens, experts=recipe.experts, align=recipe.v)
+        found["route and group"] = (lambda x, w1: group(router.route(x, w1, recipe)), (x, w1))
+        grouping = jax.jit(found["route and group"][0])(x, w1)
+    order = TokenRows(recipe, grouping, tokens, "hopper")
+    rows = jax.jit(order.enter)(x)
+    sparse = (None, None) if weights is None else (weights.w1, weights.w2)
+    y1 = jax.jit(order.hidden)(rows, sparse[0], w1)
+    pack_features = activations.pack_features
+    pack_tokens = functools.partial(activations.pack_tokens, interleaved=order.interleaved)
+    features, along_tokens = jax.jit(pack_features)(y1), jax.jit(pack_tokens)(y1)
+    y3 = jax.jit(lambda p, w: order.back(p, None, w, k_major=False))(features, w2)
+    take_tokens = functools.partial(activations.take_tokens, interleaved=order.interleaved)
+    return found | {
+        "gather rows": (order.enter, (x,)),
+        "y1": (order.hidden, (rows, sparse[0], w1)),
+        "pack along features": (pack_features, (y1,)),
+        "pack along tokens": (pack_tokens, (y1,)),
+        "y3": (lambda p, w: order.back(p, None, w, k_major=False), (features, w2)),
+        "sum copies": (lambda r: order.leave(r, jnp.bfloat16), (y3,)),
+        "dy2": (lambda r, s, w: order.hidden(r, s, w.T), (rows, sparse[1], w2)),
+        "take along features": (activations.take_features, (y1, features.metadata)),
+        "take along tokens": (take_tokens, (y1, along_tokens.metadata)),
+        "dx": (lambda p, w: order.back(p, None, w, k_major=True), (features, w1)),
+        "dW2": (lambda p, r: order.over_tokens(p, None, r, w2.dtype, transpose=False), (along_tokens, rows)),
+        "dW1": (lambda p, r: order.over_tokens(p, None, r, w1.dtype, transpose=True), (along_tokens, rows)),
+    }
+
+
+def largest_error(recipe: Recipe, d_model: int, d_ffn: int) -> float:
+    """The largest norm-wise relative error of y, dx, dW1 and dW2 against the masked reference."""
+    arrays = operands(CHECK_TOKENS, d_model, d_ffn, 99, jnp.bfloat16)
+    outputs, expected = (jax.jit(step(recipe, name))(*arrays) for name in ("hopper", "reference"))
+
+    @jax.jit
+    def error(out, ref):
+        out, ref = out.astype(jnp.float32), ref.astype(jnp.float32)
+        return jnp.linalg.norm(out - ref) / jnp.linalg.norm(ref)
+
+    return max(float(error(out, ref)) for out, ref in zip(outputs, expected, strict=True))
+
+
+def gpu_name() -> str:
+    gpu = device.current()
+    return "cpu" if gpu is None else gpu.name
+
+
+def measure(tokens: int, d_model: int, d_ffn: int, names: list[str], masters: Any, with_stages: bool) -> list[dict]:
+    """A row for each recipe at one size."""
+    sets = [operands(tokens, d_model, d_ffn, seed, masters) for seed in range(2)]
+    errors = {name: largest_error(RECIPES[name], d_model, d_ffn) for name in names}
+    good = [name for name in names if errors[name] <= MAX_ERROR]
+    jobs = {name: functools.partial(timing.repeated, step(RECIPES[name], "hopper"), sets) for name in good}
+    jobs["dense"] = functools.partial(timing.repeated, step(Recipe.dense(), None), sets)
+    built = timing.build(jobs)
+    runs = {name: run for name, run in built.items() if not isinstance(run, Exception)}
+    times = timing.race(runs, dict.fromkeys(runs, len(sets)))
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {
+            "bench": "ffn",
+            "case": f"{name} D={d_model} F={d_ffn}",
+            "tokens": tokens,
+            "masters": jnp.dtype(masters).name,
+            "ms": round(times[name], 4) if name in times else None,
+            "rival": "dense",
+            "rival_ms": round(times["dense"], 4),
+            "speedup": round(times["dense"] / times[name], 3) if name in times else None,
+            "relerr": errors[name],
+            "device": gpu_name(),
+            "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        if with_stages and name in times:
+            parts = stages(RECIPES[name], *sets[0])
+            part_runs = {part: timing.repeated(function, [args]) for part, (function, args) in parts.items()}
+            part_ms = timing.race(part_runs, dict.fromkeys(part_runs, 1), rounds=3, seconds=0.005)
+            row["stage_ms"] = {part: round(ms, 4) for part, ms in part_ms.items()}
+        if isinstance(failure := built.get(name), Exception):
+            row["failure"] = str(failure)[:300]
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True, help="file for the rows")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="names, separated by commas")
+    parser.add_argument("--stages", action="store_true", help="time the parts of each step too")
+    arguments = parser.parse_args()
+    rows = []
+    for d_model, d_ffn in SIZES:
+        for masters in (jnp.bfloat16, jnp.float32):
+            names = arguments.recipes.split(",")
+            stages_here = arguments.stages and masters == jnp.bfloat16
+            rows += measure(arguments.tokens, d_model, d_ffn, names, masters, stages_here)
+            with open(arguments.json, "w") as file:
+                json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
