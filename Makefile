@@ -15,7 +15,7 @@ demo: .venv/.installed-demo
 	$(BIN)/python -m train.demo --workdir=$(DEMO_RUN)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check

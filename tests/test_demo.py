@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,8 +41,9 @@ def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_demo_passes_all_phases_and_ends_with_plot_and_sample(text, tmp_path, capfd):
-    workdir = tmp_path / "run"
+def test_demo_passes_all_phases_and_ends_with_plot_and_sample(text, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = Path("run")  # relative, as in the Makefile
     assert demo.run(workdir, text=text, gin_bindings=BINDINGS) == 0
     printed = capfd.readouterr().out
     assert "The " in printed
@@ -59,7 +62,10 @@ def test_demo_passes_all_phases_and_ends_with_plot_and_sample(text, tmp_path, ca
     assert [r["loss"] for r in records(workdir) if r["kind"] == "train"] == losses
 
     generate = [sys.executable, "-m", "train.generate", f"--workdir={workdir}", "--prompt=the people"]
-    sampled = subprocess.run([*generate, "--new_tokens=5"], capture_output=True, text=True, check=False)
+    package_root = {"PYTHONPATH": str(Path(demo.__file__).parent.parent)}
+    sampled = subprocess.run(
+        [*generate, "--new_tokens=5"], capture_output=True, text=True, check=False, env=os.environ | package_root
+    )
     assert sampled.returncode == 0, sampled.stderr
     assert sampled.stdout.startswith(f"step {STEPS}:\nthe people")
     assert "orbax" not in sampled.stderr, "the libraries' log should not drown the program's own lines"

@@ -60,7 +60,7 @@ def run(workdir: str | Path, *, text: str | Path | None = None, gin_bindings: Se
     bindings = [f"Data.folder = {str(tokens)!r}", *gin_bindings]
     command = [f"--gin_file={name}" for name in GIN_FILES] + [f'--gin_bindings="{bindings[0]}"']
     print(f"python -m train.main {' '.join(command)} --workdir={workdir}", flush=True)
-    return main.run(GIN_FILES, bindings, Path(workdir).absolute())
+    return main.run(GIN_FILES, bindings, workdir)
 
 
 def command(argv: Sequence[str]) -> int:
