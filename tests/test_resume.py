@@ -11,57 +11,29 @@ import time
 import jax
 import pytest
 
-from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, run_to_end
+from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, run_to_end, three_phases
 from train import evaluate, loop
 from train.config import CONFIG_ROOT
 from train.data import open_dataset
-from venom_jax import Recipe
-
-# Switches after 4 and 8 of 12 steps; every step is saved, the router's bias moves, masks are diagnosed.
-CONFIG = run_config(
-    phases=((0, "dense"), (4, Recipe.venom(balance_rate=0.01)), (8, "dense")),
-    checkpoint_every=1,
-    keep_checkpoints=100,
-    eval_every=3,
-    diagnosis_every=3,
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Each run of this file compiles the same programs; the bits are the same from a warm cache."""
-    folder = tmp_path_factory.mktemp("compilation")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(folder), 0), strict=True):
-        jax.config.update(name, value)
-    yield folder
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    assert run_to_end(CONFIG, workdir) == 0
-    return workdir
 
 
 @pytest.mark.parametrize("step", [4, 6, 8, 10, 12])
-def test_resuming_from_any_step_equals_never_stopping(uninterrupted, tmp_path, step):
+def test_resuming_from_any_step_equals_never_stopping(tmp_path, step):
     """Steps 4 and 8 are the switches themselves: saved before, switched after; 10 has masks; 12 is the end."""
+    config, uninterrupted, _ = three_phases()
     workdir = tmp_path / "resumed"
     shutil.copytree(uninterrupted, workdir)
     for saved in (workdir / "checkpoints").iterdir():
         if int(saved.name) > step:
             shutil.rmtree(saved)
-    assert run_to_end(CONFIG, workdir) == 0
+    assert run_to_end(config, workdir) == 0
     assert records(workdir) == records(uninterrupted)
-    assert_same_bits(final_state(CONFIG, workdir), final_state(CONFIG, uninterrupted))
+    assert_same_bits(final_state(config, workdir), final_state(config, uninterrupted))
 
 
-def test_stopped_again_and_again_bakes_once(uninterrupted, tmp_path, monkeypatch):
+def test_stopped_again_and_again_bakes_once(tmp_path, monkeypatch):
     """SIGTERM after every second step: each start saves and exits with 0."""
+    config, uninterrupted, _ = three_phases()
     original = loop.Logger.log
 
     def log_then_stop(self, step, *rest):
@@ -71,30 +43,31 @@ def test_stopped_again_and_again_bakes_once(uninterrupted, tmp_path, monkeypatch
 
     monkeypatch.setattr(loop.Logger, "log", log_then_stop)
     for _ in range(6):
-        assert run_to_end(CONFIG, tmp_path) == 0
+        assert run_to_end(config, tmp_path) == 0
     baked = [record["step"] for record in records(tmp_path, "phase") if "baked_w1" in record["report"]]
     assert baked == [8]
     assert records(tmp_path) == records(uninterrupted)
-    assert_same_bits(final_state(CONFIG, tmp_path), final_state(CONFIG, uninterrupted))
+    assert_same_bits(final_state(config, tmp_path), final_state(config, uninterrupted))
 
 
-def test_looking_changes_nothing(uninterrupted, tmp_path):
+def test_looking_changes_nothing(tmp_path):
     """Evaluation (on a baked copy), diagnosis and saving leave no trace in the state."""
-    config = run_config(phases=CONFIG.phases.schedule, checkpoint_every=12, eval_every=12)
-    assert run_to_end(config, tmp_path) == 0
-    assert_same_bits(final_state(config, tmp_path), final_state(CONFIG, uninterrupted))
+    config, uninterrupted, _ = three_phases()
+    blind = run_config(phases=config.phases.schedule, checkpoint_every=12, eval_every=12)
+    assert run_to_end(blind, tmp_path) == 0
+    assert_same_bits(final_state(blind, tmp_path), final_state(config, uninterrupted))
     losses = [record["loss"] for record in records(tmp_path, "train")]
     assert losses == [record["loss"] for record in records(uninterrupted, "train")]
 
 
-def test_killed_at_a_random_moment_the_command_ends_the_same(tmp_path, compilation_cache):
+def test_killed_at_a_random_moment_the_command_ends_the_same(tmp_path):
     """The real program, SIGKILL, the same command again; and train.evaluate finds the loss that the run reported."""
     bindings = gin_bindings(Train_steps=200, Train_checkpoint_every=20, Train_eval_every=100, Train_sample_tokens=0)
     bindings += ["Phases.schedule = [(0, 'dense'), (30, 'venom'), (120, 'dense')]"]
     program = [sys.executable, "-m", "train.main", *(f"--gin_bindings={binding}" for binding in bindings)]
     environment = os.environ | {
         "PYTHONPATH": str(CONFIG_ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 

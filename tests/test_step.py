@@ -172,7 +172,8 @@ def test_diagnosis_reports_flips_against_the_last_masks(dense_twice):
     config = run_config(phases=((0, "dense"), (1, "venom")))
     graphdef = model.structure(config.model, config.max_experts)
     diagnosis = make_diagnosis(graphdef, config)
-    _, params, method = build(config.model, config.max_experts, 0)
+    state = initial_state(config)
+    params, method = state.params, state.method
     figures, masks = diagnosis(params, method, BATCH, None, recipe=Recipe.venom())
     assert "flip_rate" not in figures
     assert all(value.shape == (config.model.layers,) for value in figures.values())

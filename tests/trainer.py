@@ -3,12 +3,14 @@
 import functools
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from train import loop, model
@@ -17,6 +19,7 @@ from train.config import Data, LearningRate, Model, Optimizer, Phases, RunConfig
 from train.metrics import read_metrics
 from train.prepare import prepare
 from train.state import abstract_state
+from venom_jax import Recipe
 
 MODEL = Model(vocab_size=320, d_model=32, d_ffn=64, layers=2, heads=2)
 TRAIN = Train(
@@ -29,7 +32,10 @@ TRAIN = Train(
     checkpoint_every=6,
     sample_tokens=5,
 )
-THREE_PHASES = ((0, "dense"), (4, "venom"), (8, "dense"))
+
+# Most of the time of these tests is compilation, and many compile the same programs.  A warm cache gives the same bits.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="compilation-"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @functools.cache
@@ -85,6 +91,27 @@ def build(shape: Model, max_experts: int, seed: int) -> tuple[nnx.GraphDef, dict
 def run_to_end(config: RunConfig, workdir: Path) -> int:
     """Trains in ``workdir`` and returns the exit code."""
     return loop.train(loop.prepare(config, workdir))
+
+
+@functools.cache
+def three_phases() -> tuple[RunConfig, Path, Callable]:
+    """(config, workdir, jitted step) of one whole run, made once per process: do not write into its workdir.
+
+    The phases change after 4 and 8 of 12 steps; the router's bias moves; every step is saved.
+    """
+    config = run_config(
+        phases=((0, "dense"), (4, Recipe.venom(balance_rate=0.01)), (8, "dense")),
+        checkpoint_every=1,
+        keep_checkpoints=100,
+        eval_every=3,
+        diagnosis_every=3,
+    )
+    workdir, steps = Path(tempfile.mkdtemp(prefix="run-")), []
+    with pytest.MonkeyPatch.context() as patch:
+        original = loop.make_train_step
+        patch.setattr(loop, "make_train_step", lambda *args: steps.append(original(*args)) or steps[-1])
+        assert run_to_end(config, workdir) == 0
+    return config, workdir, steps[0]
 
 
 def records(workdir: Path, kind: str | None = None) -> list[dict[str, Any]]:
