@@ -77,11 +77,11 @@ def test_diagnosis_is_recorded(finished):
 
 
 def test_the_end_is_summarised_plotted_and_sampled(finished):
-    workdir = finished
-    (end,) = records(workdir, "end")
-    assert end["val_loss"] == records(workdir, "eval")[-1]["val_loss"]
-    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (workdir / "sample.txt").read_text().startswith("The ")
+    finished = finished
+    (end,) = records(finished, "end")
+    assert end["val_loss"] == records(finished, "eval")[-1]["val_loss"]
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "sample.txt").read_text().startswith("The ")
 
 
 def test_tensorboard_reads_the_same_numbers(finished):

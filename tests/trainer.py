@@ -3,7 +3,6 @@
 import functools
 import random
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def run_to_end(config: RunConfig, workdir: Path) -> int:
 
 
 @functools.cache
-def three_phases() -> tuple[RunConfig, Path, Callable]:
+def three_phases() -> tuple[RunConfig, Path, Any]:
     """(config, workdir, jitted step) of one whole run, made once per process: do not write into its workdir.
 
     The phases change after 4 and 8 of 12 steps; the router's bias moves; every step is saved.
