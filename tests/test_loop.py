@@ -77,7 +77,6 @@ def test_diagnosis_is_recorded(finished):
 
 
 def test_the_end_is_summarised_plotted_and_sampled(finished):
-    finished = finished
     (end,) = records(finished, "end")
     assert end["val_loss"] == records(finished, "eval")[-1]["val_loss"]
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
