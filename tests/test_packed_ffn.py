@@ -154,7 +154,7 @@ GPU_RECIPES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 100, 2048])
+@pytest.mark.parametrize("tokens", [2, 100, 2048])
 @pytest.mark.parametrize("name", GPU_RECIPES)
 def test_hopper_against_reference_kernels(name, tokens):
     """The same operands, so the same patterns: only the order of summation and the rounding of y1 differ."""

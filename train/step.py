@@ -1,6 +1,6 @@
 """One optimizer step, one evaluation, one diagnosis: pure functions of a state and tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,6 +96,15 @@ def _load_metrics(load: Float[Array, "L E"], recipe: Recipe, tokens: Int[Array, 
     return {"load_max": share.max(), "load_mean": share.mean(), "load_min": share.min()}
 
 
+def take_branch(index: Int[Array, ""], branches: Sequence[Callable], *operands: Any) -> Any:
+    """branches[index](*operands): a call where there is one, `cond` between two, `switch` among more."""
+    if len(branches) == 1:
+        return branches[0](*operands)
+    if len(branches) == 2:
+        return jax.lax.cond(index == 0, branches[0], branches[1], *operands)
+    return jax.lax.switch(index, branches, *operands)
+
+
 def make_train_step(
     graphdef: nnx.GraphDef, config: RunConfig
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
@@ -116,9 +125,9 @@ def make_train_step(
     def train_step(state: TrainState, tokens: Int[Array, "B S+1"]) -> tuple[TrainState, Metrics]:
         branch = jnp.asarray(config.schedule.branches, jnp.int32)[state.phase]
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        grads, load, metrics = jax.lax.switch(branch, branches, state.params, state.method, tokens, key)
+        grads, load, metrics = take_branch(branch, branches, state.params, state.method, tokens, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        method = jax.lax.switch(branch, [partial(update_bias, recipe) for recipe in recipes], state.method, load)
+        method = take_branch(branch, [partial(update_bias, recipe) for recipe in recipes], state.method, load)
         new_state = TrainState(
             params=optax.apply_updates(state.params, updates),  # pyrefly: ignore[bad-argument-type]
             method=method,

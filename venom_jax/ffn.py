@@ -110,8 +110,9 @@ def sparse_ffn(
     if route is not None and route.shape != (x.shape[0], recipe.top_k):
         raise ValueError(f"route has shape {route.shape}; the recipe takes {(x.shape[0], recipe.top_k)}.")
     if recipe.is_dense:
-        a = jax.nn.relu(_dot(x, w1.astype(x.dtype)).astype(x.dtype))
-        y, density = _dot(a * a, w2.astype(x.dtype)).astype(x.dtype), jnp.mean(a > 0, dtype=jnp.float32)
+        # Results in x's dtype (accumulated in f32 all the same): f32 results would give f32 operands to the backward.
+        a = jax.nn.relu(x @ w1.astype(x.dtype))
+        y, density = (a * a) @ w2.astype(x.dtype), jnp.mean(a > 0, dtype=jnp.float32)
     else:
         beta = jnp.ones(len(WEIGHT_GEMMS), jnp.float32) if beta is None else beta
         y, density = _sparse(recipe, kernels, x, w1, w2, beta, packed, route)
