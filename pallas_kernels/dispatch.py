@@ -71,11 +71,6 @@ def in_rows(values: Array) -> Array:
     return values if values.ndim == 2 else tile_order.from_tiles(values)
 
 
-def in_tiles(values: Array) -> Array:
-    """Values [R/64, C/64, 8, 256], whichever order they come in; from rows it is a pass over them."""
-    return tile_order.to_tiles(values) if values.ndim == 2 else values
-
-
 def check_multiple(of: int, **sizes: int) -> None:
     """Raise ValueError naming the first size that is no positive multiple."""
     for name, size in sizes.items():

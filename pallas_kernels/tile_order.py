@@ -1,10 +1,10 @@
 """Stored values of a 2:4 matrix tile by tile, each tile one run of 4 KiB: the order the kernels load.
 
 A tile is 64 rows and 64 logical, so 32 stored, columns. Row by row it would be 64 pieces of 64 bytes, each half of a
-cache line; as one run it takes half the requests of L2 and lands in shared memory as the tensor core reads it without
-any swizzle, in matrices of 8 rows x 16 bytes: `tile[octet of columns, octet of rows, row, column]`.
+cache line; as one run it is copied whole and lies in shared memory as the tensor core reads it: rows of four
+pieces of 16 bytes, piece c of row r at place c xor (r / 2 mod 4), so that eight rows lie in all banks.
 
-Source: PTX ISA, "wgmma shared memory layout", K-major without swizzling.
+Source: PTX ISA, "wgmma shared memory layout", K-major with swizzling over 64 bytes.
 """
 
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def to_tiles(values: Float[Array, "R C_2"]) -> Float[Array, "R_64 C_64 8 256"]:
     rows, half = values.shape
     values = jnp.pad(values, ((0, -rows % TILE), (0, -half % (TILE // 2))))
     row_tiles, column_tiles = values.shape[0] // TILE, values.shape[1] // (TILE // 2)
-    parts = values.reshape(row_tiles, 8, 8, column_tiles, 4, 8)
-    return parts.transpose(0, 3, 4, 1, 2, 5).reshape(row_tiles, column_tiles, *SHAPE)
+    tiles = values.reshape(row_tiles, TILE, column_tiles, TILE // 2).swapaxes(1, 2)
+    return _swizzle(tiles.reshape(row_tiles, column_tiles, 8, 4, 2, 2, 2, 8)).reshape(row_tiles, column_tiles, *SHAPE)
 
 
 def from_tiles(
@@ -31,6 +31,13 @@ def from_tiles(
 ) -> Float[Array, "R C_2"]:
     """The inverse of `to_tiles`; `rows` and `columns` (logical) cut the padding off."""
     row_tiles, column_tiles = tiles.shape[:2]
-    parts = tiles.reshape(row_tiles, column_tiles, 4, 8, 8, 8)
-    values = parts.transpose(0, 3, 4, 1, 2, 5).reshape(row_tiles * TILE, column_tiles * TILE // 2)
-    return values[:rows, : None if columns is None else columns // 2]
+    parts = _swizzle(tiles.reshape(row_tiles, column_tiles, 8, 4, 2, 2, 2, 8))
+    values = parts.reshape(row_tiles, column_tiles, TILE, TILE // 2).swapaxes(1, 2)
+    return values.reshape(row_tiles * TILE, -1)[:rows, : None if columns is None else columns // 2]
+
+
+def _swizzle(tiles: Array) -> Array:
+    """Exchange piece c of row r with piece c xor (r / 2 mod 4): [..., octets, pairs of rows, 2, c / 2, c % 2, 8]."""
+    pairs = [tiles[..., pair, :, :, :, :] for pair in range(4)]
+    flips = [[axis for bit, axis in ((2, -3), (1, -2)) if pair & bit] for pair in range(4)]
+    return jnp.stack([jnp.flip(t, axis) if axis else t for t, axis in zip(pairs, flips, strict=True)], axis=-5)

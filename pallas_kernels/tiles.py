@@ -18,6 +18,8 @@ TILE_K = 64
 MAX_TILE = 256
 """The copy engine's largest box side."""
 MAX_GROUPS = 128
+GROUP_TABLE_BYTES = 2048
+"""The contraction's sorted groups in shared memory: group, start and size of each, rounded up to 1 KiB."""
 LOAD_REGISTERS = 40
 """Registers of a loading thread."""
 CHUNK_BYTES = 128
@@ -57,8 +59,8 @@ class TileConfig:
     warpgroups_m, warpgroups_n: warpgroups that compute; one more loads.
     stages: stages in flight.
     store_slots: output chunks per warpgroup that may be on their way to memory.
-    raster_along, raster_width: consecutive tiles walk `raster_width` tiles along this dimension before they step
-      along the other, so that tiles computed at the same time share operands in L2.
+    raster_m, raster_n: tiles are computed in strips `raster_n` tiles wide, each strip in bands `raster_m` tiles
+      high, each band column by column: tiles computed at the same time share rows of A and columns of B in L2.
     """
 
     warpgroup_m: int = 64
@@ -67,8 +69,8 @@ class TileConfig:
     warpgroups_n: int = 1
     stages: int = 4
     store_slots: int = 2
-    raster_along: Literal["m", "n"] = "m"
-    raster_width: int = 8
+    raster_m: int = 8
+    raster_n: int = 1024
 
     @property
     def tile_m(self) -> int:
@@ -80,6 +82,7 @@ class TileConfig:
 
     @property
     def warpgroups(self) -> int:
+        """Warpgroups that compute."""
         return self.warpgroups_m * self.warpgroups_n
 
     @property
@@ -107,10 +110,13 @@ class TileConfig:
             return f"{self.warpgroups=}: the register file holds the accumulators of one or two warpgroups"
         if self.warpgroup_m * self.warpgroup_n > 128 * 192:
             return f"{self.warpgroup_m} x {self.warpgroup_n}: more than 192 accumulators a thread would spill"
+        if min(self.raster_m, self.raster_n) < 1:
+            return f"{self.raster_m=}, {self.raster_n=}: a strip is at least one tile wide and a band one tile high"
         if self.stages < 2 or self.store_slots < 1:
             return f"{self.stages=}, {self.store_slots=}: at least two stages and one slot are needed"
-        if self.smem_bytes() > HOPPER_SMEM_BYTES:
-            return f"{self.smem_bytes()} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"
+        table = GROUP_TABLE_BYTES if problem.mode == "contraction" else 0
+        if self.smem_bytes() + table > HOPPER_SMEM_BYTES:
+            return f"{self.smem_bytes() + table} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"
         if problem.groups > MAX_GROUPS:
             return f"{problem.groups=}: at most {MAX_GROUPS} groups, one per thread of a warpgroup"
         if problem.mode == "rows" and problem.k % TILE_K:

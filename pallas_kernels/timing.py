@@ -16,7 +16,8 @@ def repeated(function, argument_sets: list[tuple]) -> Run:
 
     The sets must differ, or the compiler may merge calls.
     """
-    compiled = jax.jit(lambda sets: [function(*arguments) for arguments in sets]).lower(argument_sets).compile()
+    once = jax.jit(function)  # traced and lowered once, however many calls
+    compiled = jax.jit(lambda sets: [once(*arguments) for arguments in sets]).lower(argument_sets).compile()
     return lambda: compiled(argument_sets)
 
 

@@ -13,17 +13,19 @@ from pallas_kernels import bench, device, timing, tuned
 from pallas_kernels.tiles import Problem, TileConfig
 
 LARGE = (
-    TileConfig(64, 256, 2, 1, stages=4, store_slots=2, raster_along="m", raster_width=8),
-    TileConfig(64, 256, 2, 1, stages=4, store_slots=2, raster_along="n", raster_width=8),
-    TileConfig(128, 192, 2, 1, stages=4, store_slots=2, raster_along="m", raster_width=8),
-    TileConfig(128, 192, 2, 1, stages=4, store_slots=2, raster_along="n", raster_width=8),
-    TileConfig(128, 128, 2, 1, stages=4, store_slots=4, raster_along="m", raster_width=8),
+    TileConfig(64, 256, stages=4, store_slots=2, raster_m=8),
+    TileConfig(64, 256, stages=4, store_slots=2, raster_m=16, raster_n=16),
+    TileConfig(64, 256, stages=5, store_slots=1, raster_m=16, raster_n=16),
+    TileConfig(128, 192, stages=4, store_slots=2, raster_m=8, raster_n=16),
+    TileConfig(128, 192, stages=5, store_slots=1, raster_m=8, raster_n=16),
+    TileConfig(128, 128, stages=5, store_slots=2, raster_m=8, raster_n=16),
+    TileConfig(128, 128, stages=6, store_slots=1, raster_m=8, raster_n=16),
 )
 """Tiles for outputs that give every multiprocessor several of them; docs/log.md lists what else was tried."""
 
 SMALL = (
-    TileConfig(64, 128, 2, 1, stages=6, store_slots=2, raster_along="m", raster_width=8),
-    TileConfig(64, 64, 2, 1, stages=6, store_slots=1, raster_along="m", raster_width=8),
+    TileConfig(64, 128, stages=6, store_slots=2),
+    TileConfig(64, 64, stages=6, store_slots=1),
 )
 """Tiles for the rest."""
 
@@ -36,6 +38,12 @@ def candidates(problem: Problem) -> Iterator[TileConfig]:
         fits = config.tile_m < 2 * problem.m and config.tile_n < 2 * problem.n
         if fits and config.violation(problem) is None:
             yield config
+
+
+def label(config: TileConfig) -> str:
+    """A tile in few characters: size, stages and slots, raster."""
+    c = config
+    return f"{c.tile_m}x{c.tile_n}/{c.stages}+{c.store_slots}/{c.raster_m}.{c.raster_n}"
 
 
 def search(problem: Problem, group_sizes: tuple[int, ...] | None) -> dict[TileConfig, float]:
@@ -67,10 +75,7 @@ def main() -> None:
             continue  # the tile of a ragged case is that of the equal one
         times = search(problem, group_sizes)
         best = min(times, key=times.__getitem__)
-        listed = "  ".join(
-            f"{c.tile_m}x{c.tile_n}/{c.raster_along} {1e3 * t:.1f}"
-            for c, t in sorted(times.items(), key=lambda item: item[1])
-        )
+        listed = "  ".join(f"{label(c)} {1e3 * t:.1f}" for c, t in sorted(times.items(), key=lambda item: item[1]))
         print(f"{name}: {listed} us", flush=True)
         entries.append(
             {"problem": bench.sizes_of(problem), "config": dataclasses.asdict(best), "ms": round(times[best], 5)}

@@ -90,5 +90,5 @@ def test_race_divides_by_calls_and_build_keeps_errors():
     assert built["good"] == 1
     assert str(built["bad"]) == "no such tile"
     out = jnp.zeros(1)
-    times = timing.race({"a": lambda: [out]}, {"a": 1000}, rounds=1, seconds=0)
+    times = timing.race({"a": lambda: [out]}, {"a": 1000}, rounds=1, seconds=0.0)
     assert 0 < times["a"] < 10

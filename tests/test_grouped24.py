@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import device
+from pallas_kernels import device, tune
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api
 from pallas_kernels.tiles import TileConfig
@@ -109,8 +109,11 @@ def test_kernels_agree_with_f64(mode, sizes, b_k_major, transpose_out):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "config", [TileConfig(128, 128), TileConfig(128, 192), TileConfig(64, 64, 1, 1, 3, 1)], ids=str
-)
+    "config",
+    [TileConfig(128, 128), TileConfig(128, 192), TileConfig(64, 64, 1, 1, 3, 1),
+     TileConfig(64, 128, stages=3, store_slots=1, raster_m=2, raster_n=2)],
+    ids=tune.label,
+)  # fmt: skip
 def test_every_tile_serves_every_mode(mode, config):
     values, metadata, b, wanted = operands(mode, SIZES["ragged"])
     out = run(mode, values, metadata, b, SIZES["ragged"], implementation="hopper", config=config)
@@ -122,7 +125,7 @@ def test_every_tile_serves_every_mode(mode, config):
 @pytest.mark.parametrize("mode", MODES)
 def test_many_more_tiles_than_multiprocessors(mode, sizes):
     values, metadata, b, wanted = operands(mode, SIZES[sizes], m=832, n=1088, k=192)
-    config = TileConfig(64, 64, 1, 1, stages=3, store_slots=1, raster_width=3)
+    config = TileConfig(64, 64, 1, 1, stages=3, store_slots=1, raster_m=3, raster_n=2)
     out = run(mode, values, metadata, b, SIZES[sizes], implementation="hopper", config=config)
     assert relative_error(out, wanted) < LIMIT["bfloat16"]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import device, dispatch
+from pallas_kernels import device, dispatch, tune
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.sparse24 import dense_wins, hopper, sparse24
 from pallas_kernels.tile_order import to_tiles
@@ -149,8 +149,8 @@ def test_kernel_types(dtype, out_dtype):
 @pytest.mark.parametrize(
     "config",
     [TileConfig(), TileConfig(128, 128), TileConfig(128, 192, store_slots=3), TileConfig(128, 128, 1, 2),
-     TileConfig(64, 64, 2, 1, 6, 1), TileConfig(64, 128, 1, 1, 2, 1), TileConfig(raster_along="n", raster_width=3)],
-    ids=lambda c: f"{c.tile_m}x{c.tile_n}/{c.warpgroups}",
+     TileConfig(64, 64, 2, 1, 6, 1), TileConfig(64, 128, 1, 1, 2, 1), TileConfig(raster_m=3, raster_n=2)],
+    ids=tune.label,
 )  # fmt: skip
 def test_every_tile_gives_the_same_bits(config):
     values, metadata, b, wanted = problem(2500 * 8, 776, 1032)

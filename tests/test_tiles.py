@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import tune, tuned
+from pallas_kernels.hopper.schedule import raster
 from pallas_kernels.tile_order import from_tiles, to_tiles
 from pallas_kernels.tiles import Problem, TileConfig
 
@@ -38,6 +40,12 @@ def test_groups_of_rows_need_whole_stages():
     problem = Problem(1024, 1024, 96, mode="rows", groups=4)
     with pytest.raises(ValueError, match=r"problem\.k=96"):
         TileConfig().check(problem)
+
+
+def test_the_contraction_needs_room_for_its_groups():
+    largest = TileConfig(128, 192, stages=5, store_slots=1)
+    assert largest.violation(PROBLEM) is None
+    assert "bytes of shared memory" in str(largest.violation(dataclasses.replace(PROBLEM, mode="contraction")))
 
 
 def test_shared_memory_adds_up():
@@ -75,9 +83,21 @@ def test_tile_order_comes_back_exactly(rows, columns):
     assert float(jnp.sum(tiles)) == float(jnp.sum(values))
 
 
-def test_tile_order_is_matrices_of_eight_rows_by_eight_values():
-    values = jnp.arange(64 * 32, dtype=jnp.float32).reshape(64, 32)
-    tile = to_tiles(values)[0, 0].reshape(4, 8, 8, 8)
-    np.testing.assert_array_equal(tile[0, 0], values[:8, :8])
-    np.testing.assert_array_equal(tile[1, 0], values[:8, 8:16])
-    np.testing.assert_array_equal(tile[3, 2], values[16:24, 24:])
+def test_tile_order_is_rows_of_four_swizzled_pieces():
+    values = jnp.arange(128 * 64, dtype=jnp.float32).reshape(128, 64)
+    tile = to_tiles(values)[1, 1].reshape(64, 4, 8)
+    for row in range(64):
+        for piece in range(4):
+            wanted = values[64 + row, 32 + 8 * piece : 40 + 8 * piece]
+            np.testing.assert_array_equal(tile[row, piece ^ (row // 2 % 4)], wanted)
+
+
+@pytest.mark.parametrize(("m_tiles", "n_tiles"), [(1, 1), (5, 7), (16, 9)])
+@pytest.mark.parametrize(("raster_m", "raster_n"), [(1, 1), (8, 1024), (3, 2), (16, 4)])
+def test_every_tile_is_visited_once(m_tiles, n_tiles, raster_m, raster_n):
+    config = TileConfig(raster_m=raster_m, raster_n=raster_n)
+    visit = jax.vmap(lambda index: jnp.stack(raster(index, m_tiles, n_tiles, config)))
+    found = np.asarray(visit(jnp.arange(m_tiles * n_tiles))).tolist()
+    assert sorted(found) == [[i, j] for i in range(m_tiles) for j in range(n_tiles)]
+    first = [[i, 0] for i in range(min(raster_m, m_tiles))]
+    assert found[: len(first)] == first

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels import device, dispatch, tuned
+from pallas_kernels import device, tuned
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.hopper import kernel
 from pallas_kernels.tiles import Mode, Problem, TileConfig
@@ -36,7 +36,7 @@ def grouped24(
 ):
     """Arguments as in api.py, flattened to matrices and validated there."""
     return kernel.matmul(
-        dispatch.in_tiles(values),
+        values,
         metadata,
         b,
         problem=problem,

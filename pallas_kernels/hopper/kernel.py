@@ -21,6 +21,8 @@ from pallas_kernels.tiles import GRANULE, LOAD_REGISTERS, MAX_TILE, TILE_K, Prob
 SWIZZLE = 128
 """Bytes of a row of B, or of an output chunk, in shared memory."""
 _SWIZZLED = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
+_SWIZZLED_A = (plgpu.TilingTransform((8, TILE_K // 2)), plgpu.SwizzleTransform(TILE_K))
+"""A given in rows lies in shared memory byte for byte as when it is given in tiles."""
 _LOADS = 3  # copies that fill a stage: values, metadata, B
 
 
@@ -39,7 +41,7 @@ def matmul(
     """Launch the kernel; shapes and configuration have been checked by the callers (the ops' api.py).
 
     Args:
-      values: [m / 64, k / 64, 8, 256], stored entries of A tile by tile (tile_order.py).
+      values: stored entries of A tile by tile (tile_order.py), [m / 64, k / 64, 8, 256], or row by row, [m, k / 2].
       metadata: uint32 [m / 64, k / 64, 128].
       b: [k, n], or [n, k] when `problem.b_k_major`; for rows' groups k runs over groups x k.
       groups: None, or int32 [G], the rows of each group.
@@ -61,7 +63,7 @@ def matmul(
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(problem.out_shape, problem.out_dtype),
-        scratch_types=[_scratch(problem, config)],
+        scratch_types=[_scratch(problem, config, in_rows=values.ndim == 2)],
         grid=(num_sms,),
         grid_names=("sm",),
         num_threads=config.warpgroups + 1,
@@ -74,10 +76,10 @@ def matmul(
 
 def _span(start, size: int, of: int = GRANULE):
     """A slice whose start is a multiple of `of`, which the lowering must know where memory is tiled."""
-    return pl.ds(pl.multiple_of(start, of), size)
+    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, of), size)
 
 
-def _scratch(problem: Problem, config: TileConfig) -> dict:
+def _scratch(problem: Problem, config: TileConfig, *, in_rows: bool) -> dict:
     c, stages = config, config.stages
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
     b_shape = (c.tile_n, TILE_K) if problem.b_k_major else (TILE_K, c.tile_n)
@@ -87,7 +89,9 @@ def _scratch(problem: Problem, config: TileConfig) -> dict:
     chunk_tiling = (plgpu.TilingTransform((8, chunk_row)), plgpu.SwizzleTransform(SWIZZLE))
     sorted_groups = {"groups": plgpu.SMEM((3, problem.groups), jnp.int32)} if problem.mode == "contraction" else {}
     return sorted_groups | {
-        "values": plgpu.SMEM((stages, c.tile_m // GRANULE, *tile_order.SHAPE), dtype),
+        "values": plgpu.SMEM((stages, c.tile_m, TILE_K // 2), dtype, transforms=_SWIZZLED_A)
+        if in_rows
+        else plgpu.SMEM((stages, c.tile_m // GRANULE, *tile_order.SHAPE), dtype),
         "metadata": plgpu.SMEM((stages, c.tile_m // GRANULE, 128), jnp.int32),
         "b": plgpu.SMEM((stages, *b_shape), dtype, transforms=_SWIZZLED),
         "chunks": plgpu.SMEM((c.warpgroups, c.store_slots, *chunk), out_dtype, transforms=chunk_tiling),
@@ -148,8 +152,14 @@ def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, 
         row_tiles, a_tile = pl.ds(lax.div(tile.a_row, GRANULE), c.tile_m // GRANULE), lax.div(tile.a_k, TILE_K) + i
         rows, columns = _span(tile.b_k + i * TILE_K, TILE_K), _span(tile.b_n, c.tile_n)
         b_gmem = gmem["b"].at[columns, rows] if problem.b_k_major else gmem["b"].at[rows, columns]
+        values_gmem = gmem["values"]
+        if len(values_gmem.shape) == 2:
+            stored = _span(a_tile * (TILE_K // 2), TILE_K // 2, TILE_K // 2)
+            values_gmem = values_gmem.at[_span(tile.a_row, c.tile_m), stored]
+        else:
+            values_gmem = values_gmem.at[row_tiles, a_tile]
         for source, name in (
-            (gmem["values"].at[row_tiles, a_tile], "values"),
+            (values_gmem, "values"),
             (gmem["metadata"].at[row_tiles, a_tile], "metadata"),
             (b_gmem, "b"),
         ):
@@ -169,14 +179,14 @@ def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig,
         acc, step = carry
         slot = lax.rem(step, c.stages)
         plgpu.barrier_wait(scratch["filled"].at[slot])
-        row_tiles = pl.ds(wg_m * (c.warpgroup_m // GRANULE), c.warpgroup_m // GRANULE)
-        b_smem = scratch["b"].at[slot]
-        if c.warpgroups_n > 1:
+        b_smem, values_smem = scratch["b"].at[slot], scratch["values"].at[slot]
+        if c.tile_n > c.warpgroup_n:
             columns = _span(wg_n * c.warpgroup_n, c.warpgroup_n)
             b_smem = b_smem.at[columns] if problem.b_k_major else b_smem.at[:, columns]
-        values_smem = scratch["values"].at[slot].at[row_tiles]
-        metadata_smem = scratch["metadata"].at[slot].at[row_tiles]
-        acc = _multiply(acc, values_smem, metadata_smem, b_smem, problem)
+        row_tiles = pl.ds(wg_m * (c.warpgroup_m // GRANULE), c.warpgroup_m // GRANULE)
+        rows = _span(wg_m * c.warpgroup_m, c.warpgroup_m)
+        values_smem = values_smem.at[rows] if len(values_smem.shape) == 2 else values_smem.at[row_tiles]
+        acc = _multiply(acc, values_smem, scratch["metadata"].at[slot].at[row_tiles], b_smem, problem)
         plgpu.barrier_arrive(scratch["emptied"].at[slot])
         return acc, step + 1
 
@@ -187,9 +197,15 @@ def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig,
 
 
 def _multiply(acc, values_smem, metadata_smem, b_smem, problem: Problem):
+    values_transforms = _SWIZZLED_A if len(values_smem.shape) == 2 else ()
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType(), plgpu.RefType(_SWIZZLED)),
+        arg_types=(
+            plgpu.Layout.WGMMA,
+            plgpu.RefType(values_transforms),
+            plgpu.RefType(),
+            plgpu.RefType(_SWIZZLED),
+        ),
         return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
     )
     def multiply(_, acc, values, metadata, b):

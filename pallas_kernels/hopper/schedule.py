@@ -47,14 +47,14 @@ def ceil_div(a, b):
 
 
 def raster(index, m_tiles, n_tiles, config: TileConfig):
-    """The (m, n) tile of a linear index: strips of `raster_width` tiles, walked across, one strip after another."""
-    along_m = config.raster_along == "m"
-    along, across = (m_tiles, n_tiles) if along_m else (n_tiles, m_tiles)
-    strip = lax.div(index, config.raster_width * across)
-    within = index - strip * (config.raster_width * across)
-    width = jnp.minimum(config.raster_width, along - strip * config.raster_width)
-    i, j = strip * config.raster_width + lax.rem(within, width), lax.div(within, width)
-    return (i, j) if along_m else (j, i)
+    """The (m, n) tile of a linear index: strip by strip along n, in a strip band by band along m, in a band down m."""
+    strip = lax.div(index, config.raster_n * m_tiles)
+    in_strip = index - strip * (config.raster_n * m_tiles)
+    width = jnp.minimum(config.raster_n, n_tiles - strip * config.raster_n)
+    band = lax.div(in_strip, config.raster_m * width)
+    in_band = in_strip - band * (config.raster_m * width)
+    height = jnp.minimum(config.raster_m, m_tiles - band * config.raster_m)
+    return band * config.raster_m + lax.rem(in_band, height), strip * config.raster_n + lax.div(in_band, height)
 
 
 def sort_groups(sizes_gmem, sorted_smem, rows: int) -> None:

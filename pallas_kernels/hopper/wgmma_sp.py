@@ -22,12 +22,9 @@ MMA_K = 32
 TILE_K = 64
 """Logical columns of A that one metadata word per thread describes: two instructions."""
 
-# A tile of A in shared memory is made of matrices of 8 rows x 16 bytes (tile_order.py).
-_OCTET_OF_ROWS = 128
-"""Bytes from one matrix to that of the next eight rows."""
-_OCTET_OF_COLUMNS = 8 * _OCTET_OF_ROWS
-"""Bytes from one matrix to that of the next eight stored columns."""
-_TILE_BYTES = 4 * _OCTET_OF_COLUMNS
+# A tile of A in shared memory: 64 rows of 64 bytes, swizzled over 64 bytes (tile_order.py).
+_ROW_BYTES = 64
+_TILE_BYTES = MMA_M * _ROW_BYTES
 
 _PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -37,7 +34,8 @@ def multiply(acc, a, metadata, b, *, b_swizzle: int, b_k_major: bool, dtype: str
 
     Args:
       acc: f32 [m, n] in WGMMA layout, m a multiple of 64, n of 8 and at most 256.
-      a: shared memory, [m / 64, 8, 256] stored values, tile by tile (tile_order.py).
+      a: shared memory, [m / 64, 8, 256] stored values tile by tile (tile_order.py), or the same bytes as [m, 32] tiled
+        (8, 32) and swizzled.
       metadata: shared memory, int32 [m / 64, 128]: one word per thread.
       b: shared memory, [64, n], or [n, 64] if `b_k_major`, tiled (8, b_swizzle / 2) and swizzled.
       dtype: "bfloat16" or "float16", of both operands.
@@ -55,8 +53,9 @@ def multiply(acc, a, metadata, b, *, b_swizzle: int, b_k_major: bool, dtype: str
     if b_strides[0]:
         raise NotImplementedError("B must be tiled like its swizzle")
     (b_stride,) = b_strides[1]
+    # The first offset has no meaning where rows are as long as the swizzle; the second leads to the next eight rows.
     a_base = mma_utils.encode_descriptor(
-        a, leading_byte_offset=_OCTET_OF_COLUMNS, stride_byte_offset=_OCTET_OF_ROWS, swizzle=None
+        a, leading_byte_offset=0, stride_byte_offset=8 * _ROW_BYTES, swizzle=_ROW_BYTES
     )
 
     words = _load_metadata(metadata, row_tiles)
@@ -66,7 +65,7 @@ def multiply(acc, a, metadata, b, *, b_swizzle: int, b_k_major: bool, dtype: str
         b_row = step * MMA_K
         b_offset = b_row // b_tile * b_tile_stride + b_row % b_tile // 16 * b_stride
         for row in range(row_tiles):
-            a_offset = row * _TILE_BYTES + step * 2 * _OCTET_OF_COLUMNS
+            a_offset = row * _TILE_BYTES + step * MMA_K  # half of the columns, two bytes each
             registers[row : row + 1] = _instruction(
                 registers[row : row + 1],
                 _advance(a_base, a_offset),
@@ -78,8 +77,8 @@ def multiply(acc, a, metadata, b, *, b_swizzle: int, b_k_major: bool, dtype: str
                 ptx_type=_PTX_TYPE[dtype],
             )
     _ptx("wgmma.commit_group.sync.aligned;")
-    # A group may not stay in flight across the loop over stages: the accumulators are values, and a register that the
-    # compiler moves at the loop's end while the tensor core still writes it keeps an old sum (docs/log.md).
+    # Nothing of the loop may come between the products and this wait: the accumulators are values, and a register that
+    # the compiler moves while the tensor core still writes it keeps an old sum (docs/log.md).
     _ptx("wgmma.wait_group.sync.aligned 0;")
     acc = fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
     return acc.to_layout(fa.WGMMA_LAYOUT)

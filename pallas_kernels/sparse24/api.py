@@ -32,8 +32,8 @@ def sparse24(
     stored value, a stored zero included. The reference multiplies pruned positions as zeros.
 
     Args:
-      values: stored entries of A, two of each four along k: rows [m, k/2], or tiles [m/64, k/64, 8, 256], which the
-        kernel reads without another pass (`pallas_kernels.tile_order`).
+      values: stored entries of A, two of each four along k: rows [m, k/2], or tiles [m/64, k/64, 8, 256]
+        (`pallas_kernels.tile_order`). The kernel reads either as it is.
       metadata: their positions (`pallas_kernels.metadata.pack_positions`), padded to tiles of 64 x 64.
       b: [k, n], or [n, k] if `b_k_major`, in values' dtype.
       transpose_out: give out^T [n, m]; `operand` then has that shape too.
@@ -72,8 +72,9 @@ def sparse24(
 def dense_wins(m: int, n: int, k: int) -> bool:
     """Whether XLA's dense product of the same shape is faster than the sparse kernel on an H100.
 
-    Measured (docs/kernels.md): the kernel needs enough tiles to fill the multiprocessors and enough k to fill its
-    pipeline.
+    Measured at (1024, 4096, 4096) and (512, 4096, 4096), where the kernel is ahead (docs/kernels.md, "Small sizes"). The
+    limits, far below those sizes, are estimates: 512 x 512 outputs make 32 tiles of the smallest kind, work for a
+    quarter of the multiprocessors, and a k below 256 ends before the pipeline is full.
     """
     return m * n < _MIN_OUTPUT or k < _MIN_K
 

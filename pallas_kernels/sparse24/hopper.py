@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels import device, dispatch, tuned
+from pallas_kernels import device, tuned
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.hopper import kernel
 from pallas_kernels.tiles import GRANULE, Problem, TileConfig
@@ -26,7 +26,8 @@ def sparse24(
     multiple of 64 where it is none (a copy of that matrix); rows need no padding, reads past the end give zeros.
     """
     m, n = (values.shape[0] * (1 if values.ndim == 2 else GRANULE)), b.shape[0 if b_k_major else 1]
-    values = dispatch.in_tiles(values)
+    if values.ndim == 2:
+        values = _pad(values, values.shape[1], GRANULE // 2)
     b = _pad(b, b.shape[1], GRANULE)
     last = m if transpose_out else n
     if last % GRANULE and operand is not None:
@@ -35,7 +36,7 @@ def sparse24(
     problem = Problem(
         m=padded_m,
         n=padded_n,
-        k=values.shape[1] * GRANULE,
+        k=values.shape[1] * (2 if values.ndim == 2 else GRANULE),
         b_k_major=b_k_major,
         transpose_out=transpose_out,
         dtype=b.dtype.name,
