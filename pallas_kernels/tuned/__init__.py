@@ -1,7 +1,7 @@
 """The best tile measured for each problem: one JSON file per GPU, written by `python -m pallas_kernels.tune`.
 
-A problem that is not in the file takes the tile of the nearest one of its mode that fits: first those with the same
-orders of B and of the output, then the smallest distance between the logarithms of the sizes.
+A problem that is not in the file takes the tile of the nearest one of its kind (the smallest distance between the
+logarithms of the sizes) that fits.
 """
 
 import functools
@@ -14,7 +14,7 @@ from pallas_kernels.tiles import Problem, TileConfig
 
 FOLDER = pathlib.Path(__file__).parent
 _H100 = "nvidia_h100_80gb_hbm3"
-_ORDERS = ("b_k_major", "transpose_out")
+_KIND = ("mode", "b_k_major", "transpose_out")
 _SIZES = ("m", "n", "k", "groups")
 _FALLBACK = (TileConfig(), TileConfig(warpgroup_n=128, stages=4), TileConfig(warpgroup_n=64, stages=4, store_slots=1))
 
@@ -39,7 +39,7 @@ def path_of(name: str) -> pathlib.Path:
 
 @functools.cache
 def _choose(problem: Problem, name: str) -> TileConfig:
-    entries = [entry for entry in _table(name) if entry["problem"]["mode"] == problem.mode]
+    entries = [entry for entry in _table(name) if all(entry["problem"][f] == getattr(problem, f) for f in _KIND)]
     nearest = sorted(entries, key=lambda entry: _distance(entry["problem"], problem))
     for config in (*(TileConfig(**entry["config"]) for entry in nearest), *_FALLBACK):
         if config.violation(problem) is None:
@@ -52,6 +52,5 @@ def _table(name: str) -> list[dict]:
     return json.loads(path_of(name).read_text())
 
 
-def _distance(measured: dict, problem: Problem) -> tuple[int, float]:
-    other_orders = sum(measured[order] != getattr(problem, order) for order in _ORDERS)
-    return other_orders, sum(abs(math.log2(measured[size]) - math.log2(getattr(problem, size))) for size in _SIZES)
+def _distance(measured: dict, problem: Problem) -> float:
+    return sum(abs(math.log2(measured[size]) - math.log2(getattr(problem, size))) for size in _SIZES)
