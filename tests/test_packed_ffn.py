@@ -21,13 +21,10 @@ BETA = jnp.array([1.5, 1.3, 1.6, 1.2], jnp.float32)
 RECIPES = {
     "act24": Recipe.act24(),
     "act24 natural order": Recipe.act24(token_order="natural"),
-    "act24 in blocks": Recipe.act24(token_blocks=2),
     "features only": Recipe(activations=True),
     "tokens only": Recipe(wgrad="24"),
     "weights only": Recipe(weights=("y1", "dy2")),
-    "y1 only": Recipe(weights=("y1",)),
     "all24": Recipe.all24(),
-    "all24 exact": Recipe.all24(threshold_grad="exact"),
     "routing only": Recipe(experts=4, top_k=1),
     "routing and weights": Recipe(experts=4, top_k=1, weights=("y1", "dy2")),
     "venom": Recipe.venom(4, 1),
@@ -54,10 +51,13 @@ def run(x, w1, w2, dy, recipe, kernels, packed=False):
     return y, density, *vjp((dy, jnp.zeros_like(density)))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("tokens", [130])
-def test_packed_form_equals_masked_form(name, tokens):
-    x, w1, w2, dy = inputs(tokens)
+# On the CPU one recipe for each way through the code: compiling takes seconds each.
+CPU_RECIPES = [name for name in RECIPES if name not in ("all24", "venom", "venom, two of four")]
+
+
+@pytest.mark.parametrize("name", CPU_RECIPES)
+def test_packed_form_equals_masked_form(name):
+    x, w1, w2, dy = inputs(130)
     with jax.default_matmul_precision("highest"):
         masked = run(x, w1, w2, dy, RECIPES[name], None)
         packed = run(x, w1, w2, dy, RECIPES[name], "reference", packed=bool(RECIPES[name].weights))
@@ -65,8 +65,7 @@ def test_packed_form_equals_masked_form(name, tokens):
         assert_close(out, ref)
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
-@pytest.mark.parametrize("name", ["all24", "venom, two of four"])
+@pytest.mark.parametrize(("name", "tokens"), [("all24", 1), ("venom, two of four", 64)])
 def test_few_tokens(name, tokens):
     x, w1, w2, dy = inputs(tokens)
     for out, ref in zip(
