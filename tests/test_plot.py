@@ -3,12 +3,23 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-from train.plot import COLORS, Span, plot_run, plot_runs, sparse_spans
+from train.plot import (
+    COLORS,
+    Span,
+    difference,
+    distinct_names,
+    plot_run,
+    plot_runs,
+    smoothed,
+    smoothing_steps,
+    sparse_spans,
+)
 
 
 def write_run(folder, steps=40, sparse=(10, 22), seconds_per_step=2.0):
@@ -68,6 +79,63 @@ def test_several_runs_on_the_axis_of_seconds(tmp_path):
     assert COLORS[2] not in image
 
 
+def losses(values, every=1, start=1, shift=0.0):
+    steps = range(start, start + every * len(values), every)
+    return [
+        {"kind": "train", "step": step, "time": 3.0 * step, "loss": value + shift}
+        for step, value in zip(steps, values, strict=True)
+    ]
+
+
+def test_the_rolling_mean_goes_over_steps_not_records():
+    xs, means = smoothed(losses([8, 6, 4, 2]), 2)
+    assert xs.tolist() == [1, 2, 3, 4]
+    assert means.tolist() == [8, 7, 5, 3]
+    every_tenth = losses([8, 6, 4, 2], every=10)
+    assert smoothed(every_tenth, 2)[1].tolist() == [8, 6, 4, 2]
+    assert smoothed(every_tenth, 20, "seconds")[1].tolist() == [8, 7, 5, 3]
+    assert smoothed(every_tenth, 20, "seconds")[0].tolist() == [3, 33, 63, 93]
+
+
+@pytest.mark.parametrize(
+    ("longest", "steps"), [(10, 1), (99, 1), (100, 2), (1300, 20), (50_000, 1000), (270_000, 5000)]
+)
+def test_the_rolling_mean_is_about_a_fiftieth_of_the_longest_run(longest, steps):
+    assert smoothing_steps([[{"step": 3}], [{"step": 5}, {"step": longest}]]) == steps
+
+
+def test_the_difference_is_taken_at_the_same_step_where_both_have_been():
+    reference = losses(np.linspace(6, 4, 21), every=10)
+    finer = losses(np.linspace(6, 3, 301), shift=0.25)
+    xs, gap = difference(finer, reference, 1)
+    assert (xs[0], xs[-1]) == (1, 201)
+    np.testing.assert_allclose(gap, 0.25, atol=1e-12)
+    assert difference(losses([5.0], start=500), reference, 1)[0].size == 0
+
+
+def test_the_picture_of_a_difference_leaves_out_its_reference(tmp_path):
+    for name in "abc":
+        write_run(tmp_path / name)
+    runs = [tmp_path / name for name in "abc"]
+    plot_runs(runs, tmp_path / "out.svg", difference_to=tmp_path / "a")
+    image = (tmp_path / "out.svg").read_text()
+    assert COLORS[0] not in image
+    for color in COLORS[1:3]:
+        assert color in image, "a run keeps its colour"
+    with pytest.raises(ValueError, match="at least one other run"):
+        plot_runs([tmp_path / "a"], tmp_path / "out.svg", difference_to=tmp_path / "a")
+    with pytest.raises(ValueError, match=r"none/metrics\.jsonl holds no training loss"):
+        plot_runs(runs, tmp_path / "out.svg", difference_to=tmp_path / "none")
+    with pytest.raises(ValueError, match="smooth=0 must be at least 1"):
+        plot_runs(runs, tmp_path / "out.svg", smooth=0)
+
+
+def test_names_tell_runs_apart():
+    assert distinct_names([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
+    assert distinct_names([Path("x/a"), Path("y/a")]) == ["x/a", "y/a"]
+    assert distinct_names([Path(".")]) == ["."]
+
+
 def test_a_line_cut_off_by_a_kill_is_no_obstacle(tmp_path):
     write_run(tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
@@ -92,8 +160,10 @@ def test_mistakes_are_named(tmp_path):
 
 def test_command_line(tmp_path):
     write_run(tmp_path / "run")
-    command = [sys.executable, "-m", "train.plot", f"--output={tmp_path / 'out.png'}", "--x=seconds"]
-    done = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    write_run(tmp_path / "other")
+    command = [sys.executable, "-m", "train.plot", f"--output={tmp_path / 'out.png'}", "--x=seconds", "--smooth=5"]
+    compared = [str(tmp_path / "run"), f"--difference_to={tmp_path / 'other'}"]
+    done = subprocess.run([*command, *compared], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.png").exists()
     failed = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)

@@ -1,23 +1,28 @@
 """Loss curves of one or more runs: `python -m train.plot runs/a runs/b --output=loss.png [--x=seconds]`.
 
-A line a run for the training loss, dots for the validation loss of the dense model, rings for that of the sparse
-one inside a sparse phase; sparse phases are shaded and labelled.
+One run: its training loss, dots for the validation loss of the dense model, rings for that of the sparse one inside
+a sparse phase; sparse phases are shaded and labelled. Several runs: the training loss is a rolling mean, a bar along
+the lower edge marks each run's sparse phases, and --difference_to=runs/a draws every other run minus that one.
 """
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from absl import app, flags
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from train.metrics import METRICS_FILE, read_metrics
 
 XAxis = Literal["step", "seconds"]
+Record = dict[str, Any]
 FIELDS: dict[str, str] = {"step": "step", "seconds": "time"}
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers
 
@@ -36,37 +41,115 @@ def plot_run(workdir: str | Path, output: str | Path) -> None:
     plot_runs([workdir], output)
 
 
-def plot_runs(workdirs: Sequence[str | Path], output: str | Path, x: XAxis = "step") -> None:
+def plot_runs(
+    workdirs: Sequence[str | Path],
+    output: str | Path,
+    x: XAxis = "step",
+    *,
+    smooth: int | None = None,
+    difference_to: str | Path | None = None,
+) -> None:
     """The loss curves of several runs in one image; the suffix of `output` says which kind (.png, .svg, .pdf).
 
+    Args:
+      workdirs: folders of runs.
+      output: the image file.
+      x: the horizontal axis.
+      smooth: steps that the rolling mean of the training loss goes over; None: 1 for one run and no difference, else
+        about a fiftieth of the longest run.
+      difference_to: draw the loss of the other runs minus that of this one, at the same x.
+
     Raises:
-      ValueError: no runs, a folder without training metrics, an unknown axis or image kind.
+      ValueError: no runs, a folder without training metrics, an unknown axis or image kind, nothing to compare.
     """
     if x not in FIELDS:
         raise ValueError(f"x={x!r} must be one of {', '.join(FIELDS)}")
+    if smooth is not None and smooth < 1:
+        raise ValueError(f"smooth={smooth} must be at least 1 step")
     if not workdirs:
         raise ValueError("give at least one run to plot")
-    runs = {Path(workdir): read_metrics(Path(workdir)) for workdir in workdirs}
-    for workdir, records in runs.items():
-        if not any(r["kind"] == "train" for r in records):
-            raise ValueError(f"{workdir / METRICS_FILE} holds no training loss: is {workdir} the folder of a run?")
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for (workdir, records), color in zip(runs.items(), COLORS * len(runs), strict=False):
-        _draw_run(axes, records, workdir.name or str(workdir), x, color, only=len(runs) == 1)
-    axes.set_xlabel(x)
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
-    axes.margins(x=0.01)
-    try:
-        figure.savefig(output, dpi=120)
-    except OSError as error:
-        raise ValueError(f"cannot write {output}: {error}") from error
+    runs = {path: _read(path) for path in map(Path, workdirs)}
+    colors = {path: COLORS[i % len(COLORS)] for i, path in enumerate(runs)}  # the same with and without a difference
+    reference = None if difference_to is None else Path(difference_to)
+    if reference is not None:
+        runs = {path: records for path, records in runs.items() if path.resolve() != reference.resolve()}
+        if not runs:
+            raise ValueError(f"difference_to={str(reference)!r}: give at least one other run to compare with it")
+    only = len(runs) == 1
+    if smooth is None:
+        smooth = 1 if only and reference is None else smoothing_steps(runs.values())
+    figure, axes = new_figure()
+    names = dict(zip(runs, distinct_names(runs), strict=True))
+    for i, (path, records) in enumerate(runs.items()):
+        color = colors[path]
+        if only:
+            shade_phases(axes, records, x)
+        else:
+            _draw_phase_bars(axes, records, x, color, row=i)
+        if reference is not None:
+            axes.plot(*difference(records, _read(reference), smooth, x), color=color, linewidth=1.2, label=names[path])
+        else:
+            _draw_losses(axes, records, smooth, x, color, label=names[path], thin=only)
+    what = "training loss" if reference is not None or smooth > 1 else "loss"
+    mean = f", mean of the last {smooth} steps" if smooth > 1 else ""
+    if reference is not None:
+        axes.axhline(0, color="0.3", linewidth=0.8)
+        axes.set_ylabel(
+            f"{what} minus that of {reference.name or reference} at the same {x[:6]}\n(nats per token{mean})"
+        )
+        _limit_to_settled(axes, [difference(records, _read(reference), smooth, x) for records in runs.values()])
+    else:
+        axes.set_ylabel(f"{what} (nats per token{mean})")
+        _key_of_markers(axes, runs.values())
+        if not only:
+            _limit_to_settled(axes, [smoothed(records, smooth, x) for records in runs.values()])
+    axes.set_xlabel(x if only else f"{x} (bars: sparse phases)")
+    axes.legend(loc="upper right", fontsize="small" if len(runs) > 3 else None)
+    save(figure, output)
 
 
-def sparse_spans(records: Sequence[dict[str, Any]], x: XAxis = "step") -> list[Span]:
+def _read(workdir: Path) -> list[Record]:
+    records = read_metrics(workdir)
+    if not any(r["kind"] == "train" for r in records):
+        raise ValueError(f"{workdir / METRICS_FILE} holds no training loss: is {workdir} the folder of a run?")
+    return records
+
+
+def points(records: Sequence[Record], kind: str, value: str, x: XAxis = "step") -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the records of one kind that have `value`."""
+    chosen = [r for r in records if r["kind"] == kind and value in r]
+    return np.array([r[FIELDS[x]] for r in chosen], float), np.array([r[value] for r in chosen], float)
+
+
+def smoothed(records: Sequence[Record], steps: int, x: XAxis = "step") -> tuple[np.ndarray, np.ndarray]:
+    """x, and the mean of the training loss over the last `steps` steps (fewer at the start)."""
+    at, _ = points(records, "train", "loss")
+    xs, losses = points(records, "train", "loss", x)
+    first = np.searchsorted(at, at - steps, side="right")
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    last = np.arange(1, len(losses) + 1)
+    return xs, (sums[last] - sums[first]) / (last - first)
+
+
+def smoothing_steps(runs: Iterable[Sequence[Record]]) -> int:
+    """About a fiftieth of the longest run: 1, 2 or 5 times a power of ten."""
+    longest = max(r["step"] for records in runs for r in records) / 50
+    if longest <= 1:
+        return 1
+    power = 10 ** math.floor(math.log10(longest))
+    return power * max(digit for digit in (1, 2, 5) if digit * power <= longest)
+
+
+def difference(
+    records: Sequence[Record], reference: Sequence[Record], smooth: int, x: XAxis = "step"
+) -> tuple[np.ndarray, np.ndarray]:
+    """x and the smoothed loss minus that of `reference` at the same x, as far as both runs go."""
+    (xs, losses), (other_xs, other_losses) = (smoothed(r, smooth, x) for r in (records, reference))
+    both = (xs >= other_xs[0]) & (xs <= other_xs[-1])
+    return xs[both], losses[both] - np.interp(xs[both], other_xs, other_losses)
+
+
+def sparse_spans(records: Sequence[Record], x: XAxis = "step") -> list[Span]:
     """The sparse phases of a run in order.
 
     A phase lasts from the record that announces it to the next one's, or to the last record of the run.
@@ -78,49 +161,88 @@ def sparse_spans(records: Sequence[dict[str, Any]], x: XAxis = "step") -> list[S
     return [Span(r["phase"], borders[i], borders[i + 1]) for i, r in enumerate(switches) if r["phase"] != "dense"]
 
 
-def _draw_run(axes: Axes, records: list[dict[str, Any]], name: str, x: XAxis, color: str, only: bool) -> None:
-    field = FIELDS[x]
+def distinct_names(workdirs: Collection[Path]) -> list[str]:
+    """The last parts of the paths, with as many parents as it takes to tell them apart."""
+    parts = [path.parts or (str(path),) for path in workdirs]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in workdirs]
 
-    def points(kind: str, value: str) -> tuple[list[float], list[float]]:
-        chosen = [r for r in records if r["kind"] == kind and value in r]
-        return [r[field] for r in chosen], [r[value] for r in chosen]
 
-    shade = "0.5" if only else color
+def new_figure(rows: int = 1, height: float = 5) -> tuple[Figure, Any]:
+    """A figure for files, and its axes (an array of them where there are several rows)."""
+    figure = Figure(figsize=(9, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, sharex=True)
+    for one in np.atleast_1d(axes):
+        one.grid(alpha=0.3)
+        one.margins(x=0.01)
+    return figure, axes
+
+
+def save(figure: Figure, output: str | Path) -> None:
+    """Writes the image.  Raises ValueError where it cannot."""
+    try:
+        figure.savefig(output, dpi=120)
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error}") from error
+
+
+def shade_phases(axes: Axes, records: Sequence[Record], x: XAxis = "step", *, label: bool = True) -> None:
+    """Grey over the sparse phases, with their names."""
     for span in sparse_spans(records, x):
-        axes.axvspan(span.start, span.end, color=shade, alpha=0.15 if only else 0.07, linewidth=0)
-        top = axes.get_xaxis_transform()
-        middle = (span.start + span.end) / 2
-        if only:
-            axes.text(middle, 0.97, span.label, transform=top, ha="center", va="top", color="0.3")
-    axes.plot(*points("train", "loss"), color=color, linewidth=1, alpha=0.8, label=f"{name}: training")
-    axes.plot(
-        *points("eval", "val_loss"),
-        color=color,
-        marker="o",
-        markersize=5,
-        linewidth=0,
-        markeredgecolor="white",
-        markeredgewidth=0.5,
-        label=f"{name}: validation, dense model",
-    )
-    sparse = points("eval", "val_loss_sparse")
-    if sparse[0]:
+        axes.axvspan(span.start, span.end, color="0.5", alpha=0.15, linewidth=0)
+        if label:
+            middle = (span.start + span.end) / 2
+            place = axes.get_xaxis_transform()
+            axes.text(middle, 0.97, span.label, transform=place, ha="center", va="top", color="0.3")
+
+
+def _draw_phase_bars(axes: Axes, records: Sequence[Record], x: XAxis, color: str, row: int) -> None:
+    for span in sparse_spans(records, x):
+        height = 0.012 * (row + 1)
+        place = axes.get_xaxis_transform()
         axes.plot(
-            *sparse,
-            color=color,
-            marker="o",
-            markersize=5,
-            linewidth=0,
-            markerfacecolor="none",
-            label=f"{name}: validation, sparse model",
+            [span.start, span.end], [height] * 2, transform=place, color=color, linewidth=3, solid_capstyle="butt"
         )
+
+
+def _draw_losses(
+    axes: Axes, records: Sequence[Record], smooth: int, x: XAxis, color: str, *, label: str, thin: bool
+) -> None:
+    axes.plot(*smoothed(records, smooth, x), color=color, linewidth=1 if thin else 1.2, alpha=0.8, label=label)
+    markers = {"marker": "o", "markersize": 5, "linewidth": 0, "color": color}
+    axes.plot(*points(records, "eval", "val_loss", x), **markers, markeredgecolor="white", markeredgewidth=0.5)
+    axes.plot(*points(records, "eval", "val_loss_sparse", x), **markers, markerfacecolor="none")
+
+
+def _key_of_markers(axes: Axes, runs: Iterable[Sequence[Record]]) -> None:
+    """Legend entries that hold for every run."""
+    records = [r for run in runs for r in run if r["kind"] == "eval"]
+    markers = {"marker": "o", "markersize": 5, "linewidth": 0, "color": "0.3"}
+    if records:
+        axes.add_line(Line2D([], [], **markers, markeredgecolor="white", label="validation, dense model"))
+    if any("val_loss_sparse" in r for r in records):
+        axes.add_line(Line2D([], [], **markers, markerfacecolor="none", label="validation, sparse model"))
+
+
+def _limit_to_settled(axes: Axes, curves: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Leaves out the first fall, in which all runs are one line, so that their differences can be seen."""
+    end = max((xs[-1] for xs, _ in curves if len(xs)), default=0)
+    settled = np.concatenate([ys[xs >= 0.05 * end] for xs, ys in curves])
+    if len(settled) and np.ptp(settled) > 0:
+        height = np.ptp(settled)
+        below = 0.05 + 0.015 * len(curves)  # room for the bars of the phases
+        axes.set_ylim(settled.min() - below * height, settled.max() + 0.1 * height)
 
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
     values = flags.FLAGS
     try:
-        plot_runs(argv[1:], values.output, values.x)
+        plot_runs(argv[1:], values.output, values.x, smooth=values.smooth, difference_to=values.difference_to)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -131,4 +253,6 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("output", "loss.png", "image to write")
     flags.DEFINE_enum("x", "step", list(FIELDS), "horizontal axis")
+    flags.DEFINE_integer("smooth", None, "steps of the rolling mean (default: by the length of the runs; 1: none)")
+    flags.DEFINE_string("difference_to", None, "draw the loss of the other runs minus that of this one")
     app.run(main)

@@ -1,0 +1,257 @@
+"""Will it pay? Speed of each recipe on one FFN, as measured: python -m venom_jax.advise --d_model=2048 --d_ffn=8192
+
+Prints, for every recipe, the measured speed of the whole FFN (forward, backward and every conversion) against XLA's
+dense one where this very shape was measured, and "not measured" where it was not: nothing is interpolated. Measured
+tables are the files ffn.json and kernels.json that `python -m venom_jax.bench` and `python -m pallas_kernels.bench`
+write; those of this project are in docs/results. Below it, the measured shapes on either side of the break-even, and
+what each kind of GPU gets today.
+"""
+
+import argparse
+import json
+import re
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import device
+from venom_jax import packed_ffn
+from venom_jax.bench import RECIPES
+
+Row = dict[str, Any]
+
+# Where the tables are: in a checkout, or where a wheel puts them.
+RESULTS = (
+    Path(__file__).resolve().parent.parent / "docs" / "results",
+    Path(sysconfig.get_path("data")) / "share" / "venom-jax" / "results",
+)
+
+KERNELS = "all six products on sparse tensor cores (implementation='hopper')"
+REFERENCE = "the masked reference: the same results, by dense products, not faster than dense"
+
+# GPU, compute capability, what runs there today.
+SUPPORT = (
+    ("H100, H200, H800, GH200", device.HOPPER, KERNELS),
+    ("A100, A30", "8.0", REFERENCE),
+    ("RTX 30, A10, A40, RTX A6000", "8.6", REFERENCE),
+    ("RTX 40, L4, L40, RTX 6000 Ada", "8.9", REFERENCE),
+    ("B100, B200, GB200 (Blackwell)", "10.0", REFERENCE),
+    ("B300, GB300 (Blackwell)", "10.3", REFERENCE),
+    ("RTX 50 (Blackwell)", "12.0", REFERENCE),
+    ("any other device, CPUs, TPUs", "", REFERENCE),
+)
+
+# Matched against whole words at the start of the name, as `_plain` has it.
+_CAPABILITIES = (
+    (r"g?h(100|200|800|20)", device.HOPPER),
+    (r"a(100|30)", "8.0"),
+    (r"a10g?|a40|rtx (30\d\d|a\d000)", "8.6"),
+    (r"l4|l40s?|rtx (40\d\d|6000 ada)", "8.9"),
+    (r"g?b[12]00", "10.0"),
+    (r"g?b300", "10.3"),
+    (r"rtx 50\d\d", "12.0"),
+    (r"cpu|tpu", ""),
+)
+
+_FFN_CASE = re.compile(r"(?P<recipe>.+) D=(?P<d_model>\d+) F=(?P<d_ffn>\d+)")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An FFN: D, F, and tokens a call."""
+
+    d_model: int
+    d_ffn: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"D={self.d_model} F={self.d_ffn} T={self.tokens}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One timed FFN: the speed of a recipe relative to dense; None where its result was wrong or it did not run."""
+
+    recipe: str
+    shape: Shape
+    masters: str
+    device: str
+    ms: float | None
+    dense_ms: float
+    speedup: float | None
+
+
+def read_rows(folder: Path | None = None) -> list[Row]:
+    """The rows of every ffn.json and kernels.json below `folder`, or below where this installation keeps them.
+
+    Raises:
+      ValueError: a file that is no list of rows.
+    """
+    folders = [folder] if folder is not None else [f for f in RESULTS if f.is_dir()][:1]
+    rows: list[Row] = []
+    for path in sorted(p for f in folders for p in f.rglob("*.json") if p.name in ("ffn.json", "kernels.json")):
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON ({error}); write it anew with the benchmark") from error
+        if not isinstance(found, list) or not all(isinstance(row, dict) and "bench" in row for row in found):
+            raise ValueError(f"{path} is no list of benchmark rows; write it anew with the benchmark")
+        rows += found
+    return rows
+
+
+def measurements(rows: Sequence[Row]) -> list[Measurement]:
+    """The rows about whole FFNs."""
+    found = []
+    for row in rows:
+        match = _FFN_CASE.fullmatch(row["case"]) if row["bench"] == "ffn" and row["rival"] == "dense" else None
+        if match:
+            shape = Shape(int(match["d_model"]), int(match["d_ffn"]), row["tokens"])
+            timed = (row["ms"], row["rival_ms"], row["speedup"])
+            found.append(Measurement(match["recipe"], shape, row["masters"], row["device"], *timed))
+    return found
+
+
+def compute_capability(gpu: str) -> str:
+    """Of a GPU by its name; "" for a device that is none.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    for pattern, capability in _CAPABILITIES:
+        if re.match(rf"({pattern})\b", _plain(gpu)):
+            return capability
+    names = ", ".join(name for name, capability, _ in SUPPORT if capability)
+    raise ValueError(f"gpu = {gpu!r} is not known; name one of {names}, or cpu")
+
+
+def is_same_gpu(gpu: str, name: str) -> bool:
+    """Whether a driver's name ("NVIDIA H100 80GB HBM3") is the GPU asked for ("h100")."""
+    short, long = _plain(gpu), _plain(name)
+    return long == short or long.startswith(short + " ")
+
+
+def _plain(gpu: str) -> str:
+    """ "NVIDIA GeForce RTX 4090" -> "rtx 4090", "rtx4090" as well, "NVIDIA A100-SXM4-80GB" -> "a100 sxm4 80gb"."""
+    words = re.sub(r"nvidia|geforce|[^a-z0-9]+", " ", gpu.lower()).split()
+    return re.sub(r"\brtx(?=\w)", "rtx ", " ".join(words))
+
+
+def advise(shape: Shape, gpu: str, rows: Sequence[Row], masters: str = "float32") -> str:
+    """The advice as Markdown.
+
+    Args:
+      shape: of the FFN on one device.
+      gpu: its name.
+      rows: as the benchmarks write them.
+      masters: dtype of the weights and their gradients.
+
+    Raises:
+      ValueError: sizes below 1, or an unknown GPU.
+    """
+    if min(shape.d_model, shape.d_ffn, shape.tokens) < 1:
+        raise ValueError(f"sizes must be positive, got {shape}")
+    hopper = compute_capability(gpu) == device.HOPPER
+    measured = [m for m in measurements(rows) if m.masters == masters]
+    here = [m for m in measured if is_same_gpu(gpu, m.device)]
+    lines = [
+        f"# {shape}, {masters} weights, on {gpu}",
+        "",
+        f"{gpu} runs {KERNELS if hopper else REFERENCE}.",
+        "",
+        "Forward and backward of the FFN alone against XLA's dense one. Attention, logits and the dense phases of a",
+        "run are not in it; they make the gain of a whole run smaller.",
+        "",
+        "| recipe | pattern | speed | ms | dense ms |",
+        "|---|---|---|---|---|",
+    ]
+    for name, recipe in RECIPES.items():
+        speed, ms, dense_ms = _verdict(name, shape, here, hopper)
+        pattern = str(recipe.pattern) if recipe.routed or recipe.activations else ""
+        lines.append(f"| {name} | {pattern} | {speed} | {ms} | {dense_ms} |")
+    if hopper:
+        lines += ["", "## Break-even", "", *_break_even(gpu, masters, here, measured, rows)]
+    lines += ["", "## What runs where", "", "| GPU | compute capability | runs |", "|---|---|---|"]
+    lines += [f"| {names} | {capability} | {runs} |" for names, capability, runs in SUPPORT]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(name: str, shape: Shape, here: Sequence[Measurement], hopper: bool) -> tuple[str, str, str]:
+    recipe = RECIPES[name]
+    try:
+        recipe.check(shape.d_model, shape.d_ffn)
+    except ValueError as error:
+        return f"cannot run: {error}", "", ""
+    if not hopper:
+        return "not faster than dense", "", ""
+    reason = packed_ffn.unsupported(recipe, shape.d_model, shape.d_ffn)
+    if reason is not None:
+        return f"not faster than dense: runs the masked reference, as {reason}", "", ""
+    exact = [m for m in here if m.recipe == name and m.shape == shape]
+    if not exact:
+        return "not measured", "", ""
+    newest = exact[-1]
+    if newest.speedup is None or newest.ms is None:
+        return "failed its check or did not run when it was measured", "", f"{newest.dense_ms:.3f}"
+    return f"{newest.speedup:.2f}x", f"{newest.ms:.3f}", f"{newest.dense_ms:.3f}"
+
+
+def _break_even(
+    gpu: str, masters: str, here: Sequence[Measurement], measured: Sequence[Measurement], rows: Sequence[Row]
+) -> list[str]:
+    """What was measured to win and what to lose."""
+    lines = []
+    if not here:
+        others = sorted({m.device for m in measured})
+        where = f"; there are measurements on {', '.join(others)}" if others else ""
+        lines.append(f"- No FFN with {masters} weights was measured on {gpu}{where}.")
+    for name in RECIPES:
+        timed = [m for m in here if m.recipe == name and m.speedup is not None]
+        for verb, chosen in (
+            ("faster than dense", [m for m in timed if m.speedup is not None and m.speedup > 1]),
+            ("not faster than dense", [m for m in timed if m.speedup is not None and m.speedup <= 1]),
+        ):
+            if chosen:
+                lines.append(f"- {name}, {verb}: " + "; ".join(f"{m.shape} ({m.speedup:.2f}x)" for m in chosen))
+    products = [r for r in rows if r["bench"] == "sparse24" and r["rival"] == "dense" and is_same_gpu(gpu, r["device"])]
+    if products:
+        speeds = [row["speedup"] for row in products]
+        lost = [f"{row['case']} ({row['speedup']:.2f}x)" for row in products if row["speedup"] <= 1]
+        lines.append(
+            f"- Single 2:4 products: {min(speeds):.2f}x to {max(speeds):.2f}x dense over {len(products)} shapes"
+            + (f"; not faster at {'; '.join(lost)}" if lost else "")
+            + "."
+        )
+    else:
+        lines.append(f"- No single 2:4 product was measured on {gpu}.")
+    return lines
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--d_model", type=int, required=True, help="D")
+    parser.add_argument("--d_ffn", type=int, required=True, help="F")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens in one call on one device (default 16384)")
+    parser.add_argument("--gpu", help="such as h100, a100, 'RTX 4090' (default: this machine's)")
+    parser.add_argument("--masters", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
+    parser.add_argument("--results", type=Path, help="folder of tables (default: those of this installation)")
+    arguments = parser.parse_args()
+    current = device.current()
+    gpu = arguments.gpu or (current.name if current else "cpu")
+    try:
+        if arguments.results is not None and not arguments.results.is_dir():
+            raise ValueError(f"--results={arguments.results} is no folder")
+        shape = Shape(arguments.d_model, arguments.d_ffn, arguments.tokens)
+        print(advise(shape, gpu, read_rows(arguments.results), arguments.masters), end="")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
