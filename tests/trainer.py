@@ -14,11 +14,10 @@ from flax import nnx
 
 from train import loop, model
 from train.checkpoint import Checkpoints
-from train.config import Data, LearningRate, Model, Optimizer, Phases, RunConfig, Train
+from train.config import Data, LearningRate, Model, Optimizer, Phases, RunConfig, Train, load_config
 from train.metrics import read_metrics
 from train.prepare import prepare
 from train.state import abstract_state
-from venom_jax import Recipe
 
 MODEL = Model(vocab_size=320, d_model=32, d_ffn=64, layers=2, heads=2)
 TRAIN = Train(
@@ -98,13 +97,12 @@ def three_phases() -> tuple[RunConfig, Path, Any]:
 
     The phases change after 4 and 8 of 12 steps; the router's bias moves; every step is saved.
     """
-    config = run_config(
-        phases=((0, "dense"), (4, Recipe.venom(balance_rate=0.01)), (8, "dense")),
-        checkpoint_every=1,
-        keep_checkpoints=100,
-        eval_every=3,
-        diagnosis_every=3,
+    bindings = gin_bindings(
+        Train_checkpoint_every=1, Train_keep_checkpoints=100, Train_eval_every=3, Train_diagnosis_every=3
     )
+    routed = ["routed/Recipe.preset = 'venom'", "routed/Recipe.balance_rate = 0.01"]
+    schedule = "Phases.schedule = [(0, 'dense'), (4, @routed/Recipe()), (8, 'dense')]"
+    config = load_config([], [*bindings, *routed, schedule])  # from gin, so that the workdir can be opened again
     workdir, steps = Path(tempfile.mkdtemp(prefix="run-")), []
     with pytest.MonkeyPatch.context() as patch:
         original = loop.make_train_step

@@ -125,9 +125,15 @@ class Checkpoints:
         loaded = self._checkpointer.load_checkpointables(self.latest, wanted)
         return loaded["state"], loaded.get("masks"), metadata["seconds"]
 
-    def restore_state(self, state: TrainState) -> TrainState:
-        """The newest state alone, for evaluation and sampling."""
-        return self._checkpointer.load_checkpointables(self.latest, {"state": _abstract(state)})["state"]
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, in order."""
+        return [saved.step for saved in self._checkpointer.checkpoints]
+
+    def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
+        """The state alone, of ``step`` or the newest, for evaluation, sampling and export."""
+        step = self.latest if step is None else step
+        return self._checkpointer.load_checkpointables(step, {"state": _abstract(state)})["state"]
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -1,22 +1,27 @@
-"""Validation loss and bits per byte, inside a run and of a finished or interrupted one.
+"""Validation loss and bits per byte, inside a run and of a finished or interrupted one; tasks of lm-eval; any text.
 
 python -m train.evaluate --workdir=runs/a            # the dense model (a baked copy inside a sparse phase)
 python -m train.evaluate --workdir=runs/a --sparse   # with the recipe of the checkpoint's phase as well
+python -m train.evaluate --workdir=runs/a --text=book.txt
+python -m train.evaluate --workdir=runs/a --tasks=piqa,arc_easy --eval_data_dir=items
 """
 
 import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 
-from train import checkpoint, model
+from train import checkpoint, harness, model
 from train.config import RunConfig, load_config
 from train.data import TokenDataset, eval_batches, open_dataset
+from train.likelihood import Scorer, score_text
+from train.schedule import Phase
 from train.state import TrainState, abstract_state
 from train.step import make_eval_step
 from venom_jax import Recipe, phases
@@ -70,39 +75,133 @@ def describe(values: dict[str, float]) -> str:
     return text
 
 
-def restore(workdir: Path) -> tuple[nnx.GraphDef, RunConfig, TrainState, int]:
-    """Structure, configuration, state and step of a workdir's newest checkpoint.
+class Restored(NamedTuple):
+    """One checkpoint of a run."""
+
+    graphdef: nnx.GraphDef
+    config: RunConfig
+    state: TrainState
+    step: int
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the checkpoint stands in."""
+        return self.config.schedule.phases[int(self.state.phase)]
+
+    def dense_params(self) -> dict:
+        """Parameters of the dense model: a baked copy where the phase's forward reads a weight sparse."""
+        recipe = self.phase.recipe
+        return phases.bake(self.state.params, self.state.method, recipe) if recipe.weights else self.state.params
+
+    def scorers(self, *, sparse: bool) -> Iterator[tuple[str, Scorer]]:
+        """The dense model, named "dense"; inside a sparse phase, if asked for, also "sparse" by the phase's recipe."""
+        graphdef, config, state, _ = self
+        yield "dense", Scorer(graphdef, config, self.dense_params(), state.method, Recipe.dense())
+        if sparse and not self.phase.recipe.is_dense:
+            yield "sparse", Scorer(graphdef, config, state.params, state.method, self.phase.recipe)
+
+
+def split_source(source: str | Path) -> tuple[Path, int | None]:
+    """`WORKDIR@STEP` as a folder and a step, `WORKDIR` with None for its newest."""
+    found = re.fullmatch(r"(.+)@(\d+)", str(source))
+    if found is None or Path(source).is_dir():
+        return Path(source), None
+    return Path(found[1]), int(found[2])
+
+
+def read_config(workdir: Path) -> RunConfig:
+    """The configuration of the run in ``workdir``.
 
     Raises:
-      ValueError: the workdir holds none.
+      ValueError: there is none.
     """
     saved = workdir / CONFIG_FILE
     if not saved.is_file():
         raise ValueError(f"{workdir} holds no {CONFIG_FILE}: it is no workdir of train.main")
-    config = load_config([str(saved.resolve())])
-    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
-    step = checkpoints.latest
-    if step is None:
-        raise ValueError(f"{workdir} holds no checkpoint yet")
-    state = checkpoints.restore_state(abstract_state(config))
-    checkpoints.close()
-    return model.structure(config.model, config.max_experts), config, state, step
+    return load_config([str(saved.resolve())])
+
+
+def restore(source: str | Path) -> Restored:
+    """The checkpoint `WORKDIR` (its newest) or `WORKDIR@STEP`.
+
+    Raises:
+      ValueError: the workdir holds none, or none of that step.
+    """
+    workdir, step = split_source(source)
+    config = read_config(workdir)
+    with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+        if checkpoints.latest is None:
+            raise ValueError(f"{workdir} holds no checkpoint yet")
+        step = checkpoints.latest if step is None else step
+        if step not in checkpoints.steps:
+            raise ValueError(f"{workdir} holds no checkpoint of step {step}; it has {checkpoints.steps}")
+        state = checkpoints.restore_state(abstract_state(config), step)
+    return Restored(model.structure(config.model, config.max_experts), config, state, step)
+
+
+def report_validation(run: Restored, *, sparse: bool) -> None:
+    """Prints loss and bits per byte on the validation split."""
+    dataset = open_dataset(run.config.data.folder, "val")
+    values = Evaluator(run.graphdef, run.config, dataset)(run.state, int(run.state.phase), sparse=sparse)
+    print(f"step {run.step}: {describe(values)}")
+
+
+def report_text(run: Restored, path: Path, *, sparse: bool) -> None:
+    """Prints bits per byte of a file."""
+    tokenizer = open_dataset(run.config.data.folder, "train").tokenizer
+    for name, scorer in run.scorers(sparse=sparse):
+        score = score_text(scorer, tokenizer, path, progress=sys.stderr.isatty())
+        print(
+            f"step {run.step}, {name}: {score.bits_per_byte:.4f} bits per byte (loss {score.loss:.4f}) of {path}: "
+            f"{score.documents:,} documents, {score.tokens:,} tokens, {score.bytes:,} bytes"
+        )
+
+
+def report_tasks(run: Restored, workdir: Path, tasks: Sequence[str], *, sparse: bool, **options: Any) -> None:
+    """Prints lm-eval's table and writes its JSON as `WORKDIR/lm_eval-STEP-dense.json` (and `-sparse`)."""
+    tokenizer = open_dataset(run.config.data.folder, "train").tokenizer
+    for name, scorer in run.scorers(sparse=sparse):
+        model_args = {"workdir": str(workdir), "step": run.step, "forward": name}
+        text, table = harness.run_tasks(scorer, tokenizer, tasks, model_args=model_args, **options)
+        output = workdir / f"lm_eval-{run.step}-{name}.json"
+        output.write_text(text)
+        print(f"step {run.step}, {name}, written to {output}:\n{table}")
 
 
 def main(argv: Sequence[str]) -> int:
-    del argv
+    """The command."""
+    logging.set_verbosity(logging.WARNING)
+    values = flags.FLAGS
+    if len(argv) > 1:
+        print(f"error: unexpected arguments {argv[1:]}; see --help", file=sys.stderr)
+        return 2
     try:
-        graphdef, config, state, step = restore(Path(flags.FLAGS.workdir))
-        dataset = open_dataset(config.data.folder, "val")
-    except ValueError as error:
+        run = restore(values.workdir)
+        if values.text is not None:
+            report_text(run, Path(values.text), sparse=values.sparse)
+        elif values.tasks:
+            data_dir = None if values.eval_data_dir is None else Path(values.eval_data_dir)
+            report_tasks(
+                run,
+                split_source(values.workdir)[0],
+                values.tasks,
+                sparse=values.sparse,
+                data_dir=data_dir,
+                limit=values.limit,
+            )
+        else:
+            report_validation(run, sparse=values.sparse)
+    except (ValueError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    values: dict[str, Any] = Evaluator(graphdef, config, dataset)(state, int(state.phase), sparse=flags.FLAGS.sparse)
-    print(f"step {step}: {describe(values)}")
     return 0
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of a run of train.main", required=True)
+    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
     flags.DEFINE_boolean("sparse", False, "also evaluate with the recipe of the checkpoint's phase")
+    flags.DEFINE_string("text", None, "bits per byte of this file instead of the validation split")
+    flags.DEFINE_list("tasks", [], "tasks of lm-eval (extra eval) instead, such as arc_easy,piqa")
+    flags.DEFINE_string("eval_data_dir", None, "folder with TASK/SPLIT.jsonl or .parquet; else lm-eval downloads")
+    flags.DEFINE_integer("limit", None, "only this many items of each task", lower_bound=1)
     app.run(main)

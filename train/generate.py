@@ -7,7 +7,6 @@ shape, and fast enough to look at what a run has learned; not meant for serving.
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from train import evaluate, model
 from train.config import RunConfig
 from train.data import open_dataset
 from train.tokenizer import Tokenizer
-from venom_jax import Recipe, phases
+from venom_jax import Recipe
 
 TEMPERATURE = 0.8
 TOP_P = 0.95
@@ -192,15 +191,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: unexpected arguments {argv[1:]}; see --help", file=sys.stderr)
         return 2
     try:
-        graphdef, config, state, step = evaluate.restore(Path(values.workdir))
-        tokenizer = open_dataset(config.data.folder, "train").tokenizer
-        recipe = config.schedule.phases[int(state.phase)].recipe
-        params = phases.bake(state.params, state.method, recipe) if recipe.weights else state.params
+        run = evaluate.restore(values.workdir)
+        tokenizer = open_dataset(run.config.data.folder, "train").tokenizer
         text = sample_text(
-            graphdef,
-            config,
-            params,
-            state.method,
+            run.graphdef,
+            run.config,
+            run.dense_params(),
+            run.state.method,
             tokenizer,
             values.prompt,
             new_tokens=values.new_tokens,
@@ -211,12 +208,12 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"step {step}:\n{text}")
+    print(f"step {run.step}:\n{text}")
     return 0
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of a run of train.main", required=True)
+    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
     flags.DEFINE_string("prompt", "The ", "the text to continue; empty starts a new document")
     flags.DEFINE_integer("new_tokens", 200, "how many tokens to draw at most")
     flags.DEFINE_float("temperature", TEMPERATURE, "0 takes the most probable token")

@@ -14,13 +14,17 @@ from train import checkpoint, evaluate, model
 from train.config import RunConfig
 from train.data import TokenDataset, open_dataset, train_iterator
 from train.generate import sample_text
+from train.init_from import load_params
 from train.metrics import cut_metrics
 from train.optimizer import learning_rate
 from train.plot import plot_run
+from train.profiler import Profiler, parse_steps
 from train.report import Logger, summary
+from train.run_info import read_starts, record_start
+from train.run_report import write_report
 from train.state import TrainState, abstract_state, initial_state, place
 from train.step import make_diagnosis, make_train_step
-from venom_jax import phases
+from venom_jax import Recipe, phases
 from venom_jax.dispatch import resolve_implementation
 
 
@@ -34,6 +38,8 @@ class Run:
     val_data: TokenDataset
     checkpoints: checkpoint.Checkpoints
     fingerprint: dict[str, Any]
+    profile_steps: range = range(0)
+    params: dict | None = None  # to start from, where there is no checkpoint to continue
 
 
 def open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset]:
@@ -49,8 +55,13 @@ def open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset]:
     return splits
 
 
-def prepare(config: RunConfig, workdir: Path) -> Run:
-    """Opens and checks all that a run needs.  Raises ValueError or NotImplementedError with what to change."""
+def prepare(config: RunConfig, workdir: Path, profile_steps: str | None = None, init_from: str | None = None) -> Run:
+    """Opens and checks all that a run needs.  Raises ValueError or NotImplementedError with what to change.
+
+    profile_steps: 'START:STOP', the steps to trace.  init_from: what a new run takes its weights from, see
+    ``load_params``; a run with a checkpoint goes on from that.
+    """
+    profiled = parse_steps(profile_steps, config.train.steps)
     resolve_implementation(config.train.implementation)
     learning_rate(config.learning_rate, config.train.steps)
     train_data, val_data = open_data(config)
@@ -59,8 +70,11 @@ def prepare(config: RunConfig, workdir: Path) -> Run:
     identity = {"tokens": train_data.tokens, "bytes": train_data.bytes, "vocab_size": train_data.vocab_size}
     fingerprint = checkpoint.fingerprint(config, identity)
     checkpoints.check(fingerprint)
+    read_starts(workdir)  # refuses a damaged record now and not after the first steps
+    starting = init_from is not None and checkpoints.latest is None
+    params = load_params(init_from, config.model) if starting else None
     (workdir / evaluate.CONFIG_FILE).write_text(config.text)
-    return Run(config, workdir, train_data, val_data, checkpoints, fingerprint)
+    return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, profiled, params)
 
 
 def train(run: Run) -> int:
@@ -74,22 +88,25 @@ def train(run: Run) -> int:
     iterator = train_iterator(
         run.train_data, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=settings.seed
     )
-    start, masks, seconds = checkpoints.latest or 0, None, 0.0
+    start, masks, seconds, report = checkpoints.latest or 0, None, 0.0, {}
     if start:
         state, masks, seconds = checkpoints.restore(abstract_state(config), iterator)
     else:
-        state = initial_state(config)
+        state, report = first_state(config, run.params)
     cut_metrics(run.workdir, start)
+    if start < settings.steps:
+        record_start(run.workdir, config, start)
 
     train_step = make_train_step(graphdef, config)
     diagnosis = make_diagnosis(graphdef, config)
     evaluator = evaluate.Evaluator(graphdef, config, run.val_data)
     all_phases, phase_index = config.schedule.phases, int(state.phase)
-    with StopRequest() as stop, checkpoints, Logger(config, run.workdir, start, seconds) as logger:
+    profiler = Profiler(run.profile_steps, run.workdir)
+    with StopRequest() as stop, checkpoints, profiler, Logger(config, run.workdir, start, seconds) as logger:
         if start:
             logger.say(f"continuing {run.workdir} from step {start}, {all_phases[phase_index].label}")
         else:
-            logger.begin_phase(0, 0, {})
+            logger.begin_phase(0, 0, report)
         for step in range(start, settings.steps):
             if (index := config.schedule.index_at(step)) != phase_index:
                 logger.flush()
@@ -98,9 +115,13 @@ def train(run: Run) -> int:
                 logger.begin_phase(step, index, report)
                 logger.pause(step)
 
+            profiler.before(step, state)
             tokens = jax.device_put(next(iterator)["tokens"])
             state, metrics = train_step(state, tokens)
             done = step + 1
+            if profiler.after(step, state):
+                logger.say(f"step {done}: trace of the last steps in {profiler.folder}")
+                logger.pause(done)
             logger.log(done, phase_index, metrics)
 
             last, stopping = done == settings.steps, stop.signal is not None
@@ -132,10 +153,24 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def first_state(config: RunConfig, params: dict | None) -> tuple[TrainState, dict[str, float]]:
+    """The state before the first step: random weights, or ``params``, made ready for the first phase's recipe."""
+    state = initial_state(config)
+    if params is not None:
+        state = place(replace(state, params=params))
+    if config.schedule.phases[0].recipe.is_dense:
+        return state, {}
+    return enter_phase(state, config, Recipe.dense(), 0)
+
+
 def switch_phase(state: TrainState, config: RunConfig, index: int) -> tuple[TrainState, dict[str, float]]:
-    """The state at the start of phase ``index``: clustered, scaled or baked as the change of recipe needs."""
-    all_phases = config.schedule.phases
-    old, new = all_phases[int(state.phase)].recipe, all_phases[index].recipe
+    """The state at the start of phase ``index``, after another."""
+    return enter_phase(state, config, config.schedule.phases[int(state.phase)].recipe, index)
+
+
+def enter_phase(state: TrainState, config: RunConfig, old: Recipe, index: int) -> tuple[TrainState, dict[str, float]]:
+    """The state at the start of phase ``index``: clustered, scaled or baked as the change from ``old`` needs."""
+    new = config.schedule.phases[index].recipe
     out = phases.transition(state.params, state.method, [state.opt_state], old, new, seed=config.train.seed)
     phase = jnp.asarray(index, jnp.int32)
     changed = replace(state, params=out.params, method=out.method, opt_state=out.trees[0], phase=phase)
@@ -158,6 +193,7 @@ def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) 
         logger.say(f"sample: {text}")
     plot_run(run.workdir, run.workdir / "loss.png")
     logger.say(f"loss curve: {run.workdir / 'loss.png'}")
+    logger.say(f"report: {write_report(run.workdir)}")
     logger.say(
         f"done: {settings.steps} steps in {values['seconds']:.0f} s, training loss {values['train_loss_last_100']:.4f} "
         f"(mean of the last 100 steps), {evaluate.describe(values)}"

@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -13,14 +14,16 @@ from train import loop, report
 from train.config import load_config
 
 
-def run(gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | Path, *, dry_run: bool = False) -> int:
-    """Trains to the end.  Returns the exit code: 0 done or stopped by SIGTERM, 1 diverged, 2 bad input."""
+def run(
+    gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | Path, *, dry_run: bool = False, **options: Any
+) -> int:
+    """Trains to the end; options as in ``loop.prepare``.  Returns 0 (done or saved), 1 (diverged), 2 (bad input)."""
     try:
         config = load_config(gin_files, gin_bindings)
         if dry_run:
             print(report.plan(config))
             return 0
-        prepared = loop.prepare(config, Path(workdir))
+        prepared = loop.prepare(config, Path(workdir), **options)
     except (ValueError, NotImplementedError) as error:
         report.print_error(str(error))
         return 2
@@ -41,17 +44,15 @@ def main(argv: Sequence[str]) -> int:
     if values.workdir is None and not values.dry_run:
         report.print_error("give --workdir=FOLDER, or --dry_run")
         return 2
-    return run(values.gin_file, values.gin_bindings, values.workdir, dry_run=values.dry_run)
-
-
-def define_flags() -> None:
-    """The command line of this program."""
-    flags.DEFINE_multi_string("gin_file", [], "configuration file; later ones override earlier ones")
-    flags.DEFINE_multi_string("gin_bindings", [], "single bindings, applied after the files")
-    flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plot")
-    flags.DEFINE_boolean("dry_run", False, "print parameters, FLOPs and phases, and stop")
+    options = {name: values[name].value for name in ("dry_run", "init_from", "profile_steps")}
+    return run(values.gin_file, values.gin_bindings, values.workdir, **options)
 
 
 if __name__ == "__main__":
-    define_flags()
+    flags.DEFINE_multi_string("gin_file", [], "configuration file; later ones override earlier ones")
+    flags.DEFINE_multi_string("gin_bindings", [], "single bindings, applied after the files")
+    flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plot")
+    flags.DEFINE_string("init_from", None, "start with the weights of WORKDIR[@STEP] or of a Hugging Face folder")
+    flags.DEFINE_string("profile_steps", None, "START:STOP: write a profiler's trace of these steps into the workdir")
+    flags.DEFINE_boolean("dry_run", False, "print parameters, FLOPs and phases, and stop")
     app.run(main)

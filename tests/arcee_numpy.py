@@ -1,0 +1,48 @@
+"""The Arcee forward pass in numpy, written from its definition: a second opinion on exported files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+
+def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """float64 logits [S, V] of a Hugging Face folder for the tokens [S]."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = {name: w.astype(np.float64) for name, w in load_file(folder / "model.safetensors").items()}
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    size = config["hidden_size"] // heads
+
+    def norm(x, name):
+        return weights[name] * x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"])
+
+    def linear(x, name):
+        return x @ weights[name].T
+
+    angles = np.outer(np.arange(len(tokens)), config["rope_theta"] ** (-np.arange(0, size, 2) / size))
+    turn = np.exp(1j * angles)
+
+    def rotate(x):
+        turned = (x[:, : size // 2] + 1j * x[:, size // 2 :]) * turn
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    x = weights["model.embed_tokens.weight"][tokens]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = norm(x, f"{layer}input_layernorm.weight")
+        q, k, v = (linear(h, f"{layer}self_attn.{name}_proj.weight") for name in "qkv")
+        mixed = []
+        for head in range(heads):
+            own = slice(head * size, (head + 1) * size)
+            shared = slice(head * kv_heads // heads * size, (head * kv_heads // heads + 1) * size)
+            scores = rotate(q[:, own]) @ rotate(k[:, shared]).T / np.sqrt(size)
+            scores[np.triu_indices(len(tokens), 1)] = -np.inf
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            mixed.append(p / p.sum(-1, keepdims=True) @ v[:, shared])
+        x = x + linear(np.concatenate(mixed, axis=-1), f"{layer}self_attn.o_proj.weight")
+        h = norm(x, f"{layer}post_attention_layernorm.weight")
+        hidden = np.maximum(linear(h, f"{layer}mlp.up_proj.weight"), 0) ** 2
+        x = x + linear(hidden, f"{layer}mlp.down_proj.weight")
+    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    return linear(norm(x, "model.norm.weight"), head)

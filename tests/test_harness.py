@@ -1,0 +1,117 @@
+"""Local items, and lm-eval itself over them where it is installed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.trainer import three_phases, token_folder
+from train import evaluate
+from train.data import open_dataset
+from train.harness import LOCAL_TASKS, find_items, local_task, run_tasks
+
+ITEMS = Path(__file__).parent / "data" / "eval"
+
+
+def lines(task):
+    return [json.loads(line) for line in (ITEMS / task / f"{LOCAL_TASKS[task].split}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("task", LOCAL_TASKS)
+def test_each_task_has_twenty_items_with_a_balanced_answer(task):
+    items = lines(task)
+    assert len(items) == 20
+    answers = [str(item.get("answerKey", item.get("label", item.get("answer")))) for item in items]
+    assert np.unique(answers, return_counts=True)[1].max() <= 12
+    assert find_items(ITEMS, task)[LOCAL_TASKS[task].split][0].endswith(".jsonl")
+
+
+def test_a_local_task_is_lm_evals_own_with_other_files():
+    files = find_items(ITEMS, "winogrande")
+    content = local_task("winogrande", files, Path("tasks"), cache="scratch")
+    assert content["include"] == "tasks/winogrande/default.yaml"
+    assert content["dataset_path"] == "json"
+    assert content["dataset_kwargs"] == {"data_files": files, "cache_dir": "scratch"}
+
+
+def test_missing_and_broken_items_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"task 'mmlu' has no local form; those with one are arc_easy"):
+        find_items(ITEMS, "mmlu")
+    with pytest.raises(ValueError, match=r"piqa holds no validation\*\.jsonl or \.parquet"):
+        find_items(tmp_path, "piqa")
+    shutil.copytree(ITEMS / "piqa", tmp_path / "piqa")
+    path = tmp_path / "piqa" / "validation.jsonl"
+    item = json.loads(path.read_text().splitlines()[0])
+    del item["sol2"]
+    path.write_text(path.read_text() + json.dumps(item) + "\n")
+    with pytest.raises(ValueError, match=r"validation\.jsonl, line 21: no field sol2; the item has goal, label, sol1"):
+        find_items(tmp_path, "piqa")
+    path.write_text("[\n")
+    with pytest.raises(ValueError, match=r"validation\.jsonl, line 1: not a JSON object"):
+        find_items(tmp_path, "piqa")
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"validation\.jsonl holds no items"):
+        find_items(tmp_path, "piqa")
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[eval\]'"):
+        run_tasks(None, None, ["piqa"], data_dir=ITEMS, limit=None, model_args={})
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """(workdir, what was printed) of all six tasks, dense and sparse, on a checkpoint inside a sparse phase."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval (extra eval)")
+    workdir = tmp_path_factory.mktemp("evaluated")
+    run = evaluate.restore(f"{three_phases()[1]}@6")
+    evaluate.report_tasks(run, workdir, list(LOCAL_TASKS), sparse=True, data_dir=ITEMS, limit=None)
+    return workdir
+
+
+def test_lm_eval_scores_all_six_tasks(evaluated):
+    for name in ("dense", "sparse"):
+        found = json.loads((evaluated / f"lm_eval-6-{name}.json").read_text())
+        assert found["results"].keys() == LOCAL_TASKS.keys()
+        assert found["n-samples"] == {task: {"original": 20, "effective": 20} for task in LOCAL_TASKS}
+        assert found["config"]["model_args"] == {"workdir": str(evaluated), "step": 6, "forward": name}
+
+
+def prompts(task, item):
+    """(context, choices, gold) as lm-eval's task files word them."""
+    if task == "piqa":
+        return f"Question: {item['goal']}\nAnswer:", [" " + item["sol1"], " " + item["sol2"]], item["label"]
+    gold = "ABCD".index(item["answerKey"])
+    return f"Question: {item['question']}\nAnswer:", [" " + text for text in item["choices"]["text"]], gold
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+@pytest.mark.parametrize("task", ["piqa", "arc_easy"])
+def test_its_accuracy_is_that_of_our_log_likelihoods(evaluated, task, name):
+    tokenizer = open_dataset(token_folder(), "train").tokenizer
+    scorer = dict(evaluate.restore(f"{three_phases()[1]}@6").scorers(sparse=True))[name]
+    right, right_per_byte = [], []
+    for item in lines(task):
+        context, choices, gold = prompts(task, item)
+        ids = tokenizer.encode(context)
+        pairs = [(ids, tokenizer.encode(context + choice)[len(ids) :]) for choice in choices]
+        logp = np.array([score for score, _ in scorer(pairs)])
+        right.append(logp.argmax() == gold)
+        right_per_byte.append((logp / [len(choice) - 1 for choice in choices]).argmax() == gold)
+    result = json.loads((evaluated / f"lm_eval-6-{name}.json").read_text())["results"][task]
+    assert result["acc,none"] == pytest.approx(np.mean(right))
+    assert result["acc_norm,none"] == pytest.approx(np.mean(right_per_byte))
+
+
+def test_the_table_and_a_limit(capsys, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm-eval (extra eval)")
+    run = evaluate.restore(three_phases()[1])
+    evaluate.report_tasks(run, tmp_path, ["hellaswag"], sparse=True, data_dir=ITEMS, limit=3)
+    printed = capsys.readouterr().out
+    assert "|hellaswag|" in printed.replace(" ", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["lm_eval-12-dense.json"]
+    found = json.loads((tmp_path / "lm_eval-12-dense.json").read_text())
+    assert found["n-samples"]["hellaswag"]["effective"] == 3

@@ -1,0 +1,116 @@
+"""Exports a run as a Hugging Face model: `python -m train.export --workdir=runs/a --output=runs/a-hf`.
+
+The folder holds an `ArceeForCausalLM` with its tokenizer, as `transformers`, vLLM and others load it.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from safetensors.numpy import save_file
+
+from train import arcee, evaluate
+from train.config import Model
+from train.data import open_dataset
+from train.tokenizer import Tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def write_folder(
+    output: Path,
+    params: dict,
+    config: Model,
+    *,
+    seq_len: int,
+    tokenizer: Tokenizer,
+    tokenizer_path: Path,
+    dtype: str = "bfloat16",
+) -> None:
+    """Writes model and tokenizer; the weights come last, so that a folder with weights is complete.
+
+    Args:
+      output: folder, made where it does not exist.
+      params: the dense model's parameters.
+      config: its shape.
+      seq_len: the longest context it was trained with.
+      tokenizer: what its vocabulary means.
+      tokenizer_path: the `tokenizer.json` that holds it.
+      dtype: of the stored weights.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(tokenizer_path, output / "tokenizer.json")
+    documents: dict[str, dict[str, Any]] = {
+        arcee.CONFIG: arcee.config_json(config, seq_len=seq_len, eos_id=tokenizer.eos_id, dtype=dtype),
+        "generation_config.json": {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": tokenizer.eos_token,
+            "eos_token": tokenizer.eos_token,
+            "model_max_length": seq_len,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+    for name, content in documents.items():
+        (output / name).write_text(json.dumps(content, indent=2) + "\n")
+    cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    unfinished = output / f"{arcee.WEIGHTS}.unfinished"
+    save_file(arcee.to_tensors(jax.device_get(cast), config), unfinished, metadata={"format": "pt"})
+    unfinished.rename(output / arcee.WEIGHTS)
+
+
+def export(workdir: str, output: Path, dtype: str) -> str:
+    """Exports the checkpoint ``workdir`` (or `WORKDIR@STEP`) and says in a line what was written.
+
+    Raises:
+      ValueError: no such checkpoint, its tokenizer is gone, or ``output`` holds files already.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; give --output a new one")
+    run = evaluate.restore(workdir)
+    dataset = open_dataset(run.config.data.folder, "train")
+    try:
+        write_folder(
+            output,
+            run.dense_params(),
+            run.config.model,
+            seq_len=run.config.train.seq_len,
+            tokenizer=dataset.tokenizer,
+            tokenizer_path=dataset.tokenizer_path,
+            dtype=dtype,
+        )
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error.strerror}; give --output another folder") from error
+    text = f"step {run.step} as ArceeForCausalLM, {dtype}, in {output}"
+    if not run.phase.recipe.is_dense:
+        baked = ", its thresholded weights baked into it" if run.phase.recipe.weights else ""
+        text += f". The checkpoint stands inside a sparse phase ({run.phase.label}): the exported model is dense{baked}"
+    return text
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    logging.set_verbosity(logging.WARNING)
+    values = flags.FLAGS
+    if len(argv) > 1:
+        print(f"error: unexpected arguments {argv[1:]}; see --help", file=sys.stderr)
+        return 2
+    try:
+        print(export(values.workdir, Path(values.output), values.dtype))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
+    flags.DEFINE_string("output", None, "folder to write", required=True)
+    flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "type of the stored weights")
+    app.run(main)

@@ -1,0 +1,181 @@
+"""EleutherAI's lm-eval over our models; its six tasks of the paper also from local files, without a network.
+
+Needs the extra `eval`.  Local items are in the schema of the published data sets; prompts and metrics are lm-eval's.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from train.likelihood import Scorer, windows
+from train.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What lm-eval calls it, the split that is scored, and the fields its items need."""
+
+    upstream: str  # lm-eval's task file, inside its folder of tasks
+    split: str
+    fields: frozenset[str]
+
+
+_CHOICES = {"choices", "answerKey"}
+LOCAL_TASKS = {
+    "arc_easy": LocalTask("arc/arc_easy.yaml", "test", frozenset({"question", *_CHOICES})),
+    "arc_challenge": LocalTask("arc/arc_challenge.yaml", "test", frozenset({"question", *_CHOICES})),
+    "piqa": LocalTask("piqa/piqa.yaml", "validation", frozenset({"goal", "sol1", "sol2", "label"})),
+    "openbookqa": LocalTask("openbookqa/openbookqa.yaml", "test", frozenset({"question_stem", *_CHOICES})),
+    "hellaswag": LocalTask(
+        "hellaswag/hellaswag.yaml", "validation", frozenset({"activity_label", "ctx_a", "ctx_b", "endings", "label"})
+    ),
+    "winogrande": LocalTask(
+        "winogrande/default.yaml", "validation", frozenset({"sentence", "option1", "option2", "answer"})
+    ),
+}
+KINDS = {"jsonl": "json", "parquet": "parquet"}  # suffix -> builder of Hugging Face's datasets
+
+
+def find_items(data_dir: Path, task: str) -> dict[str, list[str]]:
+    """The files of a task's splits, `DATA_DIR/TASK/SPLIT*.jsonl` (or .parquet).
+
+    Raises:
+      ValueError: a task without local form, a missing file, or items that lack a field, with the line.
+    """
+    if task not in LOCAL_TASKS:
+        raise ValueError(
+            f"task {task!r} has no local form; those with one are {', '.join(LOCAL_TASKS)}. "
+            "Without --eval_data_dir any task of lm-eval can be named, and its data are downloaded"
+        )
+    known, folder = LOCAL_TASKS[task], data_dir / task
+    for suffix in KINDS:
+        splits = {
+            split: [str(path.resolve()) for path in sorted(folder.glob(f"{split}*.{suffix}"))]
+            for split in ("train", "validation", "test")
+        }
+        if splits[known.split]:
+            for path in map(Path, splits[known.split]):
+                _check_fields(path, known.fields)
+            return {split: files for split, files in splits.items() if files}
+    raise ValueError(f"{folder} holds no {known.split}*.jsonl or .parquet: put the {known.split} split of {task} there")
+
+
+def _check_fields(path: Path, fields: frozenset[str]) -> None:
+    if path.suffix == ".parquet":
+        found = {f"{path}": set(pq.read_schema(path).names)}
+    else:
+        found = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                found[f"{path}, line {number}"] = set(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+    if not found:
+        raise ValueError(f"{path} holds no items")
+    for where, names in found.items():
+        if lacking := sorted(fields - names):
+            raise ValueError(f"{where}: no field {', '.join(lacking)}; the item has {', '.join(sorted(names))}")
+
+
+def run_tasks(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    data_dir: Path | None,
+    limit: int | None,
+    model_args: dict[str, Any],
+) -> tuple[str, str]:
+    """lm-eval's results as its own JSON, and its table.
+
+    Args:
+      scorer: the model.
+      tokenizer: its tokenizer.
+      tasks: names of tasks.
+      data_dir: folder with local items; None lets lm-eval fetch its own.
+      limit: score only this many items of each task.
+      model_args: recorded in the JSON.
+
+    Raises:
+      ValueError: lm-eval is not installed, or a task or its items cannot be used.
+    """
+    items = {task: find_items(data_dir, task) for task in tasks} if data_dir else {}
+    if data_dir:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # read when the libraries are imported
+    try:
+        import lm_eval.tasks
+        import lm_eval.utils
+        from lm_eval.evaluator import simple_evaluate
+    except ImportError as error:
+        raise ValueError(f"--tasks needs lm-eval: pip install -e '.[eval]' ({error})") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as scratch:
+        upstream = Path(lm_eval.tasks.__file__).parent
+        for task, files in items.items():
+            content = local_task(task, files, upstream, cache=scratch)
+            (Path(scratch) / f"{task}.yaml").write_text(json.dumps(content))  # JSON is YAML
+        manager = lm_eval.tasks.TaskManager(
+            include_path=scratch if items else None, include_defaults=not items, metadata=None
+        )
+        unknown = [task for task in tasks if task not in manager.all_tasks]
+        if unknown:
+            raise ValueError(f"lm-eval knows no task {', '.join(map(repr, unknown))}")
+        results = simple_evaluate(
+            model=_as_lm(scorer, tokenizer),
+            model_args=model_args,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+        )
+    text = json.dumps(results, indent=2, default=lm_eval.utils.handle_non_serializable, ensure_ascii=False)
+    return text + "\n", lm_eval.utils.make_table(results)
+
+
+def local_task(task: str, files: dict[str, list[str]], upstream: Path, *, cache: str) -> dict[str, Any]:
+    """lm-eval's own task of that name with its data taken from ``files``; a format reader, never remote code."""
+    builder = KINDS[Path(files[LOCAL_TASKS[task].split][0]).suffix.lstrip(".")]
+    return {
+        "include": str(upstream / LOCAL_TASKS[task].upstream),
+        "task": task,
+        "tag": [],
+        "dataset_path": builder,
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files, "cache_dir": cache},
+    }
+
+
+def _as_lm(scorer: Scorer, tokenizer: Tokenizer) -> Any:
+    """The model as lm-eval wants it."""
+    from lm_eval.api.model import TemplateLM
+
+    class Adapter(TemplateLM):
+        tokenizer_name = f"tokenizer.json {tokenizer.sha256}"
+        eot_token_id = tokenizer.eos_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return tokenizer.encode(string)
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+            pairs = [(context or [tokenizer.eos_id], continuation) for _, context, continuation in requests]
+            return scorer(pairs, progress=not disable_tqdm)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+            texts = [
+                list(windows(tokenizer.encode(request.args[0]), tokenizer.eos_id, scorer.max_length))
+                for request in requests
+            ]
+            scores = iter(scorer([pair for text in texts for pair in text], progress=not disable_tqdm))
+            return [sum(next(scores)[0] for _ in text) for text in texts]
+
+        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            raise NotImplementedError("tasks that generate text are not supported; choose one scored by likelihood")
+
+    return Adapter()

@@ -1,0 +1,49 @@
+"""Weights to start a run from, `--init_from`: a checkpoint of this program, or a Hugging Face folder."""
+
+from train import arcee, evaluate
+from train.config import Model
+
+# What decides the function that a set of weights computes.
+_SHAPE = (
+    "vocab_size",
+    "d_model",
+    "d_ffn",
+    "layers",
+    "heads",
+    "key_value_heads",
+    "rope_base",
+    "norm_epsilon",
+    "tied_head",
+)
+
+
+def load_params(source: str, config: Model) -> dict:
+    """The dense model's parameters in ``source``: `WORKDIR`, `WORKDIR@STEP` or a folder as `train.export` writes it.
+
+    Of a checkpoint inside a sparse phase it is the baked model, the one that evaluation reports and export writes.
+
+    Raises:
+      ValueError: nothing to load there, or a model of another shape than ``config``, with what differs.
+      NotImplementedError: a Hugging Face model with something that this decoder lacks.
+    """
+    folder, _ = evaluate.split_source(source)
+    if (folder / arcee.CONFIG).is_file():
+        _check_same_shape(source, arcee.read_model(folder), config)
+        return arcee.read_params(folder, config)
+    if not (folder / evaluate.CONFIG_FILE).is_file():
+        raise ValueError(
+            f"--init_from={source} is neither a workdir of train.main (no {evaluate.CONFIG_FILE} in it) nor a "
+            f"Hugging Face folder (no {arcee.CONFIG})"
+        )
+    _check_same_shape(source, evaluate.read_config(folder).model, config)
+    return evaluate.restore(source).dense_params()
+
+
+def _check_same_shape(source: str, found: Model, wanted: Model) -> None:
+    pairs = {name: (getattr(found, name), getattr(wanted, name)) for name in _SHAPE}
+    listed = [
+        f"Model.{name} is {there!r} there and {here!r} here" for name, (there, here) in pairs.items() if there != here
+    ]
+    if listed:
+        text = ", ".join(listed).replace("key_value_heads", "kv_heads")
+        raise ValueError(f"--init_from={source} is another model: {text}; bind the same values")
