@@ -103,9 +103,10 @@ class Logger:
         self.say(f"step {step}: {describe(values)}")
 
     def diagnosis(self, step: int, figures: dict[str, jax.Array]) -> None:
-        """Records the mean over the layers of each figure."""
-        means = {name: float(value.mean()) for name, value in jax.device_get(figures).items()}
-        self._writer.write("diagnosis", step, **means)
+        """Records each figure: its mean over the layers, and under ``layers`` that of every layer."""
+        layers = {name: [float(layer) for layer in value] for name, value in jax.device_get(figures).items()}
+        means = {name: fmean(values) for name, values in layers.items()}
+        self._writer.write("diagnosis", step, **means, layers=layers)
 
     def end(self, step: int, values: dict[str, Any]) -> None:
         """Records the summary."""
