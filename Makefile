@@ -1,6 +1,7 @@
 # Everything runs in .venv, made on first use with the versions in constraints.txt.
 #   make demo     train a small model on real text: dense, sparse, dense; run it again to continue
 #   make test     all tests (no network once .venv is there)
+#   make docs     the documentation with the API reference, into build/site
 #   make lint     style and types       make format   apply the style
 #   make clean    remove caches; runs/ and .venv stay
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 DEMO_RUN ?= runs/demo
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint format clean
+.PHONY: demo test docs lint format clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed-demo
@@ -16,6 +17,9 @@ demo: .venv/.installed-demo
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+docs: .venv/.installed-docs
+	$(BIN)/mkdocs build --strict
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check
