@@ -47,7 +47,7 @@ def main() -> dict[str, float]:
     @functools.partial(jax.jit, static_argnames="recipe")
     def loss(params, method, key, recipe):
         numbers = jax.random.normal(key, (128, 16))
-        found = model.apply({"params": params, "Method": method}, numbers, recipe)
+        found = jnp.asarray(model.apply({"params": params, "Method": method}, numbers, recipe))
         return jnp.mean((found - jnp.sort(numbers)) ** 2)
 
     @functools.partial(jax.jit, static_argnames="recipe")

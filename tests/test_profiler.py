@@ -1,10 +1,10 @@
-"""Traces of a few steps: which steps, where they lie, what is refused."""
+"""Traces of a few steps: which steps, what is refused; test_run_report.py has a run that writes one."""
 
 import jax
 import pytest
 
-from tests.trainer import gin_bindings, run_config
-from train import loop, main
+from tests.trainer import gin_bindings
+from train import main
 from train.profiler import Profiler, parse_steps
 
 
@@ -36,14 +36,6 @@ def test_traced_are_the_steps_of_the_range_that_run(tmp_path, monkeypatch, first
     assert found == traced
     assert not tracing, "closed also where the run stops inside the range"
     assert ends == ([5] if 5 in traced else [])
-
-
-def test_a_run_writes_its_trace(tmp_path, capsys):
-    config = run_config(steps=4)
-    assert loop.train(loop.prepare(config, tmp_path, profile_steps="1:3")) == 0
-    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
-    assert b"train_step" in trace.read_bytes()
-    assert f"step 3: trace of the last steps in {tmp_path / 'profile'}" in capsys.readouterr().out
 
 
 def test_a_mistake_is_told_before_anything_starts(tmp_path, capsys):

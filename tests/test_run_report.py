@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.trainer import records, run_config, run_to_end, three_phases
-from train import run_info, run_report
+from train import loop, run_info, run_report
 from train.metrics import read_metrics
 
 
@@ -20,9 +20,7 @@ def finished():
 
 
 def section(text, title):
-    return re.split(r"^## ", text, flags=re.MULTILINE)[1:][
-        [t.split("\n")[0] for t in re.split(r"^## ", text, flags=re.MULTILINE)[1:]].index(title)
-    ]
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def test_the_report_shows_the_figures_of_the_run(finished):
@@ -67,10 +65,13 @@ def test_the_start_is_recorded(finished):
         assert start["git"]["commit"] in text
 
 
-def test_a_resume_appends_and_a_finished_run_does_not(tmp_path):
+def test_a_resume_appends_and_the_asked_for_steps_are_traced(tmp_path):
+    """One run of 3 steps, two of them traced; started again, when it is complete; then continued to 4 steps."""
+    assert loop.train(loop.prepare(run_config(steps=3), tmp_path, profile_steps="1:3")) == 0
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert b"train_step" in trace.read_bytes()
     assert run_to_end(run_config(steps=3), tmp_path) == 0
-    assert run_to_end(run_config(steps=3), tmp_path) == 0
-    assert [start["step"] for start in run_info.read_starts(tmp_path)] == [0]
+    assert [start["step"] for start in run_info.read_starts(tmp_path)] == [0], "a complete run starts nothing"
     assert run_to_end(run_config(steps=4), tmp_path) == 0
     assert [(start["step"], start["steps"]) for start in run_info.read_starts(tmp_path)] == [(0, 3), (3, 4)]
     text = (tmp_path / "report.md").read_text()
