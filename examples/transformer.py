@@ -58,7 +58,8 @@ class Transformer(nnx.Module):
 def main() -> list[float]:
     """Train through three phases and return the loss of each step."""
     text = jnp.asarray(bytearray(Path(__file__).read_text().encode("ascii")), jnp.int32)
-    graph, params, method = nnx.split(Transformer(2, nnx.Rngs(0)), nnx.Param, Method)
+    create = nnx.jit(lambda: Transformer(layers=2, rngs=nnx.Rngs(0)))
+    graph, params, method = nnx.split(create(), nnx.Param, Method)
     optimizer = optax.adam(5e-3)
     opt_state = optimizer.init(params)
 
