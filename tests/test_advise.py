@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from venom_jax import advise, bench
+from pallas_kernels import device
+from venom_jax import advise, bench, dispatch
 from venom_jax.advise import Shape, compute_capability, is_same_gpu, read_rows
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -71,17 +72,18 @@ def test_break_even_names_what_wins_and_what_loses():
         "- act24, not faster than dense: D=2048 F=8192 T=512 (0.80x)",
     ]
     assert lines(text, "- Single") == [
-        "- Single 2:4 products: 0.90x to 1.50x dense over 2 shapes; not faster at 512x4096x4096 b=nmajor (0.90x)."
+        "- Single 2:4 products: 0.90x to 1.50x dense over 2 cases; not faster at 512x4096x4096 b=nmajor (0.90x)."
     ]
 
 
 def test_without_tables_nothing_is_claimed():
     text = advise.advise(SHAPE, "h100", [])
     assert text.count("| not measured |") == len(bench.RECIPES)
-    assert "- No FFN with float32 weights was measured on h100." in text
-    assert "- No single 2:4 product was measured on h100." in text
+    assert "- Whole FFNs: no table (ffn.json) with float32 weights for h100." in text
+    assert "- Single 2:4 products: no table (kernels.json) for h100." in text
+    assert "- 2:4 products over groups of tokens: no table (kernels.json) for h100." in text
     elsewhere = advise.advise(SHAPE, "h200", [ffn("act24", 1.25)])
-    assert f"was measured on h200; there are measurements on {H100}." in elsewhere
+    assert f"weights for h200; there are measurements on {H100}." in elsewhere
     assert "1.25x" not in elsewhere
 
 
@@ -91,6 +93,12 @@ def test_other_gpus_are_told_that_nothing_is_faster(gpu):
     assert text.count("| not faster than dense |") == len(bench.RECIPES)
     assert f"{gpu} runs the masked reference" in text
     assert "1.25x" not in text
+
+
+def test_what_it_says_about_the_default_is_so(monkeypatch):
+    monkeypatch.setattr(device, "hopper_available", lambda: True)
+    default = dispatch.resolve_implementation(None)
+    assert ("by default the masked reference" in advise.KERNELS) == (default == "reference")
 
 
 def test_shapes_that_the_recipe_or_the_kernels_do_not_take():

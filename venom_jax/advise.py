@@ -29,7 +29,7 @@ RESULTS = (
     Path(sysconfig.get_path("data")) / "share" / "venom-jax" / "results",
 )
 
-KERNELS = "all six products on sparse tensor cores (implementation='hopper')"
+KERNELS = "all six products on sparse tensor cores with implementation='hopper'; by default the masked reference"
 REFERENCE = "the masked reference: the same results, by dense products, not faster than dense"
 
 # GPU, compute capability, what runs there today.
@@ -207,7 +207,7 @@ def _break_even(
     if not here:
         others = sorted({m.device for m in measured})
         where = f"; there are measurements on {', '.join(others)}" if others else ""
-        lines.append(f"- No FFN with {masters} weights was measured on {gpu}{where}.")
+        lines.append(f"- Whole FFNs: no table (ffn.json) with {masters} weights for {gpu}{where}.")
     for name in RECIPES:
         timed = [m for m in here if m.recipe == name and m.speedup is not None]
         for verb, chosen in (
@@ -216,17 +216,15 @@ def _break_even(
         ):
             if chosen:
                 lines.append(f"- {name}, {verb}: " + "; ".join(f"{m.shape} ({m.speedup:.2f}x)" for m in chosen))
-    products = [r for r in rows if r["bench"] == "sparse24" and r["rival"] == "dense" and is_same_gpu(gpu, r["device"])]
-    if products:
-        speeds = [row["speedup"] for row in products]
-        lost = [f"{row['case']} ({row['speedup']:.2f}x)" for row in products if row["speedup"] <= 1]
-        lines.append(
-            f"- Single 2:4 products: {min(speeds):.2f}x to {max(speeds):.2f}x dense over {len(products)} shapes"
-            + (f"; not faster at {'; '.join(lost)}" if lost else "")
-            + "."
-        )
-    else:
-        lines.append(f"- No single 2:4 product was measured on {gpu}.")
+    for bench, what in (("sparse24", "Single 2:4 products"), ("grouped24", "2:4 products over groups of tokens")):
+        found = [r for r in rows if r["bench"] == bench and r["rival"] == "dense" and is_same_gpu(gpu, r["device"])]
+        if not found:
+            lines.append(f"- {what}: no table (kernels.json) for {gpu}.")
+            continue
+        speeds = [row["speedup"] for row in found]
+        lost = "; ".join(f"{row['case']} ({row['speedup']:.2f}x)" for row in found if row["speedup"] <= 1)
+        spread = f"{min(speeds):.2f}x to {max(speeds):.2f}x dense over {len(found)} cases"
+        lines.append(f"- {what}: {spread}{f'; not faster at {lost}' if lost else ''}.")
     return lines
 
 
