@@ -67,7 +67,7 @@ def pairs():
 
 @pytest.mark.parametrize(("step", "name"), [(12, "dense"), (6, "dense"), (6, "sparse")])
 def test_batched_log_likelihoods_agree_with_a_direct_computation(step, name):
-    asked = pairs()
+    asked = pairs()[8:] if name == "sparse" else pairs()  # a sparse forward takes long to compile for each length
     found = scorers(step)[name](asked)
     expected = [direct(step, name, *pair) for pair in asked]
     np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], rtol=1e-5, atol=1e-5)
@@ -79,19 +79,23 @@ def test_batched_log_likelihoods_agree_with_a_direct_computation(step, name):
 
 def test_the_sparse_forward_is_another():
     assert "sparse" not in scorers(12)
-    dense, sparse = (scorers(6)[name](pairs()) for name in ("dense", "sparse"))
+    dense, sparse = (scorers(6)[name](pairs()[8:]) for name in ("dense", "sparse"))
     assert not np.allclose([d[0] for d in dense], [s[0] for s in sparse], rtol=1e-3)
 
 
 def test_batches_have_a_few_fixed_shapes():
     run, shapes = restored(), []
     scorer = Scorer(run.graphdef, run.config, run.state.params, run.state.method, run.phase.recipe)
-    score = scorer._score
-    scorer._score = lambda tokens: shapes.append(tokens.shape) or score(tokens)
-    scorer(pairs() * 9)
+
+    def score(tokens):
+        shapes.append(tokens.shape)
+        return np.zeros(tokens[:, 1:].shape), np.ones(tokens[:, 1:].shape, bool)
+
+    scorer._score = score
+    scorer([([1] * (1 + i % 20), [2] * (1 + i % 3)) for i in range(300)])
     tokens = run.config.train.batch_size * LENGTH
-    assert set(shapes) <= {(tokens // length, length + 1) for length in (2, 4, 8, 16)}
-    assert len(shapes) < 24 * 9 / 4, "sequences are scored together"
+    assert set(shapes) == {(tokens // length, length + 1) for length in (2, 4, 8, 16)}
+    assert len(shapes) < 300 / 4, "sequences are scored together"
 
 
 def test_an_empty_continuation_is_certain():

@@ -6,6 +6,7 @@ kill at any moment leaves the previous one.
 
 import json
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,15 @@ class Checkpoints:
         """Steps of all complete checkpoints, in order."""
         return [saved.step for saved in self._checkpointer.checkpoints]
 
-    def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
-        """The state alone, of ``step`` or the newest, for evaluation, sampling and export."""
+    def restore_state(self, state: TrainState, step: int | None = None, *, optimizer: bool = True) -> TrainState:
+        """The state alone, of ``step`` or the newest; without the optimizer's (None in its place) a third of it."""
         step = self.latest if step is None else step
-        return self._checkpointer.load_checkpointables(step, {"state": _abstract(state)})["state"]
+        wanted = _abstract(state)
+        if not optimizer:
+            left_out = jax.tree.map(lambda _: ocp.PLACEHOLDER, wanted.opt_state)
+            wanted = replace(wanted, opt_state=left_out)
+        loaded = self._checkpointer.load_checkpointables(step, {"state": wanted})["state"]
+        return loaded if optimizer else replace(loaded, opt_state=None)
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -76,7 +76,7 @@ def describe(values: dict[str, float]) -> str:
 
 
 class Restored(NamedTuple):
-    """One checkpoint of a run."""
+    """One checkpoint of a run, without the optimizer's state."""
 
     graphdef: nnx.GraphDef
     config: RunConfig
@@ -135,7 +135,7 @@ def restore(source: str | Path) -> Restored:
         step = checkpoints.latest if step is None else step
         if step not in checkpoints.steps:
             raise ValueError(f"{workdir} holds no checkpoint of step {step}; it has {checkpoints.steps}")
-        state = checkpoints.restore_state(abstract_state(config), step)
+        state = checkpoints.restore_state(abstract_state(config), step, optimizer=False)
     return Restored(model.structure(config.model, config.max_experts), config, state, step)
 
 

@@ -72,7 +72,7 @@ def _check_fields(path: Path, fields: frozenset[str]) -> None:
         found = {f"{path}": set(pq.read_schema(path).names)}
     else:
         found = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):  # of bytes: U+2028 ends no line
             try:
                 found[f"{path}, line {number}"] = set(json.loads(line))
             except (ValueError, TypeError) as error:
