@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from tests.trainer import records, run_config, run_to_end, three_phases
 from train import loop, run_info, run_report
@@ -96,6 +97,25 @@ def test_a_run_cut_short_has_a_report_too(tmp_path, finished):
     text = run_report.write_report(tmp_path).read_text()
     assert "Not complete: 7 steps" in text
     assert "Command, versions and commit were not recorded." in text
+
+
+def test_a_figure_without_a_value_leaves_its_cell_empty(tmp_path, finished, monkeypatch):
+    drawn, original = [], Axes.pcolormesh
+
+    def pcolormesh(axes, x, y, values, **options):
+        drawn.extend([values] if "shading" not in options else [])  # a colour bar's own cells are given a shading
+        return original(axes, x, y, values, **options)
+
+    monkeypatch.setattr(Axes, "pcolormesh", pcolormesh)
+    assert run_report.draw_layers(records(finished), tmp_path / "layers.png")
+    density, _, _, kept, flips = drawn
+    assert density.shape == (2, 4)
+    assert not np.isnan(density).any()
+    assert np.isnan(kept[0]).tolist() == [True, False, True, True], "routed at step 6 alone"
+    assert np.isnan(flips[0]).tolist() == [True, True, True, False], "compared within a phase only"
+    dense = [r for r in records(finished) if r["step"] <= 3]
+    assert run_report.draw_layers(dense, tmp_path / "layers.png")
+    assert len(drawn) == 5 + 3, "no router, no second diagnosis"
 
 
 def test_cells_lie_around_the_diagnoses():

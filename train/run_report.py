@@ -3,6 +3,7 @@
 Written at the end of each run; the command writes it for a run that still goes on, or was interrupted, as well.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 
 from train.evaluate import CONFIG_FILE
 from train.metrics import METRICS_FILE, read_metrics
-from train.plot import COLORS, Record, new_figure, plot_run, points, save, shade_phases
+from train.plot import COLORS, Record, new_figure, plot_run, points, save, shade_phases, sparse_spans
 from train.run_info import read_starts
 
 REPORT_FILE = "report.md"
@@ -82,14 +83,16 @@ def draw_layers(records: Sequence[Record], output: Path) -> bool:
     """A map of layers and steps for each figure of the diagnoses; False where there are none."""
     diagnoses = [r for r in records if r["kind"] == "diagnosis" and "layers" in r]
     names = [name for name in LAYER_FIGURES if any(name in r["layers"] for r in diagnoses)]
+    if not sparse_spans(records):
+        names = [name for name in names if name != "kept_router"]  # 1 throughout
     if not names:
         return False
     figure, rows = new_figure(len(names), 1 + 1.7 * len(names))
+    steps, missing = [r["step"] for r in diagnoses], [math.nan] * len(diagnoses[0]["layers"][names[0]])
     for axes, name in zip(np.atleast_1d(rows), names, strict=True):
-        chosen = [r for r in diagnoses if name in r["layers"]]
-        if name == "kept_router":  # exactly 1 where nothing is routed, which would hide the rest
-            chosen = [r for r in chosen if min(r["layers"][name]) < 1] or chosen
-        steps, values = [r["step"] for r in chosen], np.array([r["layers"][name] for r in chosen])
+        values = np.array([r["layers"].get(name, missing) for r in diagnoses])
+        if name == "kept_router":
+            values[(values == 1).all(axis=1)] = math.nan  # nothing is routed there
         layers = values.shape[1]
         axes.grid(visible=False)
         mesh = axes.pcolormesh(_edges(steps), np.arange(layers + 1) - 0.5, values.T, cmap="viridis")
