@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if values.workdir is None and not values.dry_run:
         report.print_error("give --workdir=FOLDER, or --dry_run")
         return 2
-    options = {name: values[name].value for name in ("dry_run", "init_from", "profile_steps")}
+    options: dict[str, Any] = {name: values[name].value for name in ("dry_run", "init_from", "profile_steps")}
     return run(values.gin_file, values.gin_bindings, values.workdir, **options)
 
 
