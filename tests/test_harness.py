@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.trainer import three_phases, token_folder
 from train import evaluate
 from train.data import open_dataset
 from train.harness import LOCAL_TASKS, find_items, local_task, run_tasks
+from train.likelihood import windows
 
 ITEMS = Path(__file__).parent / "data" / "eval"
 
@@ -33,6 +35,8 @@ def test_a_local_task_is_lm_evals_own_with_other_files():
     content = local_task("winogrande", files, Path("tasks"), cache="scratch")
     assert content["include"] == "tasks/winogrande/default.yaml"
     assert content["dataset_path"] == "json"
+    assert "validation_split" not in content, "stays as it is in lm-eval's file"
+    assert (content["training_split"], content["test_split"]) == (None, None)
     assert content["dataset_kwargs"] == {"data_files": files, "cache_dir": "scratch"}
 
 
@@ -58,8 +62,9 @@ def test_missing_and_broken_items_are_named(tmp_path):
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    unused: Any = None
     with pytest.raises(ValueError, match=r"pip install -e '\.\[eval\]'"):
-        run_tasks(None, None, ["piqa"], data_dir=ITEMS, limit=None, model_args={})
+        run_tasks(unused, unused, ["piqa"], data_dir=ITEMS, limit=None, model_args={})
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +102,9 @@ def test_its_accuracy_is_that_of_our_log_likelihoods(evaluated, task, name):
     for item in lines(task):
         context, choices, gold = prompts(task, item)
         ids = tokenizer.encode(context)
-        pairs = [(ids, tokenizer.encode(context + choice)[len(ids) :]) for choice in choices]
-        logp = np.array([score for score, _ in scorer(pairs)])
+        answers = [tokenizer.encode(context + choice)[len(ids) :] for choice in choices]
+        stretches = [list(windows(answer, ids, scorer.max_length)) for answer in answers]
+        logp = np.array([sum(score for score, _ in scorer(some)) for some in stretches])
         right.append(logp.argmax() == gold)
         right_per_byte.append((logp / [len(choice) - 1 for choice in choices]).argmax() == gold)
     result = json.loads((evaluated / f"lm_eval-6-{name}.json").read_text())["results"][task]

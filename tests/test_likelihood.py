@@ -83,7 +83,7 @@ def test_the_sparse_forward_is_another():
     assert not np.allclose([d[0] for d in dense], [s[0] for s in sparse], rtol=1e-3)
 
 
-def test_batches_have_a_few_fixed_shapes():
+def test_batches_have_a_few_fixed_shapes(monkeypatch):
     run, shapes = restored(), []
     scorer = Scorer(run.graphdef, run.config, run.state.params, run.state.method, run.phase.recipe)
 
@@ -91,7 +91,7 @@ def test_batches_have_a_few_fixed_shapes():
         shapes.append(tokens.shape)
         return np.zeros(tokens[:, 1:].shape), np.ones(tokens[:, 1:].shape, bool)
 
-    scorer._score = score
+    monkeypatch.setattr(scorer, "_score", score)
     scorer([([1] * (1 + i % 20), [2] * (1 + i % 3)) for i in range(300)])
     tokens = run.config.train.batch_size * LENGTH
     assert set(shapes) == {(tokens // length, length + 1) for length in (2, 4, 8, 16)}
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 29])
 def test_windows_hold_each_token_once_after_what_stands_before_it(count):
     ids = list(range(100, 100 + count))
-    made = list(windows(ids, 5, 8))
+    made = list(windows(ids, [5], 8))
     assert [token for _, continuation in made for token in continuation] == ids
     for context, continuation in made:
         before = [5, *ids[: ids.index(continuation[0])]]
@@ -126,7 +126,7 @@ def test_windows_are_those_of_lm_eval():
     for count in (1, 8, 9, 29):
         ids = list(range(100, 100 + count))
         theirs = map(utils.make_disjoint_window, utils.get_rolling_token_windows(ids, 5, 8, 1))
-        assert [(list(c), list(t)) for c, t in windows(ids, 5, 8)] == [(list(c), list(t)) for c, t in theirs]
+        assert [(list(c), list(t)) for c, t in windows(ids, [5], 8)] == [(list(c), list(t)) for c, t in theirs]
 
 
 def test_bits_per_byte_of_a_text(tmp_path):
@@ -138,7 +138,7 @@ def test_bits_per_byte_of_a_text(tmp_path):
     expected = -sum(
         direct(12, "dense", context, continuation)[0]
         for text in ids
-        for context, continuation in windows(text, tokenizer.eos_id, LENGTH)
+        for context, continuation in windows(text, [tokenizer.eos_id], LENGTH)
     )
     assert (score.documents, score.tokens, score.bytes) == (2, sum(map(len, ids)), len("".join(texts).encode()))
     assert score.nats == pytest.approx(expected, rel=1e-5)

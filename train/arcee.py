@@ -175,6 +175,8 @@ def _shapes(config: Model) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (ffn, width),
         "mlp.down_proj": (width, ffn),
     }
-    shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(config.layers) for name, shape in layer.items()}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"model.layers.{i}.{name}.weight": shape for i in range(config.layers) for name, shape in layer.items()
+    }
     shapes |= {"model.embed_tokens.weight": (config.vocab_size, width), "model.norm.weight": (width,)}
     return shapes if config.tied_head else shapes | {"lm_head.weight": (config.vocab_size, width)}

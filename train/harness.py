@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from train.likelihood import Scorer, windows
+from train.likelihood import Pair, Scorer, windows
 from train.tokenizer import Tokenizer
 
 
@@ -41,6 +41,7 @@ LOCAL_TASKS = {
     ),
 }
 KINDS = {"jsonl": "json", "parquet": "parquet"}  # suffix -> builder of Hugging Face's datasets
+SPLIT_KEYS = {"train": "training_split", "validation": "validation_split", "test": "test_split"}  # in a task file
 
 
 def find_items(data_dir: Path, task: str) -> dict[str, list[str]]:
@@ -57,8 +58,7 @@ def find_items(data_dir: Path, task: str) -> dict[str, list[str]]:
     known, folder = LOCAL_TASKS[task], data_dir / task
     for suffix in KINDS:
         splits = {
-            split: [str(path.resolve()) for path in sorted(folder.glob(f"{split}*.{suffix}"))]
-            for split in ("train", "validation", "test")
+            split: [str(path.resolve()) for path in sorted(folder.glob(f"{split}*.{suffix}"))] for split in SPLIT_KEYS
         }
         if splits[known.split]:
             for path in map(Path, splits[known.split]):
@@ -142,8 +142,10 @@ def run_tasks(
 def local_task(task: str, files: dict[str, list[str]], upstream: Path, *, cache: str) -> dict[str, Any]:
     """lm-eval's own task of that name with its data taken from ``files``; a format reader, never remote code."""
     builder = KINDS[Path(files[LOCAL_TASKS[task].split][0]).suffix.lstrip(".")]
+    absent = {key: None for split, key in SPLIT_KEYS.items() if split not in files}
     return {
         "include": str(upstream / LOCAL_TASKS[task].upstream),
+        **absent,
         "task": task,
         "tag": [],
         "dataset_path": builder,
@@ -164,16 +166,19 @@ def _as_lm(scorer: Scorer, tokenizer: Tokenizer) -> Any:
             return tokenizer.encode(string)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-            pairs = [(context or [tokenizer.eos_id], continuation) for _, context, continuation in requests]
-            return scorer(pairs, progress=not disable_tqdm)
+            # A continuation longer than the model's sequences is scored in stretches.
+            texts = [(context or [tokenizer.eos_id], continuation) for _, context, continuation in requests]
+            return self._in_stretches(texts, progress=not disable_tqdm)
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-            texts = [
-                list(windows(tokenizer.encode(request.args[0]), tokenizer.eos_id, scorer.max_length))
-                for request in requests
-            ]
-            scores = iter(scorer([pair for text in texts for pair in text], progress=not disable_tqdm))
-            return [sum(next(scores)[0] for _ in text) for text in texts]
+            texts = [([tokenizer.eos_id], tokenizer.encode(request.args[0])) for request in requests]
+            return [logp for logp, _ in self._in_stretches(texts, progress=not disable_tqdm)]
+
+        def _in_stretches(self, texts: Sequence[Pair], *, progress: bool) -> list[tuple[float, bool]]:
+            cut = [list(windows(continuation, context, scorer.max_length)) for context, continuation in texts]
+            scores = iter(scorer([pair for pieces in cut for pair in pieces], progress=progress))
+            found = [[next(scores) for _ in pieces] for pieces in cut]
+            return [(sum(logp for logp, _ in some), all(best for _, best in some)) for some in found]
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
             raise NotImplementedError("tasks that generate text are not supported; choose one scored by likelihood")

@@ -109,14 +109,14 @@ def _make_score(graphdef: nnx.GraphDef, config: RunConfig):
     return score
 
 
-def windows(ids: Sequence[int], prefix: int, length: int) -> Iterator[Pair]:
+def windows(ids: Sequence[int], prefix: Sequence[int], length: int) -> Iterator[Pair]:
     """Stretches of a text that hold each token once, with as much of what stands before as fits into the model.
 
-    The first is predicted from ``prefix`` alone; each of the next has one token of context, the last, shorter one more.
+    The first is predicted from ``prefix``; each of the next has one token of context, the last, shorter one more.
     """
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
-        context = ids[end - length - 1 : start] if start else [prefix]
+        context = ids[end - length - 1 : start] if start else prefix
         yield context, ids[start:end]
 
 
@@ -154,7 +154,7 @@ def score_text(scorer: Scorer, tokenizer: Tokenizer, path: Path, *, progress: bo
         for text in _documents(path):
             ids = tokenizer.encode(text)
             documents, tokens, size = documents + 1, tokens + len(ids), size + len(text.encode(errors="replace"))
-            yield from windows(ids, tokenizer.eos_id, scorer.max_length)
+            yield from windows(ids, [tokenizer.eos_id], scorer.max_length)
 
     for some in batched(pieces(), WINDOWS_AT_ONCE):
         nats += [-logp for logp, _ in scorer(some, progress=progress)]
