@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from train import data, main, prepare
+from train.command import program
 
 GIN_FILES = ("configs/size/tiny.gin", "configs/recipe/venom.gin")
 VOCAB_SIZE = 2048
@@ -63,13 +64,9 @@ def run(workdir: str | Path, *, text: str | Path | None = None, gin_bindings: Se
     return main.run(GIN_FILES, bindings, workdir)
 
 
-def command(argv: Sequence[str]) -> int:
+@program
+def command(values: flags.FlagValues) -> int:
     """The command."""
-    logging.set_verbosity(logging.WARNING)
-    values = flags.FLAGS
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}; see --help", file=sys.stderr)
-        return 2
     return run(values.workdir, text=values.text, gin_bindings=values.gin_bindings)
 
 

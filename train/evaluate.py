@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from flax import nnx
 
 from train import checkpoint, harness, model
+from train.command import program
 from train.config import RunConfig, load_config
 from train.data import TokenDataset, eval_batches, open_dataset
 from train.likelihood import Scorer, score_text
@@ -168,33 +169,24 @@ def report_tasks(run: Restored, workdir: Path, tasks: Sequence[str], *, sparse: 
         print(f"step {run.step}, {name}, written to {output}:\n{table}")
 
 
-def main(argv: Sequence[str]) -> int:
+@program
+def main(values: flags.FlagValues) -> None:
     """The command."""
-    logging.set_verbosity(logging.WARNING)
-    values = flags.FLAGS
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}; see --help", file=sys.stderr)
-        return 2
-    try:
-        run = restore(values.workdir)
-        if values.text is not None:
-            report_text(run, Path(values.text), sparse=values.sparse)
-        elif values.tasks:
-            data_dir = None if values.eval_data_dir is None else Path(values.eval_data_dir)
-            report_tasks(
-                run,
-                split_source(values.workdir)[0],
-                values.tasks,
-                sparse=values.sparse,
-                data_dir=data_dir,
-                limit=values.limit,
-            )
-        else:
-            report_validation(run, sparse=values.sparse)
-    except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    run = restore(values.workdir)
+    if values.text is not None:
+        report_text(run, Path(values.text), sparse=values.sparse)
+    elif values.tasks:
+        data_dir = None if values.eval_data_dir is None else Path(values.eval_data_dir)
+        report_tasks(
+            run,
+            split_source(values.workdir)[0],
+            values.tasks,
+            sparse=values.sparse,
+            data_dir=data_dir,
+            limit=values.limit,
+        )
+    else:
+        report_validation(run, sparse=values.sparse)
 
 
 if __name__ == "__main__":

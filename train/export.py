@@ -5,17 +5,16 @@ The folder holds an `ArceeForCausalLM` with its tokenizer, as `transformers`, vL
 
 import json
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, flags
 from safetensors.numpy import save_file
 
 from train import arcee, evaluate
+from train.command import program
 from train.config import Model
 from train.data import open_dataset
 from train.tokenizer import Tokenizer
@@ -94,19 +93,10 @@ def export(workdir: str, output: Path, dtype: str) -> str:
     return text
 
 
-def main(argv: Sequence[str]) -> int:
+@program
+def main(values: flags.FlagValues) -> None:
     """The command."""
-    logging.set_verbosity(logging.WARNING)
-    values = flags.FLAGS
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}; see --help", file=sys.stderr)
-        return 2
-    try:
-        print(export(values.workdir, Path(values.output), values.dtype))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(export(values.workdir, Path(values.output), values.dtype))
 
 
 if __name__ == "__main__":

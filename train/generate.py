@@ -4,7 +4,6 @@ The whole sequence is computed again for each new token (there is no key-value c
 shape, and fast enough to look at what a run has learned; not meant for serving.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train import evaluate, model
+from train.command import program
 from train.config import RunConfig
 from train.data import open_dataset
 from train.tokenizer import Tokenizer
@@ -183,33 +183,24 @@ def sample_text(
     return tokenizer.decode([*ids, *drawn])
 
 
-def main(argv: Sequence[str]) -> int:
+@program
+def main(values: flags.FlagValues) -> None:
     """The command."""
-    logging.set_verbosity(logging.WARNING)
-    values = flags.FLAGS
-    if len(argv) > 1:
-        print(f"error: unexpected arguments {argv[1:]}; see --help", file=sys.stderr)
-        return 2
-    try:
-        run = evaluate.restore(values.workdir)
-        tokenizer = open_dataset(run.config.data.folder, "train").tokenizer
-        text = sample_text(
-            run.graphdef,
-            run.config,
-            run.dense_params(),
-            run.state.method,
-            tokenizer,
-            values.prompt,
-            new_tokens=values.new_tokens,
-            temperature=values.temperature,
-            top_p=values.top_p,
-            seed=values.seed,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run = evaluate.restore(values.workdir)
+    tokenizer = open_dataset(run.config.data.folder, "train").tokenizer
+    text = sample_text(
+        run.graphdef,
+        run.config,
+        run.dense_params(),
+        run.state.method,
+        tokenizer,
+        values.prompt,
+        new_tokens=values.new_tokens,
+        temperature=values.temperature,
+        top_p=values.top_p,
+        seed=values.seed,
+    )
     print(f"step {run.step}:\n{text}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from train import loop, report
+from train.command import print_error
 from train.config import load_config
 
 
@@ -25,12 +26,12 @@ def run(
             return 0
         prepared = loop.prepare(config, Path(workdir), **options)
     except (ValueError, NotImplementedError) as error:
-        report.print_error(str(error))
+        print_error(str(error))
         return 2
     try:
         return loop.train(prepared)
     except report.NonFiniteLossError as error:
-        report.print_error(str(error))
+        print_error(str(error))
         return 1
 
 
@@ -38,11 +39,11 @@ def main(argv: Sequence[str]) -> int:
     """The command."""
     logging.set_verbosity(logging.WARNING)  # orbax tells every checkpoint in a dozen lines
     if len(argv) > 1:
-        report.print_error(f"unexpected arguments {argv[1:]}; see --help")
+        print_error(f"unexpected arguments {argv[1:]}; see --help")
         return 2
     values = flags.FLAGS
     if values.workdir is None and not values.dry_run:
-        report.print_error("give --workdir=FOLDER, or --dry_run")
+        print_error("give --workdir=FOLDER, or --dry_run")
         return 2
     options: dict[str, Any] = {name: values[name].value for name in ("dry_run", "init_from", "profile_steps")}
     return run(values.gin_file, values.gin_bindings, values.workdir, **options)

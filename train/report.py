@@ -1,7 +1,6 @@
 """What a run says about itself: a line and a record per step, phases, evaluations, and the summary at its end."""
 
 import math
-import sys
 import time
 from pathlib import Path
 from statistics import fmean
@@ -168,8 +167,3 @@ def summary(workdir: Path) -> dict[str, Any]:
     evaluations = [record for record in records if record["kind"] == "eval"]
     figures = {name: value for name, value in evaluations[-1].items() if name.startswith("val_")}
     return figures | {"train_loss_last_100": fmean(losses[-100:]), "seconds": records[-1]["time"]}
-
-
-def print_error(text: str) -> None:
-    """One clear line on stderr."""
-    print(f"error: {text}", file=sys.stderr, flush=True)
