@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from train import encode
+from train import prepare as prepare_module
 from train.data import open_dataset
 from train.documents import TXT_DOCUMENT_CHARS, find_files, read_documents
 from train.prepare import prepare
+from train.tokenizer import train_bpe
 
 TEXTS = [f"Document {i}: naïve café, 日本 {i * 7919}\r\nsecond line." + " word" * (i % 13) for i in range(60)]
 
@@ -238,6 +244,7 @@ def test_missing_and_unknown_input(tmp_path):
         ({"validation_fraction": 1.0}, "validation_fraction=1.0 must be"),
         ({"validation_fraction": 0.1, "validation": ["x"]}, "not both"),
         ({"shard_tokens": 0}, "shard_tokens=0"),
+        ({"processes": 0}, "processes=0"),
         ({"tokenizer": "none.json"}, "no tokenizer file at none.json"),
         ({"vocab_size": 300, "validation_fraction": 1e-9}, "no document fell into the held-out split.*raise it"),
         ({"vocab_size": 300, "validation_fraction": 1 - 1e-9}, "holds no t"),
@@ -271,18 +278,108 @@ def test_an_output_that_cannot_be_written_is_refused(where, jsonl):
         prepare([jsonl], out, vocab_size=300, progress=False)
 
 
-def test_an_interrupted_run_leaves_no_dataset_and_the_next_starts_over(jsonl, prepared, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    monkeypatch.setattr("train.prepare._write_manifest", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        prepare([jsonl], out, vocab_size=300, shard_tokens=50, validation_fraction=0.2, progress=False)
-    assert (out / "train-00003.bin").exists()
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def four_files(tmp_path, monkeypatch):
+    """Four files of a few hundred documents, each a unit of its own."""
+    monkeypatch.setattr(encode, "UNIT_BYTES", 1)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(4):
+        write_jsonl(folder / f"{i}.jsonl", [f"{i} {t}" for t in TEXTS * 10])
+    return folder
+
+
+OPTIONS: dict[str, Any] = {"vocab_size": 300, "validation_fraction": 0.2, "shard_tokens": 20_000, "progress": False}
+
+
+@pytest.mark.parametrize("where", ["while encoding", "while renaming", "before the manifest"])
+def test_an_interrupted_run_leaves_no_dataset_and_the_next_goes_on(where, four_files, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    prepare([four_files], whole, **OPTIONS)
+    encoded = []
+
+    def interrupt(name, at, real):
+        def call(*args):
+            encoded.extend(args[1:2] if name == "encode" else ())
+            calls.append(name)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        calls = []
+        return call
+
+    owner, name, at = {
+        "while encoding": (encode.Encoder, "encode", 3),
+        "while renaming": (prepare_module.os, "replace", 14),
+        "before the manifest": (prepare_module, "write_atomically", 3),
+    }[where]
+    real = getattr(owner, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupt(name, at, real))
+        with pytest.raises(KeyboardInterrupt):
+            prepare([four_files], out, **OPTIONS)
     with pytest.raises(ValueError, match="interrupted"):
         open_dataset(out)
-    monkeypatch.undo()
-    prepare([jsonl], out, vocab_size=300, validation_fraction=0.2, progress=False)
-    assert not (out / "train-00003.bin").exists()
-    np.testing.assert_array_equal(tokens_of(open_dataset(out)), tokens_of(open_dataset(prepared)))
+    encoded.clear()
+    monkeypatch.setattr(encode.Encoder, "encode", interrupt("encode", 100, encode.Encoder.encode))
+    prepare([four_files], out, **OPTIONS)
+    assert [unit.index for unit in encoded] == ([2, 3] if where == "while encoding" else [])
+    assert content_of(out) == content_of(whole)
+
+
+def test_other_options_start_over(four_files, tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    prepare([four_files], whole, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare([four_files], out, **(OPTIONS | {"vocab_size": 310, "shard_tokens": 100}))
+    prepare([four_files], out, **OPTIONS)
+    assert "starting over" in capsys.readouterr().err
+    assert content_of(out) == content_of(whole)
+
+
+def test_a_kill_of_parallel_work_loses_nothing_and_leaves_no_process(four_files, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    write_jsonl(four_files / "0.jsonl", ["short"])
+    write_jsonl(four_files / "3.jsonl", [f"{i} {t}" for i, t in enumerate(TEXTS * 300)])  # a second of work
+    options = OPTIONS | {"validation_fraction": 0, "tokenizer": tmp_path / "tokenizer.json"}
+    del options["vocab_size"]
+    train_bpe(TEXTS, 300).core.save(str(options["tokenizer"]))
+    code = f"""
+from pathlib import PosixPath
+from train import encode, prepare
+encode.UNIT_BYTES = 1
+prepare.prepare([{str(four_files)!r}], {str(out)!r}, processes=2, **{options!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not (out / ".unfinished" / "00000.json").exists():
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    workers = [int(w) for w in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 10
+    while any(running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives the program"
+        time.sleep(0.01)
+    assert not (out / ".unfinished" / "00003.json").exists()
+    prepare([four_files], out, **options)
+    prepare([four_files], whole, **options)
+    assert content_of(out) == content_of(whole)
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_command_line(jsonl, tmp_path):

@@ -1,8 +1,9 @@
 """Turns text into token shards: `python -m train.prepare --input=FOLDER --output=FOLDER [--tokenizer=FILE]`.
 
-Reads `.jsonl.zst`, `.jsonl`, `.parquet` and `.txt` as a stream, encodes in batches on all cores and writes
-what `train.data.open_dataset` opens. An end-of-document token follows each document. The manifest is written
-last, so an interrupted run leaves nothing that could be mistaken for a dataset; the next run starts over.
+Reads `.jsonl.zst`, `.jsonl`, `.parquet` and `.txt` as a stream, encodes in several processes and writes what
+`train.data.open_dataset` opens. An end-of-document token follows each document. The manifest is written last, so
+an interrupted run leaves nothing that could be mistaken for a dataset; the same command then goes on where it was
+and gives the same files, byte for byte, as a run without interruption.
 """
 
 from __future__ import annotations
@@ -11,25 +12,26 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
 from train import data
-from train.documents import find_files, read_documents
-from train.tokenizer import MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
+from train.documents import find_files
+from train.encode import Encoder, Unit, encode_units, units_of, write_atomically
+from train.tokenizer import END_OF_DOCUMENT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
 
 DEFAULT_VOCAB_SIZE = 16384
 DEFAULT_VALIDATION_FRACTION = 0.01
 SHARD_TOKENS = 1 << 27
 BPE_TEXT_BYTES = 1 << 28  # the tokenizer is trained on the first 256 MiB of the training text
-BATCH_CHARS = 1 << 22
-BATCH_DOCUMENTS = 4096
+UNFINISHED = ".unfinished"  # folder inside the output: what a later run needs to go on
+SETTINGS = "settings.json"
 
 
 def prepare(
@@ -43,6 +45,7 @@ def prepare(
     validation_fraction: float | None = None,
     text_field: str = "text",
     shard_tokens: int = SHARD_TOKENS,
+    processes: int = 1,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -59,6 +62,8 @@ def prepare(
         (default 0.01): the same document always falls on the same side. 0 holds nothing out.
       text_field: field or column with the text.
       shard_tokens: most tokens in one file.
+      processes: how many encode side by side, each its own part of the input files; the result is the same.
+        With more than 1, the calling script needs the usual `if __name__ == "__main__":`.
       overwrite: replace a finished dataset in `output`.
       progress: show progress bars, where the output is a terminal.
 
@@ -75,6 +80,8 @@ def prepare(
         raise ValueError("give validation files or a validation fraction, not both")
     if shard_tokens < 1:
         raise ValueError(f"{shard_tokens=} must be at least 1")
+    if processes < 1:
+        raise ValueError(f"{processes=} must be at least 1")
     fraction = DEFAULT_VALIDATION_FRACTION if validation_fraction is None else validation_fraction
     if not 0 <= fraction < 1:
         raise ValueError(f"validation_fraction={fraction} must be at least 0 and below 1")
@@ -84,60 +91,75 @@ def prepare(
     if both := set(train_files) & set(val_files):
         raise ValueError(f"{min(both)} is both training and validation input")
     splits = data.SPLITS if validation or fraction > 0 else data.SPLITS[:1]
+    files = [(path, "train") for path in train_files] + [(path, "val") for path in val_files]
     given = load_tokenizer(tokenizer, eos_token) if tokenizer is not None else None
     output = Path(output)
-    _claim(output, overwrite)
+    settings = {
+        "version": data.VERSION,
+        "files": [[str(p.resolve()), split, p.stat().st_size, p.stat().st_mtime_ns] for p, split in files],
+        "tokenizer": given.sha256 if given else vocab_size or DEFAULT_VOCAB_SIZE,
+        "eos_token": eos_token,
+        "held_out": 0 if validation else fraction,
+        "text_field": text_field,
+        "shard_tokens": shard_tokens,
+    }
+    _claim(output, settings, overwrite)
+    tokenizer_path = output / data.TOKENIZER
+    encoder = Encoder(
+        folder=output / UNFINISHED,
+        tokenizer=tokenizer_path,
+        eos_token=given.eos_token if given else END_OF_DOCUMENT,
+        text_field=text_field,
+        held_out=settings["held_out"],
+        shard_tokens=shard_tokens,
+    )
+    size = sum(path.stat().st_size for path, _ in files)
 
-    hidden = None if progress else True  # None: tqdm shows itself on a terminal only
+    def bar(description: str) -> tqdm:
+        # disable=None: tqdm shows itself on a terminal only
+        return tqdm(desc=description, total=size, unit="B", unit_scale=True, disable=None if progress else True)
 
-    def documents(description: str) -> Iterator[tuple[str, str]]:
-        """(split, text) of every document."""
-        files = [(p, "train") for p in train_files] + [(p, "val") for p in val_files]
-        size = sum(p.stat().st_size for p, _ in files)
-        with tqdm(desc=description, total=size, unit="B", unit_scale=True, disable=hidden) as bar:
-            for path, split in files:
-                for text in read_documents(path, text_field, bar.update):
-                    held_out = not validation and fraction > 0 and _is_held_out(text, fraction)
-                    yield ("val" if held_out else split), text
-
-    if given is None:
-        training_text = (text for split, text in documents("train tokenizer") if split == "train")
-        given = train_bpe(_first_bytes(training_text, BPE_TEXT_BYTES), vocab_size or DEFAULT_VOCAB_SIZE)
-    writers = {split: _ShardWriter(output, split, data.token_dtype(given.vocab_size), shard_tokens) for split in splits}
-    try:
-        for batch in _batches(documents("encode")):
-            for (split, text), ids in zip(batch, given.encode_batch([text for _, text in batch]), strict=True):
-                writers[split].add(ids, given.eos_id, len(text.encode(errors="replace")))
-    finally:
-        for writer in writers.values():
-            writer.close()
-    for split, writer in writers.items():
-        if not writer.documents:
+    if not tokenizer_path.exists():
+        if given is None:
+            with bar("train tokenizer") as shown:
+                documents = encoder.documents(files, shown.update)
+                training_text = (text for split, text in documents if split == "train")
+                given = train_bpe(_first_bytes(training_text, BPE_TEXT_BYTES), vocab_size or DEFAULT_VOCAB_SIZE)
+        write_atomically(tokenizer_path, given.to_json())
+    units = units_of(files)
+    with bar("encode") as shown:
+        encode_units(encoder, units, processes, shown.update)
+    contents = {split: _gather(encoder, units, split) for split in splits}
+    for split, content in contents.items():
+        if not content["documents"]:
+            shutil.rmtree(encoder.folder)  # nothing there is worth going on with
             raise ValueError(_empty_message(split, fraction, bool(validation)))
-    return _write_manifest(output, given, {split: writer.summary() for split, writer in writers.items()})
+    manifest = _finish(output, load_tokenizer(tokenizer_path, encoder.eos_token), contents)
+    shutil.rmtree(encoder.folder)
+    return manifest
 
 
-def _claim(output: Path, overwrite: bool) -> None:
-    """Makes the output folder and removes what an earlier run of this program left in it."""
-    manifest = output / data.MANIFEST
+def _claim(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Makes the output folder; removes what an earlier run left there unless it had the same settings."""
+    manifest, unfinished = output / data.MANIFEST, output / UNFINISHED
     if manifest.exists() and not overwrite:
         raise ValueError(f"{output} already holds a finished dataset: choose another folder, or use --overwrite")
     try:
         output.mkdir(parents=True, exist_ok=True)
         manifest.unlink(missing_ok=True)  # first: from here on the folder is unfinished
+        earlier = unfinished / SETTINGS
+        if earlier.exists():
+            if json.loads(earlier.read_text()) == settings:
+                return
+            print(f"{output}: other input or options than the interrupted run's, starting over", file=sys.stderr)
+        shutil.rmtree(unfinished, ignore_errors=True)
         for path in output.iterdir():
-            if re.fullmatch(rf"({'|'.join(data.SPLITS)})-\d{{5}}\.bin", path.name):
+            if path.name == data.TOKENIZER or re.fullmatch(rf"({'|'.join(data.SPLITS)})-\d{{5}}\.bin", path.name):
                 path.unlink()
-        probe = output / f".{data.MANIFEST}"
-        probe.touch()
-        probe.unlink()
+        unfinished.mkdir()
+        write_atomically(earlier, json.dumps(settings))
     except OSError as error:
         raise ValueError(f"cannot write to output folder {output}: {error}") from error
-
-
-def _is_held_out(text: str, fraction: float) -> bool:
-    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
@@ -147,19 +169,6 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
         total += len(text.encode(errors="replace"))
         if total >= limit:
             return
-
-
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Lists of documents large enough to keep all cores busy and small enough to bound memory."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[1])
-        if size >= BATCH_CHARS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _empty_message(split: str, fraction: float, separate: bool) -> str:
@@ -175,56 +184,24 @@ def _empty_message(split: str, fraction: float, separate: bool) -> str:
     )
 
 
-class _ShardWriter:
-    """Appends documents to `SPLIT-00000.bin`, `SPLIT-00001.bin`, ..., of at most `shard_tokens` tokens."""
-
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int):
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._files: list[dict[str, Any]] = []
-        self._file = None
-        self._digest = hashlib.sha256()
-        self._room = 0
-        self.documents = 0
-        self.bytes = 0
-
-    def add(self, ids: list[int], eos_id: int, text_bytes: int) -> None:
-        tokens = np.array([*ids, eos_id], self._dtype)
-        while len(tokens):
-            if self._room == 0:
-                self._next()
-            part, tokens = tokens[: self._room], tokens[self._room :]
-            content = part.tobytes()
-            assert self._file is not None
-            self._file.write(content)
-            self._digest.update(content)
-            self._room -= len(part)
-            self._files[-1]["tokens"] += len(part)
-        self.documents += 1
-        self.bytes += text_bytes
-
-    def _next(self) -> None:
-        self.close()
-        name = f"{self._split}-{len(self._files):05d}.bin"
-        self._file = (self._folder / name).open("wb")
-        self._digest = hashlib.sha256()
-        self._room = self._shard_tokens
-        self._files.append({"name": name, "tokens": 0})
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._files[-1]["sha256"] = self._digest.hexdigest()
-            self._files[-1]["edges_sha256"] = data.edges_sha256(self._folder / self._files[-1]["name"])
-
-    def summary(self) -> dict[str, Any]:
-        tokens = sum(entry["tokens"] for entry in self._files)
-        return {"documents": self.documents, "bytes": self.bytes, "tokens": tokens, "files": self._files}
+def _gather(encoder: Encoder, units: Sequence[Unit], split: str) -> dict[str, Any]:
+    """What the units wrote for one split, in the order of the input."""
+    total: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0, "files": []}
+    for unit in units:
+        record = encoder.record(unit)
+        assert record is not None
+        for key in total:
+            total[key] += record[split][key]
+    return total
 
 
-def _write_manifest(output: Path, tokenizer: Tokenizer, splits: dict[str, Any]) -> dict[str, Any]:
-    (output / data.TOKENIZER).write_text(tokenizer.to_json())
+def _finish(output: Path, tokenizer: Tokenizer, contents: dict[str, Any]) -> dict[str, Any]:
+    """Gives the token files their final names and writes the manifest."""
+    for split, content in contents.items():
+        for number, entry in enumerate(content["files"]):
+            written, entry["name"] = output / UNFINISHED / entry["name"], f"{split}-{number:05d}.bin"
+            if written.exists():  # else an interrupted run has come this far
+                os.replace(written, output / entry["name"])
     manifest = {
         "format": data.FORMAT,
         "version": data.VERSION,
@@ -232,12 +209,10 @@ def _write_manifest(output: Path, tokenizer: Tokenizer, splits: dict[str, Any]) 
         "vocab_size": tokenizer.vocab_size,
         "eos_token": tokenizer.eos_token,
         "eos_id": tokenizer.eos_id,
-        "tokenizer_sha256": tokenizer.sha256,
-        "splits": splits,
+        "tokenizer_sha256": hashlib.sha256((output / data.TOKENIZER).read_bytes()).hexdigest(),
+        "splits": contents,
     }
-    unfinished = output / f".{data.MANIFEST}"
-    unfinished.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(unfinished, output / data.MANIFEST)  # atomic: the manifest is there in full or not at all
+    write_atomically(output / data.MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -255,6 +230,7 @@ def main(argv: Sequence[str]) -> int:
             validation_fraction=values.validation_fraction,
             text_field=values.text_field,
             shard_tokens=values.shard_tokens,
+            processes=values.processes,
             overwrite=values.overwrite,
         )
     except (ValueError, OSError) as error:
@@ -282,6 +258,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("text_field", "text", "field (.jsonl) or column (.parquet) with the text")
     flags.DEFINE_integer("shard_tokens", SHARD_TOKENS, "most tokens in one file")
+    flags.DEFINE_integer("processes", os.cpu_count() or 1, "how many encode side by side (default: one per core)")
     flags.DEFINE_boolean("overwrite", False, "replace a finished dataset in the output folder")
 
 
