@@ -14,11 +14,25 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.config import Model
-from venom_jax import FFNStats, Method, Recipe, SparseMLP
+from train.cross_entropy import head_logits
+from venom_jax import FFNStats, Method, PackedWeights, Recipe, SparseMLP
 from venom_jax.dispatch import Implementation
+from venom_jax.ffn import pack_weights
+from venom_jax.packed_ffn import FFN_RESIDUALS
+
+
+def _keep_products(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
+    """Keeps what is dear to compute: dense products, fused attention, and the sparse FFN's packed activations."""
+    policies = jax.checkpoint_policies
+    keep = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(FFN_RESIDUALS)
+    )
+    # cuDNN's attention is a primitive of its own that no policy of jax knows.
+    return "dot_product_attention_fwd" in primitive.name or keep(primitive, *shapes, **parameters)
+
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _keep_products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -88,13 +102,20 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B S D"], recipe: Recipe, key: PRNGKeyArray | None, implementation: Implementation | None
+        self,
+        x: Float[Array, "B S D"],
+        recipe: Recipe,
+        key: PRNGKeyArray | None,
+        packed: PackedWeights | None,
+        implementation: Implementation | None,
     ) -> tuple[Float[Array, "B S D"], tuple[FFNStats, Float[Array, "B S D"]]]:
         """The block's output, and what its FFN reports and reads."""
         epsilon = self.config.norm_epsilon
         x = x + self.attention(rms_norm(x, self.attention_scale[...], epsilon))
         ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
-        y, stats = self.ffn(ffn_input, recipe=recipe, return_stats=True, key=key, implementation=implementation)
+        y, stats = self.ffn(
+            ffn_input, recipe=recipe, packed=packed, return_stats=True, key=key, implementation=implementation
+        )
         return x + y, (stats, ffn_input)
 
 
@@ -123,30 +144,37 @@ class Decoder(nnx.Module):
         recipe: Recipe,
         dtype: Any = jnp.float32,
         key: PRNGKeyArray | None = None,
+        packed: PackedWeights | None = None,
         implementation: Implementation | None = None,
         remat: str = "none",
         keep_ffn_inputs: bool = False,
     ) -> tuple[Float[Array, "B S D"], FFNStats, Float[Array, "L B S D"] | None]:
-        """Last hidden states after the final norm, statistics with a leading L, and the FFNs' inputs if kept."""
+        """Last hidden states after the final norm, statistics with a leading L, and the FFNs' inputs if kept.
+
+        packed: the FFNs' weights as ``pack_ffns`` made them, with a leading L; None packs them in every call.
+        """
         graphdef, stacked = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.config.layers)
 
         def layer(x, scanned):
-            state, layer_key = scanned
-            x, (stats, ffn_input) = nnx.merge(graphdef, state)(x, recipe, layer_key, implementation)
+            state, layer_key, layer_packed = scanned
+            x, (stats, ffn_input) = nnx.merge(graphdef, state)(x, recipe, layer_key, layer_packed, implementation)
             return x, (stats, ffn_input if keep_ffn_inputs else None)
 
         if remat != "none":
             # Inside a scan the loop already keeps XLA from undoing the recomputation.
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
         x = self.embedding[...].astype(dtype)[tokens]
-        x, (stats, ffn_inputs) = jax.lax.scan(layer, x, (stacked, keys))
+        x, (stats, ffn_inputs) = jax.lax.scan(layer, x, (stacked, keys, packed))
         return rms_norm(x, self.final_scale[...], self.config.norm_epsilon), stats, ffn_inputs
+
+    def head_weight(self) -> Float[Array, "D V"]:
+        """The head's master: the embedding's transpose where the two are tied."""
+        return self.embedding[...].T if self.config.tied_head else self.head[...]
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """float32 logits of hidden states."""
-        head = self.embedding[...].T if self.config.tied_head else self.head[...]
-        return jnp.matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+        return head_logits(hidden, self.head_weight())
 
     def __call__(
         self, tokens: Int[Array, "B S"], *, recipe: Recipe, **options: Any
@@ -172,6 +200,17 @@ def structure(config: Model, max_experts: int) -> nnx.GraphDef:
 def assemble(graphdef: nnx.GraphDef, params: dict, method: dict) -> Decoder:
     """The module again, for use inside a traced function."""
     return nnx.merge(graphdef, nnx.State(params), nnx.State(method))
+
+
+def pack_ffns(params: dict, method: dict, recipe: Recipe, dtype: Any) -> PackedWeights | None:
+    """Both weights of every FFN thresholded and packed, with a leading L; None where ``recipe`` reads no packed weight.
+
+    For several calls with the same weights: the microbatches of an optimizer step.  No gradient passes through.
+    """
+    if not {"y1", "dy2"} & set(recipe.weights):
+        return None
+    ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
+    return jax.lax.map(lambda layer: pack_weights(*layer, dtype=dtype), (ffn["w1"], ffn["w2"], state["beta"]))
 
 
 def parameter_count(config: Model) -> int:

@@ -11,13 +11,37 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.config import RunConfig
-from train.model import assemble
+from train.cross_entropy import weighted_cross_entropy
+from train.model import Decoder, assemble, pack_ffns
 from train.optimizer import for_run
 from train.state import TrainState
-from venom_jax import Recipe, phases
+from venom_jax import FFNStats, PackedWeights, Recipe, phases
 from venom_jax.stats import WeightMasks, diagnose
 
 Metrics = dict[str, Array]
+
+
+def hidden_states(
+    model: Decoder,
+    tokens: Int[Array, "B S+1"],
+    *,
+    recipe: Recipe,
+    key: PRNGKeyArray | None,
+    config: RunConfig,
+    packed: PackedWeights | None = None,
+) -> tuple[Float[Array, "B S D"], FFNStats]:
+    """The states that predict tokens[1:], as the run computes them, and the FFNs' statistics."""
+    train = config.train
+    hidden, stats, _ = model.hidden(
+        tokens[:, :-1],
+        recipe=recipe,
+        dtype=jnp.dtype(train.dtype),
+        key=key,
+        packed=packed,
+        implementation=train.implementation,
+        remat=train.remat,
+    )
+    return hidden, stats
 
 
 def token_losses(
@@ -29,58 +53,53 @@ def token_losses(
     recipe: Recipe,
     key: PRNGKeyArray | None,
     config: RunConfig,
-) -> tuple[Float[Array, "B S"], Any]:
+) -> tuple[Float[Array, "B S"], FFNStats]:
     """-log p(tokens[s + 1] | tokens[: s + 1]) in nats, and the FFNs' statistics."""
-    train = config.train
     model = assemble(graphdef, params, method)
-    hidden, stats, _ = model.hidden(
-        tokens[:, :-1],
-        recipe=recipe,
-        dtype=jnp.dtype(train.dtype),
-        key=key,
-        implementation=train.implementation,
-        remat=train.remat,
-    )
+    hidden, stats = hidden_states(model, tokens, recipe=recipe, key=key, config=config)
 
-    def losses(hidden, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), labels)
+    def losses(pair):
+        return optax.softmax_cross_entropy_with_integer_labels(model.logits(pair[0]), pair[1])
 
-    labels = tokens[:, 1:]
-    if train.loss_chunks == 1:
-        return losses(hidden, labels), stats
+    labels, chunks = tokens[:, 1:], config.train.loss_chunks
     # The logits of one slice at a time: at a vocabulary of 128k they are the largest array of the step.
     sliced = jax.tree.map(
-        lambda a: jnp.moveaxis(a.reshape(a.shape[0], train.loss_chunks, -1, *a.shape[2:]), 1, 0), (hidden, labels)
+        lambda a: jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0), (hidden, labels)
     )
-    chunks = jax.lax.map(jax.checkpoint(lambda pair: losses(*pair)), sliced)
-    return jnp.moveaxis(chunks, 0, 1).reshape(labels.shape), stats
+    return jnp.moveaxis(jax.lax.map(losses, sliced), 0, 1).reshape(labels.shape), stats
 
 
 def make_gradients(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
     """gradients(params, method, tokens, rng, *, recipe) -> (grads, loads, metrics), summed over microbatches.
 
-    The mean loss over the batch and its gradient; the batch is cut into ``Train.accumulation`` microbatches.
+    The mean loss over the batch and its gradient; the batch is cut into ``Train.accumulation`` microbatches.  These
+    share weights that are thresholded and packed once.
     """
 
-    def microbatch(params, method, tokens, key, *, recipe):
+    def microbatch(params, method, packed, tokens, key, *, recipe):
         def loss(params):
-            losses, stats = token_losses(graphdef, params, method, tokens, recipe=recipe, key=key, config=config)
-            return losses.mean(), stats
+            model = assemble(graphdef, params, method)
+            hidden, stats = hidden_states(model, tokens, recipe=recipe, key=key, config=config, packed=packed)
+            labels = tokens[:, 1:]
+            weights = jnp.full(labels.shape, 1 / labels.size, jnp.float32)
+            chunks = config.train.loss_chunks
+            return weighted_cross_entropy(hidden, model.head_weight(), labels, weights, chunks), stats
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, value, stats.density.mean(), stats.load
 
     def gradients(params, method, tokens, key, *, recipe: Recipe):
         count = config.train.accumulation
+        packed = pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype))
         if count == 1:
-            grads, loss, density, load = microbatch(params, method, tokens, key, recipe=recipe)
+            grads, loss, density, load = microbatch(params, method, packed, tokens, key, recipe=recipe)
         else:
             microbatches = tokens.reshape(count, -1, tokens.shape[-1])
 
             def accumulate(total, scanned):
-                return jax.tree.map(jnp.add, total, microbatch(params, method, *scanned, recipe=recipe)), None
+                return jax.tree.map(jnp.add, total, microbatch(params, method, packed, *scanned, recipe=recipe)), None
 
-            shapes = jax.eval_shape(partial(microbatch, recipe=recipe), params, method, microbatches[0], key)
+            shapes = jax.eval_shape(partial(microbatch, recipe=recipe), params, method, packed, microbatches[0], key)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             total, _ = jax.lax.scan(accumulate, zeros, (microbatches, jax.random.split(key, count)))
             grads, loss, density = jax.tree.map(lambda leaf: leaf / count, total[:3])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.array_types import Array
 from pallas_kernels.dispatch import Implementation
@@ -26,6 +27,8 @@ from venom_jax.pattern import Recipe
 from venom_jax.permutation import Grouping
 
 GRANULE = 64
+FFN_RESIDUALS = "ffn_residuals"
+"""Name of the packed activations for `jax.checkpoint_policies.save_only_these_names`: kernels are no `dot_general`."""
 
 
 class Residuals(NamedTuple):
@@ -157,6 +160,7 @@ def forward(
     dense = a if features is None else None
     squared = None if features is None else Packed(features.values * features.values, features.metadata)
     y3 = order.leave(order.back(squared, a * a, w2.astype(x.dtype), k_major=False), x.dtype)
+    grouping, dense, features, tokens = checkpoint_name((grouping, dense, features, tokens), FFN_RESIDUALS)
     return y3, density, Residuals(grouping, dense, features, tokens)
 
 
