@@ -1,0 +1,29 @@
+"""The benchmark of whole steps: its rows, and the names of recipes."""
+
+import json
+
+import pytest
+
+from tests.trainer import run_config
+from train.bench import measure, parse_recipe
+from venom_jax import Recipe
+
+
+def test_a_row_for_each_recipe_in_the_benchmarks_format(capsys):
+    rows = measure(run_config(), ["venom:4:1"], "small", rounds=1, parts=False, switch=False)
+    assert [row["case"] for row in rows] == ["small dense", "small venom E=4 k=1"]
+    for row in rows:
+        assert row["ms"] > 0
+        assert row["rival_ms"] == rows[0]["ms"]
+        assert row["speedup"] == pytest.approx(row["rival_ms"] / row["ms"], rel=0.01)
+        assert row["tokens_per_second"] == pytest.approx(8 * 16 / row["ms"] * 1e3, rel=0.01)
+        assert row["memory_gib"] >= 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert printed == rows
+
+
+def test_names_of_recipes():
+    assert parse_recipe("venom:16:4") == ("venom E=16 k=4", Recipe.venom(16, 4))
+    assert parse_recipe("all24") == ("all24", Recipe.all24())
+    with pytest.raises(ValueError, match="venom:EXPERTS:TOP_K"):
+        parse_recipe("act24:4:1")
