@@ -1,15 +1,28 @@
 """What the programs of this package do around their work."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import jax
 from absl import flags, logging
 
 
 def print_error(text: str) -> None:
     """One clear line on stderr."""
     print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def keep_compiled_programs() -> None:
+    """Compiled programs go to $XDG_CACHE_HOME/venom-jax (~/.cache/venom-jax), so that a resume need not compile again.
+
+    $JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "venom-jax"))
 
 
 def program(work: Callable[[flags.FlagValues], int | None]) -> Callable[[Sequence[str]], int]:

@@ -11,7 +11,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from train import loop, report
-from train.command import print_error
+from train.command import keep_compiled_programs, print_error
 from train.config import load_config
 
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         print_error(f"unexpected arguments {argv[1:]}; see --help")
         return 2
+    keep_compiled_programs()
     values = flags.FLAGS
     if values.workdir is None and not values.dry_run:
         print_error("give --workdir=FOLDER, or --dry_run")
