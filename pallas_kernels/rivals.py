@@ -33,8 +33,8 @@ def dense(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
         a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         b = torch.randn(k, n, device="cuda", dtype=torch.bfloat16)
         columns = b.t().contiguous().t()
-        found["dense cublas NN"] = (_torch_run(torch, lambda: torch.mm(a, b)), 1)
-        found["dense cublas NT"] = (_torch_run(torch, lambda: torch.mm(a, columns)), 1)
+        found["dense cublas NN"] = _torch_run(torch, lambda: torch.mm(a, b))
+        found["dense cublas NT"] = _torch_run(torch, lambda: torch.mm(a, columns))
     return found
 
 
@@ -53,7 +53,7 @@ def cusparselt(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
         for transposed in (False, True):
             best = torch._cslt_sparse_mm_search(packed, operand, transpose_result=transposed)
             call = functools.partial(torch._cslt_sparse_mm, packed, operand, alg_id=best, transpose_result=transposed)
-            found[f"cusparselt {layout} {'T' if transposed else 'N'}"] = (_torch_run(torch, call), 1)
+            found[f"cusparselt {layout} {'T' if transposed else 'N'}"] = _torch_run(torch, call)
     return found
 
 
@@ -66,7 +66,7 @@ def _torch() -> Any:
 
 
 class _Pending:
-    """A torch result that `jax.block_until_ready` can wait for."""
+    """Torch's work under way, that `jax.block_until_ready` can wait for."""
 
     def __init__(self, torch, out):
         self._torch, self.out = torch, out
@@ -76,5 +76,16 @@ class _Pending:
         return self
 
 
-def _torch_run(torch, call) -> timing.Run:
-    return lambda: [_Pending(torch, call())]
+_CALLS = 4  # calls in one graph
+
+
+def _torch_run(torch, call) -> tuple[timing.Run, int]:
+    """The call several times as one CUDA graph, so that no launch waits for the host (cuSPARSELt's plans take long)."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            call()
+    return (lambda: [_Pending(torch, graph.replay())]), _CALLS

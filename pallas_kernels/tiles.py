@@ -22,6 +22,8 @@ GROUP_TABLE_BYTES = 2048
 """The contraction's sorted groups in shared memory: group, start and size of each, rounded up to 1 KiB."""
 LOAD_REGISTERS = 40
 """Registers of a loading thread."""
+STAGES_PER_CHUNK = 2
+"""Stages multiplied between two chunks of the previous tile's result, where stores are deferred."""
 CHUNK_BYTES = 128
 """Bytes of a row of an output chunk: the widest swizzle of the copy engine."""
 
@@ -61,6 +63,9 @@ class TileConfig:
     store_slots: output chunks per warpgroup that may be on their way to memory.
     raster_m, raster_n: tiles are computed in strips `raster_n` tiles wide, each strip in bands `raster_m` tiles
       high, each band column by column: tiles computed at the same time share rows of A and columns of B in L2.
+    deferred: a tile's result is kept in registers in 16 bits and stored chunk by chunk between the products of the
+      next tile, while the other warpgroup multiplies. Where the result has 32 bits, or the epilogue reads an array, it
+      is stored at once all the same.
     """
 
     warpgroup_m: int = 64
@@ -71,6 +76,7 @@ class TileConfig:
     store_slots: int = 2
     raster_m: int = 8
     raster_n: int = 1024
+    deferred: bool = False
 
     @property
     def tile_m(self) -> int:
@@ -110,6 +116,8 @@ class TileConfig:
             return f"{self.warpgroups=}: the register file holds the accumulators of one or two warpgroups"
         if self.warpgroup_m * self.warpgroup_n > 128 * 192:
             return f"{self.warpgroup_m} x {self.warpgroup_n}: more than 192 accumulators a thread would spill"
+        if self.deferred and self.warpgroup_m * self.warpgroup_n > 128 * 128:
+            return f"{self.warpgroup_m} x {self.warpgroup_n}, deferred: two results of a thread would spill"
         if min(self.raster_m, self.raster_n) < 1:
             return f"{self.raster_m=}, {self.raster_n=}: a strip is at least one tile wide and a band one tile high"
         if self.stages < 2 or self.store_slots < 1:

@@ -51,8 +51,10 @@ def _once(run: Run, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def build[Key: Hashable, Result](jobs: dict[Key, Callable[[], Result]]) -> dict[Key, Result | Exception]:
-    """Compile in parallel: key -> result, or the exception that building it raised."""
+def build[Key: Hashable, Result](
+    jobs: dict[Key, Callable[[], Result]], *, at_once: int = 8
+) -> dict[Key, Result | Exception]:
+    """Compile in parallel, `at_once` jobs at a time: key -> result, or the exception that building it raised."""
 
     def attempt(job: Callable[[], Result]) -> Result | Exception:
         try:
@@ -60,5 +62,5 @@ def build[Key: Hashable, Result](jobs: dict[Key, Callable[[], Result]]) -> dict[
         except Exception as error:  # a tile that the compiler refuses is a result of the search
             return error
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         return dict(zip(jobs, pool.map(attempt, jobs.values()), strict=True))

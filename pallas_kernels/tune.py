@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import pathlib
 from collections.abc import Iterator
 
 from pallas_kernels import bench, device, timing, tuned
@@ -14,12 +15,11 @@ from pallas_kernels.tiles import Problem, TileConfig
 
 LARGE = (
     TileConfig(64, 256, stages=4, store_slots=2, raster_m=8),
-    TileConfig(64, 256, stages=4, store_slots=2, raster_m=16, raster_n=16),
-    TileConfig(64, 256, stages=5, store_slots=1, raster_m=16, raster_n=16),
+    TileConfig(64, 256, stages=5, store_slots=1, raster_m=8, deferred=True),
+    TileConfig(64, 256, stages=5, store_slots=1, raster_m=16, raster_n=16, deferred=True),
     TileConfig(128, 192, stages=4, store_slots=2, raster_m=8, raster_n=16),
-    TileConfig(128, 192, stages=5, store_slots=1, raster_m=8, raster_n=16),
     TileConfig(128, 128, stages=5, store_slots=2, raster_m=8, raster_n=16),
-    TileConfig(128, 128, stages=6, store_slots=1, raster_m=8, raster_n=16),
+    TileConfig(128, 128, stages=6, store_slots=1, raster_m=8, raster_n=16, deferred=True),
 )
 """Tiles for outputs that give every multiprocessor several of them; docs/log.md lists what else was tried."""
 
@@ -43,7 +43,8 @@ def candidates(problem: Problem) -> Iterator[TileConfig]:
 def label(config: TileConfig) -> str:
     """A tile in few characters: size, stages and slots, raster."""
     c = config
-    return f"{c.tile_m}x{c.tile_n}/{c.stages}+{c.store_slots}/{c.raster_m}.{c.raster_n}"
+    slots = "d" if c.deferred else c.store_slots
+    return f"{c.tile_m}x{c.tile_n}/{c.stages}+{slots}/{c.raster_m}.{c.raster_n}"
 
 
 def search(problem: Problem, group_sizes: tuple[int, ...] | None) -> dict[TileConfig, float]:
@@ -69,7 +70,9 @@ def main() -> None:
     gpu = device.current()
     if gpu is None or not gpu.is_hopper:
         raise SystemExit("tuning needs a Hopper GPU")
-    entries = []
+    path = pathlib.Path(arguments.output or tuned.path_of(gpu.file_name))
+    before = json.loads(path.read_text()) if path.exists() else []
+    entries = {json.dumps(entry["problem"]): entry for entry in before}
     for name, (problem, group_sizes) in bench.problems().items():
         if "ragged" in name or not any(word in name for word in arguments.problems):
             continue  # the tile of a ragged case is that of the equal one
@@ -77,12 +80,11 @@ def main() -> None:
         best = min(times, key=times.__getitem__)
         listed = "  ".join(f"{label(c)} {1e3 * t:.1f}" for c, t in sorted(times.items(), key=lambda item: item[1]))
         print(f"{name}: {listed} us", flush=True)
-        entries.append(
-            {"problem": bench.sizes_of(problem), "config": dataclasses.asdict(best), "ms": round(times[best], 5)}
-        )
-    path = arguments.output or tuned.path_of(gpu.file_name)
-    with open(path, "w") as file:
-        file.write("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+        sizes = bench.sizes_of(problem)
+        found = {"problem": sizes, "config": dataclasses.asdict(best), "ms": round(times[best], 5)}
+        entries[json.dumps(sizes)] = found
+        # After each problem, so that a search cut short keeps what it found.
+        path.write_text("[\n" + ",\n".join(map(json.dumps, entries.values())) + "\n]\n")
 
 
 if __name__ == "__main__":

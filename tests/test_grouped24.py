@@ -111,7 +111,8 @@ def test_kernels_agree_with_f64(mode, sizes, b_k_major, transpose_out):
 @pytest.mark.parametrize(
     "config",
     [TileConfig(128, 128), TileConfig(128, 192), TileConfig(64, 64, 1, 1, 3, 1),
-     TileConfig(64, 128, stages=3, store_slots=1, raster_m=2, raster_n=2)],
+     TileConfig(64, 128, stages=3, store_slots=1, raster_m=2, raster_n=2), TileConfig(stages=4, deferred=True),
+     TileConfig(128, 128, store_slots=1, deferred=True), TileConfig(64, 64, 1, 1, 3, 1, deferred=True)],
     ids=tune.label,
 )  # fmt: skip
 def test_every_tile_serves_every_mode(mode, config):
@@ -123,9 +124,10 @@ def test_every_tile_serves_every_mode(mode, config):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", ["ragged", "rest", "empty", "equal"])
 @pytest.mark.parametrize("mode", MODES)
-def test_many_more_tiles_than_multiprocessors(mode, sizes):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_many_more_tiles_than_multiprocessors(mode, sizes, deferred):
     values, metadata, b, wanted = operands(mode, SIZES[sizes], m=832, n=1088, k=192)
-    config = TileConfig(64, 64, 1, 1, stages=3, store_slots=1, raster_m=3, raster_n=2)
+    config = TileConfig(64, 64, 1, 1, stages=3, store_slots=1, raster_m=3, raster_n=2, deferred=deferred)
     out = run(mode, values, metadata, b, SIZES[sizes], implementation="hopper", config=config)
     assert relative_error(out, wanted) < LIMIT["bfloat16"]
 

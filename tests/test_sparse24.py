@@ -149,7 +149,8 @@ def test_kernel_types(dtype, out_dtype):
 @pytest.mark.parametrize(
     "config",
     [TileConfig(), TileConfig(128, 128), TileConfig(128, 192, store_slots=3), TileConfig(128, 128, 1, 2),
-     TileConfig(64, 64, 2, 1, 6, 1), TileConfig(64, 128, 1, 1, 2, 1), TileConfig(raster_m=3, raster_n=2)],
+     TileConfig(64, 64, 2, 1, 6, 1), TileConfig(64, 128, 1, 1, 2, 1), TileConfig(raster_m=3, raster_n=2),
+     TileConfig(stages=5, store_slots=1, deferred=True), TileConfig(128, 128, stages=6, store_slots=1, deferred=True)],
     ids=tune.label,
 )  # fmt: skip
 def test_every_tile_gives_the_same_bits(config):

@@ -6,6 +6,7 @@ and write their part of the tile. Names end in the memory they live in: _gmem, _
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,7 +17,16 @@ from jax import lax
 from pallas_kernels import tile_order
 from pallas_kernels.hopper import wgmma_sp
 from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, sort_groups
-from pallas_kernels.tiles import GRANULE, LOAD_REGISTERS, MAX_TILE, TILE_K, Problem, TileConfig, chunk_columns
+from pallas_kernels.tiles import (
+    GRANULE,
+    LOAD_REGISTERS,
+    MAX_TILE,
+    STAGES_PER_CHUNK,
+    TILE_K,
+    Problem,
+    TileConfig,
+    chunk_columns,
+)
 
 SWIZZLE = 128
 """Bytes of a row of B, or of an output chunk, in shared memory."""
@@ -113,30 +123,38 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
     def _load():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
         load = functools.partial(_load_tile, gmem, scratch, problem, config)
-        _for_each_tile(schedule, load)
+        _for_each_tile(schedule, load, jnp.int32(0))
 
     @pl.when(wg < config.warpgroups)
     def _compute():
         plgpu.set_max_registers(config.compute_registers, action="increase")
-        compute = functools.partial(_compute_tile, gmem, out_gmem, scratch, problem, config)
-        _for_each_tile(schedule, compute)
+        if _deferred(problem, config):
+            store_chunk = functools.partial(_store_chunk, out_gmem, scratch, problem, config)
+            compute = functools.partial(_compute_tile_deferred, scratch, problem, config, store_chunk)
+            _, kept = _for_each_tile(schedule, compute, (jnp.int32(0), _nothing_kept(problem, config)))
+            for chunk in range(len(_chunks(problem, config))):
+                store_chunk(kept, chunk)
+        else:
+            compute = functools.partial(_compute_tile, gmem, out_gmem, scratch, problem, config)
+            _for_each_tile(schedule, compute, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _for_each_tile(schedule: Schedule, visit):
-    """visit(tile, step) -> step for each of this block's tiles; step counts stages since the start."""
+def _for_each_tile(schedule: Schedule, visit, state):
+    """visit(tile, state) -> state for each of this block's tiles; returns the last state."""
     sm, num_sms = lax.axis_index("sm"), lax.axis_size("sm")
     in_turns = schedule.problem.mode == "contraction"
     rounds = ceil_div(schedule.count() - (0 if in_turns else sm), num_sms)
 
     def round_(i, carry):
-        cursor, step = carry
+        cursor, state = carry
         # Where sizes fall from round to round, walk every other round backwards, or the first blocks get the most.
         block = jnp.where(lax.rem(i, 2) == 1, num_sms - 1 - sm, sm) if in_turns else sm
         cursor, tile = schedule.locate(cursor, i * num_sms + block)
-        return cursor, visit(tile, step)
+        return cursor, visit(tile, state)
 
-    lax.fori_loop(0, rounds, round_, (schedule.start(), jnp.int32(0)))
+    _, state = lax.fori_loop(0, rounds, round_, (schedule.start(), state))
+    return state
 
 
 def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
@@ -170,10 +188,89 @@ def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, 
 
 
 def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
-    c = config
+    acc, step = _multiply_stages(_zeros(config), scratch, problem, config, 0, tile.steps, step)
+    wg, m, n = _part_of_tile(config)
+    _store(acc, gmem, out_gmem, scratch, problem, config, tile, wg, m, n)
+    return step
+
+
+class _Kept(NamedTuple):
+    """A warpgroup's finished result, rounded, and where it belongs."""
+
+    values: Any
+    m: Any
+    n: Any
+    m_end: Any
+    n_end: Any
+
+
+def _deferred(problem: Problem, config: TileConfig) -> bool:
+    e = problem.epilogue
+    two_bytes = jnp.dtype(problem.out_dtype).itemsize == 2
+    return config.deferred and two_bytes and e.operand is None and not e.row_scale
+
+
+def _nothing_kept(problem: Problem, config: TileConfig) -> _Kept:
+    nowhere = jnp.int32(0)
+    return _Kept(_zeros(config).astype(problem.out_dtype), nowhere, nowhere, nowhere, nowhere)
+
+
+def _compute_tile_deferred(scratch, problem: Problem, config: TileConfig, store_chunk, tile: Tile, state):
+    """Multiply a tile; between its first stages, store what is kept of the tile before."""
+    step, kept = state
+    acc, done = _zeros(config), jnp.int32(0)
+    for chunk in range(len(_chunks(problem, config))):
+        until = jnp.minimum((chunk + 1) * STAGES_PER_CHUNK, tile.steps)
+        acc, step = _multiply_stages(acc, scratch, problem, config, done, until, step)
+        store_chunk(kept, chunk)
+        done = until
+    acc, step = _multiply_stages(acc, scratch, problem, config, done, tile.steps, step)
+    _, m, n = _part_of_tile(config)
+    rounded = _activate(acc, problem).astype(problem.out_dtype)
+    where = (jnp.int32(i) for i in (tile.out_m + m, tile.out_n + n, tile.m_end, tile.n_end))
+    return step, _Kept(rounded, *where)
+
+
+def _store_chunk(out_gmem, scratch, problem: Problem, config: TileConfig, kept: _Kept, chunk: int):
+    columns = chunk_columns(problem.out_dtype)
+    layout = plgpu.Layout.WGMMA_TRANSPOSED if problem.transpose_out else plgpu.Layout.WGMMA
+    i, j = _chunks(problem, config)[chunk]
+    chunk_m, chunk_n = kept.m + i, kept.n + j
+    rows, cols = _span(chunk_m, GRANULE), _span(chunk_n, columns, columns)
+    slot = scratch["chunks"].at[lax.axis_index("wg"), chunk % config.store_slots]
+    view = slot.T if problem.transpose_out else slot
+    # All earlier stores have left shared memory long ago: there were products in between.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    view[...] = plgpu.layout_cast(kept.values[i : i + GRANULE, j : j + columns], layout)
+    plgpu.commit_smem()
+    where = (cols, rows) if problem.transpose_out else (rows, cols)
+    owned = (chunk_m < kept.m_end) & (chunk_n < kept.n_end)
+    plgpu.copy_smem_to_gmem(slot, out_gmem.at[where], predicate=owned)
+
+
+def _chunks(problem: Problem, config: TileConfig) -> list[tuple[int, int]]:
+    """First row and column of each chunk of a warpgroup's part."""
+    columns = chunk_columns(problem.out_dtype)
+    return [(i, j) for i in range(0, config.warpgroup_m, GRANULE) for j in range(0, config.warpgroup_n, columns)]
+
+
+def _part_of_tile(config: TileConfig):
+    """This warpgroup's index, and the first row and column of its part of the tile."""
     wg = lax.axis_index("wg")
-    wg_m, wg_n = (lax.div(wg, c.warpgroups_n), lax.rem(wg, c.warpgroups_n)) if c.warpgroups_n > 1 else (wg, 0)
-    shape = (c.warpgroup_m, c.warpgroup_n)
+    wg_m, wg_n = (wg, 0)
+    if config.warpgroups_n > 1:
+        wg_m, wg_n = lax.div(wg, config.warpgroups_n), lax.rem(wg, config.warpgroups_n)
+    return wg, wg_m * config.warpgroup_m, wg_n * config.warpgroup_n
+
+
+def _zeros(config: TileConfig):
+    return plgpu.layout_cast(jnp.zeros((config.warpgroup_m, config.warpgroup_n), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _multiply_stages(acc, scratch, problem: Problem, config: TileConfig, first, end, step):
+    """acc and the stage counter after the tile's stages first <= i < end."""
+    c = config
+    _, m, n = _part_of_tile(config)
 
     def multiply_stage(_, carry):
         acc, step = carry
@@ -181,19 +278,26 @@ def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig,
         plgpu.barrier_wait(scratch["filled"].at[slot])
         b_smem, values_smem = scratch["b"].at[slot], scratch["values"].at[slot]
         if c.tile_n > c.warpgroup_n:
-            columns = _span(wg_n * c.warpgroup_n, c.warpgroup_n)
+            columns = _span(n, c.warpgroup_n)
             b_smem = b_smem.at[columns] if problem.b_k_major else b_smem.at[:, columns]
-        row_tiles = pl.ds(wg_m * (c.warpgroup_m // GRANULE), c.warpgroup_m // GRANULE)
-        rows = _span(wg_m * c.warpgroup_m, c.warpgroup_m)
+        row_tiles = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE)
+        rows = _span(m, c.warpgroup_m)
         values_smem = values_smem.at[rows] if len(values_smem.shape) == 2 else values_smem.at[row_tiles]
         acc = _multiply(acc, values_smem, scratch["metadata"].at[slot].at[row_tiles], b_smem, problem)
         plgpu.barrier_arrive(scratch["emptied"].at[slot])
         return acc, step + 1
 
-    acc = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-    acc, step = lax.fori_loop(0, tile.steps, multiply_stage, (acc, step))
-    _store(acc, gmem, out_gmem, scratch, problem, config, tile, wg, wg_m * c.warpgroup_m, wg_n * c.warpgroup_n)
-    return step
+    return lax.fori_loop(first, end, multiply_stage, (acc, step))
+
+
+def _activate(part, problem: Problem):
+    """The epilogue's arithmetic without arrays."""
+    e = problem.epilogue
+    if e.alpha != 1.0:
+        part = part * e.alpha
+    if e.activation is not None:
+        part = jnp.maximum(part, 0.0)
+    return part * part if e.activation == "relu2" else part
 
 
 def _multiply(acc, values_smem, metadata_smem, b_smem, problem: Problem):
@@ -227,9 +331,7 @@ def _store(acc, gmem, out_gmem, scratch, problem: Problem, config: TileConfig, t
     p, c, e = problem, config, problem.epilogue
     columns = chunk_columns(p.out_dtype)
     layout = plgpu.Layout.WGMMA_TRANSPOSED if p.transpose_out else plgpu.Layout.WGMMA
-    chunks = [(i, j) for i in range(0, c.warpgroup_m, GRANULE) for j in range(0, c.warpgroup_n, columns)]
-    if e.alpha != 1.0:
-        acc = acc * e.alpha
+    chunks = _chunks(p, c)
     for first in range(0, len(chunks), c.store_slots):
         batch = chunks[first : first + c.store_slots]
         # The slots' last stores must have left shared memory before the slots are written again.
@@ -253,10 +355,7 @@ def _store(acc, gmem, out_gmem, scratch, problem: Problem, config: TileConfig, t
                 rows = _span(tile.out_m + m + i, GRANULE)
                 scale = plgpu.load(gmem["row_scale"].at[rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                 part = part * lax.broadcast_in_dim(scale, part.shape, (0,))
-            if e.activation is not None:
-                part = jnp.maximum(part, 0.0)
-            if e.activation == "relu2":
-                part = part * part
+            part = _activate(part, p)
             if e.operand is not None:
                 plgpu.barrier_wait(scratch["operand_filled"].at[wg * c.store_slots + slot])
                 part = plgpu.layout_cast(part, layout)
