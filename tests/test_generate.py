@@ -1,12 +1,19 @@
 """Sampling: a known distribution, the window, the stop, and the same seed."""
 
+import functools
+from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.generate import sample, top_p_logits
+from tests.helpers import assert_close
+from tests.trainer import MODEL, build
+from train import cache, model
+from train.generate import LanguageModel, cached_model, sample, top_p_logits
+from venom_jax import Recipe
 
 VOCAB = 8
 
@@ -21,9 +28,20 @@ def length_of_context(params, tokens, position):
     return params * jnp.eye(VOCAB)[position]
 
 
+@functools.cache  # one model is compiled once
+def without_cache(next_logits):
+    """A language model from (params, tokens [S], position) -> logits; its cache is the tokens."""
+
+    def extend(params, tokens, token, position):
+        tokens = tokens.at[position].set(token)
+        return next_logits(params, tokens, position), tokens
+
+    return LanguageModel(lambda params, tokens, position: (next_logits(params, tokens, position), tokens), extend)
+
+
 def draw(model=count_up, prompt=(1, 2), params=1.0, **options):
     defaults: dict[str, Any] = {"seq_len": 6, "new_tokens": 10, "vocab_size": VOCAB, "temperature": 0.0}
-    return sample(model, params, list(prompt), **(defaults | options))
+    return sample(without_cache(model), params, list(prompt), **(defaults | options))
 
 
 def test_each_token_follows_from_the_one_before_also_beyond_the_window():
@@ -83,6 +101,58 @@ def test_frequencies_are_those_of_the_cut_distribution(temperature, top_p, expec
     frequency = np.bincount(drawn, minlength=4) / count
     np.testing.assert_array_equal(frequency[np.asarray(expected) == 0], 0)
     np.testing.assert_allclose(frequency, expected, atol=4 * 0.5 / np.sqrt(count))
+
+
+@pytest.fixture(scope="module", params=[{}, {"heads": 4, "kv_heads": 2, "tied_head": True}], ids=["plain", "grouped"])
+def decoder(request):
+    """A random model whose text is no repetition of one token."""
+    graphdef, params, method = build(replace(MODEL, **request.param), 1, seed=0)
+    return graphdef, (jax.tree.map(lambda x: 4 * x, params), method)
+
+
+def uncached(graphdef):
+    def next_logits(arrays, tokens, position):
+        return model.assemble(graphdef, *arrays)(tokens[None], recipe=Recipe.dense())[0][0, position]
+
+    return without_cache(next_logits)
+
+
+def test_greedy_with_a_cache_is_greedy_without_token_for_token(decoder):
+    """While the window fills and beyond it."""
+    graphdef, arrays = decoder
+    options = {"seq_len": 24, "new_tokens": 40, "vocab_size": 300, "temperature": 0.0}
+    texts = [
+        sample(m, arrays, [5, 7, 11], **options) for m in (cached_model(graphdef, jnp.float32), uncached(graphdef))
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 10
+
+
+def test_the_cache_gives_the_logits_of_the_whole_forward(decoder):
+    graphdef, arrays = decoder
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, MODEL.vocab_size)
+
+    @jax.jit
+    def both(arrays):
+        module = model.assemble(graphdef, *arrays)
+        cached, found = cache.empty(module, 2, 12, jnp.float32), []
+        for start, stop in ((0, 5), (5, 6), (6, 12)):
+            hidden, cached = cache.extend(module, tokens[:, start:stop], cached, start)
+            found.append(hidden)
+        at_once, _ = cache.extend(module, tokens, cache.empty(module, 2, 12, jnp.float32), 0)
+        return jnp.concatenate(found, 1), at_once, module.hidden(tokens, recipe=Recipe.dense())[0]
+
+    in_parts, at_once, whole = both(arrays)
+    assert_close(in_parts, whole)
+    assert_close(at_once, whole)
+
+
+def test_progress_counts_every_token():
+    counts = []
+    assert len(draw(new_tokens=40, on_tokens=counts.append)) == sum(counts) == 40
+    assert len(counts) > 1
+    counts.clear()
+    assert len(draw(stop_id=6, on_tokens=counts.append)) == sum(counts) == 3
 
 
 def test_same_seed_same_text_other_seed_other_text():

@@ -1,12 +1,14 @@
 """Text from a trained model: `python -m train.generate --workdir=runs/a --prompt="The state of"`.
 
-The whole sequence is computed again for each new token (there is no key-value cache): simple, of one fixed
-shape, and fast enough to look at what a run has learned; not meant for serving.
+A new token is computed from the cached keys and values of those before it. Once the text is as long as the model's
+sequences, the oldest token falls out for each new one, and with it what it gave to the others: the last S tokens are
+then computed again for each token, so that a text never depends on anything older. Made to look at what a run has
+learned, one text at a time; not meant for serving.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +16,30 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from tqdm import tqdm
 
-from train import evaluate, model
+from train import cache, evaluate, model
 from train.command import program
 from train.config import RunConfig
 from train.data import open_dataset
 from train.tokenizer import Tokenizer
-from venom_jax import Recipe
 
 TEMPERATURE = 0.8
 TOP_P = 0.95
+REPORT_EVERY = 16  # tokens drawn in one call to the device
 
-# (params, tokens int32 [S], position) -> logits float32 [V] of the token after `position`; what stands in `tokens`
-# beyond `position` must not matter, which holds for any causal model.
-NextLogits = Callable[[Any, Int[Array, " S"], Int[Array, ""]], Float[Array, " V"]]
+
+class LanguageModel(NamedTuple):
+    """A causal model as sampling uses it: two functions, both giving float32 logits [V] of the next token and a cache.
+
+    Attributes:
+      start: (params, tokens int32 [S], position) -> (logits of the token after `position`, cache); what stands in
+        `tokens` beyond `position` must not matter.
+      extend: (params, cache, token, position) -> the same, for one more token, which stands at `position` < S.
+    """
+
+    start: Callable[[Any, Int[Array, " S"], Int[Array, ""]], tuple[Float[Array, " V"], Any]]
+    extend: Callable[[Any, Any, Int[Array, ""], Int[Array, ""]], tuple[Float[Array, " V"], Any]]
 
 
 def top_p_logits(logits: Float[Array, " V"], top_p: float) -> Float[Array, " V"]:
@@ -42,7 +54,7 @@ def top_p_logits(logits: Float[Array, " V"], top_p: float) -> Float[Array, " V"]
 
 
 def sample(
-    next_logits: NextLogits,
+    language_model: LanguageModel,
     params: Any,
     prompt: Sequence[int],
     *,
@@ -53,11 +65,12 @@ def sample(
     top_p: float = TOP_P,
     seed: int = 0,
     stop_id: int | None = None,
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> list[int]:
     """Tokens that follow `prompt`, drawn one at a time from softmax(logits / temperature) cut at `top_p`.
 
     Args:
-      next_logits: the model; see `NextLogits`.
+      language_model: the model.
       params: passed on to it.
       prompt: at least one token id; only the last `seq_len` count, as only the last `seq_len` tokens ever do.
       seq_len: S, the length the model is called with.
@@ -67,6 +80,7 @@ def sample(
       top_p: in (0, 1]; 1 cuts nothing.
       seed: the same seed gives the same tokens.
       stop_id: ends the text early; it is not part of the result.
+      on_tokens: called now and then with the number of tokens drawn since the last call.
 
     Raises:
       ValueError: an empty prompt or an option out of range.
@@ -82,66 +96,103 @@ def sample(
     kept = list(prompt)[-seq_len:]
     buffer = np.zeros(seq_len, np.int32)
     buffer[: len(kept)] = kept
-    drawn, count = _draw(
-        params,
-        buffer,
-        len(kept) - 1,
-        jax.random.key(seed),
-        next_logits=next_logits,
-        new_tokens=new_tokens,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        top_p=top_p,
-        stop_id=-1 if stop_id is None else stop_id,
-    )
-    return np.asarray(drawn)[: int(count)].tolist()
+    length = jnp.int32(len(kept))
+    logits, cached = _start(params, jnp.asarray(buffer), length - 1, language_model=language_model)
+    carry = _Text(jnp.asarray(buffer), length, logits, cached, jnp.zeros(new_tokens, jnp.int32), jnp.int32(0), False)
+    count = 0
+    while count < new_tokens and not carry.stopped:
+        carry = _draw(
+            params,
+            carry,
+            min(count + REPORT_EVERY, new_tokens),
+            jax.random.key(seed),
+            language_model=language_model,
+            vocab_size=vocab_size,
+            temperature=temperature,
+            top_p=top_p,
+            stop_id=-1 if stop_id is None else stop_id,
+        )
+        on_tokens(int(carry.count) - count)
+        count = int(carry.count)
+    return np.asarray(carry.drawn)[:count].tolist()
 
 
-@partial(jax.jit, static_argnames=("next_logits", "new_tokens", "vocab_size", "temperature", "top_p", "stop_id"))
+class _Text(NamedTuple):
+    """What sampling carries from token to token."""
+
+    buffer: Int[Array, " S"]  # the last tokens of the text
+    length: Int[Array, ""]  # how many of them there are
+    logits: Float[Array, " V"]  # of the token that comes next
+    cached: Any
+    drawn: Int[Array, " new"]
+    count: Int[Array, ""]  # how many of `drawn` count
+    stopped: Any
+
+
+@partial(jax.jit, static_argnames=("language_model",))
+def _start(
+    params: Any, buffer: Int[Array, " S"], position: Int[Array, ""], *, language_model: LanguageModel
+) -> tuple[Float[Array, " V"], Any]:
+    return language_model.start(params, buffer, position)
+
+
+@partial(jax.jit, static_argnames=("language_model", "vocab_size", "temperature", "top_p", "stop_id"))
 def _draw(
     params: Any,
-    buffer: Int[Array, " S"],
-    position: Int[Array, ""],
+    text: _Text,
+    until: Int[Array, ""],
     key: PRNGKeyArray,
     *,
-    next_logits: NextLogits,
-    new_tokens: int,
+    language_model: LanguageModel,
     vocab_size: int,
     temperature: float,
     top_p: float,
     stop_id: int,
-) -> tuple[Int[Array, " new"], Int[Array, ""]]:
-    """(drawn tokens, how many of them count)."""
+) -> _Text:
+    """The text with tokens drawn until there are `until` of them, or the stop token came."""
+    size = text.buffer.shape[0]
 
-    def going_on(carry):
-        _, _, _, count, stopped = carry
-        return (count < new_tokens) & ~stopped
-
-    def step(carry):
-        buffer, position, drawn, count, _ = carry
-        logits = next_logits(params, buffer, position)
-        logits = jnp.where(jnp.arange(logits.shape[0]) < vocab_size, logits, -jnp.inf)
+    def step(text: _Text) -> _Text:
+        logits = jnp.where(jnp.arange(text.logits.shape[0]) < vocab_size, text.logits, -jnp.inf)
         if temperature == 0:
             token = jnp.argmax(logits)
         else:
             allowed = top_p_logits(logits / temperature, top_p)
-            token = jax.random.categorical(jax.random.fold_in(key, count), allowed)
+            token = jax.random.categorical(jax.random.fold_in(key, text.count), allowed)
         token = token.astype(jnp.int32)
         stopped = token == stop_id
-        full = position == buffer.shape[0] - 1
-        buffer = jnp.where(full, jnp.roll(buffer, -1), buffer)  # the oldest token falls out
-        position = jnp.where(full, position, position + 1)
-        return (
-            buffer.at[position].set(token),
-            position,
-            drawn.at[count].set(token),
-            count + ~stopped,
-            stopped,
+        full = text.length == size
+        buffer = jnp.where(full, jnp.roll(text.buffer, -1), text.buffer)  # the oldest token falls out
+        position = jnp.where(full, size - 1, text.length)
+        buffer = buffer.at[position].set(token)
+        logits, cached = jax.lax.cond(
+            full,
+            lambda: language_model.start(params, buffer, position),
+            lambda: language_model.extend(params, text.cached, token, position),
         )
+        drawn = text.drawn.at[text.count].set(token)
+        return _Text(buffer, position + 1, logits, cached, drawn, text.count + ~stopped, stopped)
 
-    carry = (buffer, jnp.asarray(position), jnp.zeros(new_tokens, jnp.int32), jnp.int32(0), jnp.bool_(False))
-    _, _, drawn, count, _ = jax.lax.while_loop(going_on, step, carry)
-    return drawn, count
+    return jax.lax.while_loop(lambda text: (text.count < until) & ~text.stopped, step, text)
+
+
+def cached_model(graphdef: nnx.GraphDef, dtype: Any) -> LanguageModel:
+    """The dense model of this structure; its `params` are (parameters, method's state)."""
+
+    def logits_at(decoder, hidden, position):
+        return decoder.logits(jax.lax.dynamic_slice_in_dim(hidden, position, 1, axis=1))[0, 0]
+
+    def start(arrays, tokens, position):
+        decoder = model.assemble(graphdef, *arrays)
+        hidden, cached = cache.extend(decoder, tokens[None], cache.empty(decoder, 1, len(tokens), dtype), 0)
+        return logits_at(decoder, hidden, position), cached
+
+    def extend(arrays, cached, token, position):
+        decoder = model.assemble(graphdef, *arrays)
+        hidden, cached = cache.extend(decoder, token[None, None], cached, position)
+        return logits_at(decoder, hidden, 0), cached
+
+    return LanguageModel(start, extend)
 
 
 def sample_text(
@@ -156,6 +207,7 @@ def sample_text(
     temperature: float = TEMPERATURE,
     top_p: float = TOP_P,
     seed: int = 0,
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> str:
     """`prompt` and its continuation by the dense model with these parameters; options as in `sample`.
 
@@ -163,13 +215,8 @@ def sample_text(
     """
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
 
-    def next_logits(arrays, tokens, position):
-        decoder = model.assemble(graphdef, *arrays)
-        hidden, *_ = decoder.hidden(tokens[None], recipe=Recipe.dense(), dtype=jnp.dtype(config.train.dtype))
-        return decoder.logits(jax.lax.dynamic_slice_in_dim(hidden, position, 1, axis=1))[0, 0]
-
     drawn = sample(
-        next_logits,
+        cached_model(graphdef, jnp.dtype(config.train.dtype)),
         (params, method),
         ids,
         seq_len=config.train.seq_len,
@@ -179,6 +226,7 @@ def sample_text(
         top_p=top_p,
         seed=seed,
         stop_id=tokenizer.eos_id,
+        on_tokens=on_tokens,
     )
     return tokenizer.decode([*ids, *drawn])
 
@@ -188,18 +236,20 @@ def main(values: flags.FlagValues) -> None:
     """The command."""
     run = evaluate.restore(values.workdir)
     tokenizer = open_dataset(run.config.data.folder, "train").tokenizer
-    text = sample_text(
-        run.graphdef,
-        run.config,
-        run.dense_params(),
-        run.state.method,
-        tokenizer,
-        values.prompt,
-        new_tokens=values.new_tokens,
-        temperature=values.temperature,
-        top_p=values.top_p,
-        seed=values.seed,
-    )
+    with tqdm(total=values.new_tokens, unit="token", disable=None) as bar:  # None: shown on a terminal only
+        text = sample_text(
+            run.graphdef,
+            run.config,
+            run.dense_params(),
+            run.state.method,
+            tokenizer,
+            values.prompt,
+            new_tokens=values.new_tokens,
+            temperature=values.temperature,
+            top_p=values.top_p,
+            seed=values.seed,
+            on_tokens=bar.update,
+        )
     print(f"step {run.step}:\n{text}")
 
 

@@ -44,10 +44,13 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], epsilon: float)
     return (normed * scale).astype(x.dtype)
 
 
-def rotary(x: Float[Array, "B S H h"], base: float) -> Float[Array, "B S H h"]:
-    """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * base^(-2i/h)."""
+def rotary(x: Float[Array, "B S H h"], base: float, position: Int[Array, ""] | int = 0) -> Float[Array, "B S H h"]:
+    """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * base^(-2i/h).
+
+    The first row stands at ``position``.
+    """
     half = x.shape[-1] // 2
-    angle = jnp.arange(x.shape[1])[:, None] * base ** (-jnp.arange(half) / half)
+    angle = (position + jnp.arange(x.shape[1]))[:, None] * base ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
@@ -69,19 +72,30 @@ class Attention(nnx.Module):
         self.qkv = nnx.Param(normal(rngs.params(), (config.d_model, width), jnp.float32))
         self.out = nnx.Param(residual(rngs.params(), (config.d_model, config.d_model), jnp.float32))
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def project(
+        self, x: Float[Array, "B S D"], position: Int[Array, ""] | int = 0
+    ) -> tuple[Float[Array, "B S H h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
+        """Queries, keys and values; the first two rotated, the first row of x standing at ``position``."""
         config = self.config
         heads, kv_heads = config.heads, config.key_value_heads
         qkv_BxSxNxh = (x @ self.qkv[...].astype(x.dtype)).reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query, key, value = jnp.split(qkv_BxSxNxh, (heads, heads + kv_heads), axis=2)
-        mixed = jax.nn.dot_product_attention(
-            rotary(query, config.rope_base),
-            rotary(key, config.rope_base),
-            value,
-            is_causal=True,
-            implementation=attention_implementation(x.dtype),
+        return rotary(query, config.rope_base, position), rotary(key, config.rope_base, position), value
+
+    def mix(
+        self, query: Float[Array, "B S H h"], key: Float[Array, "B S K h"], value: Float[Array, "B S K h"]
+    ) -> Float[Array, "B S H h"]:
+        """Causal attention over a whole sequence."""
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation=attention_implementation(query.dtype)
         )
-        return mixed.reshape(x.shape) @ self.out[...].astype(x.dtype)
+
+    def merge(self, mixed: Float[Array, "B S H h"]) -> Float[Array, "B S D"]:
+        """The output projection of what the heads read."""
+        return mixed.reshape(*mixed.shape[:2], -1) @ self.out[...].astype(mixed.dtype)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.merge(self.mix(*self.project(x)))
 
 
 class Block(nnx.Module):
