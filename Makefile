@@ -1,6 +1,7 @@
 # Everything runs in .venv, made on first use with the versions in constraints.txt.
 #   make demo     train a small model on real text: dense, sparse, dense; run it again to continue
 #   make test     all tests (no network once .venv is there)
+#   make faults   kills, damaged files, full disks (as root: it mounts small disks)
 #   make docs     the documentation with the API reference, into build/site
 #   make lint     style and types       make format   apply the style
 #   make clean    remove caches; runs/ and .venv stay
@@ -9,14 +10,17 @@ BIN := .venv/bin
 DEMO_RUN ?= runs/demo
 PYTEST_ARGS ?=
 
-.PHONY: demo test docs lint format clean
+.PHONY: demo test faults docs lint format clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed-demo
 	$(BIN)/python -m train.demo --workdir=$(DEMO_RUN)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'not slow' $(PYTEST_ARGS)
+
+faults: .venv/.installed-test
+	$(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_ARGS)
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict

@@ -10,9 +10,10 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from tests.trainer import run_config, token_folder
-from train.checkpoint import Checkpoints, claim_workdir, fingerprint
+from train.checkpoint import Checkpoints, fingerprint
 from train.data import open_dataset, train_iterator
 from train.state import abstract_state, initial_state
+from train.workdir import claim_workdir
 from venom_jax.stats import WeightMasks
 
 CONFIG = run_config(phases=((0, "dense"), (4, "venom"), (8, "dense")))

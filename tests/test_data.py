@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from train.data import eval_batches, open_dataset, train_iterator
+from train.data import eval_batches, open_dataset, train_iterator, verify_shards
 from train.prepare import prepare
 
 SEQ_LEN = 14
@@ -195,6 +195,16 @@ def test_a_foreign_token_file_of_the_right_size_is_refused(copy):
     with pytest.raises(ValueError, match=r"train-00000\.bin is not the one that was prepared: expected checksum"):
         open_dataset(copy)
     assert open_dataset(copy, "val").tokens > 0
+
+
+def test_a_bit_flipped_anywhere_is_found_by_reading_it_all(copy):
+    path = copy / "train-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    verify_shards(copy, "train")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00000.bin was changed after it was prepared"):
+        verify_shards(copy, "train")
 
 
 def test_a_missing_token_file_is_named(copy):

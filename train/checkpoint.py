@@ -4,8 +4,9 @@ A step's folder appears under its final name only when it is complete (orbax wri
 kill at any moment leaves the previous one.
 """
 
+import contextlib
 import json
-import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,8 @@ from orbax.checkpoint import v1 as ocp
 
 from train.config import RunConfig
 from train.state import TrainState
+from train.workdir import CHECKPOINTS, forget_checksums, write_checksums
 from venom_jax.stats import WeightMasks, weight_masks
-
-
-def claim_workdir(workdir: Path) -> None:
-    """Creates the workdir and proves that it can be written to, before anything expensive starts."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".write-test-{uuid.uuid4().hex}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"workdir {str(workdir)!r} cannot be written to ({error.strerror}); give --workdir a writable folder"
-        ) from error
 
 
 def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -60,15 +49,23 @@ def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]
         )
 
 
+class CheckpointError(Exception):
+    """A checkpoint could not be written; those before it are intact."""
+
+
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: Path, keep: int):
+    def __init__(self, workdir: Path, keep: int, *, writer: bool = True):
+        """writer: False for who only reads, perhaps beside a run that is just writing one."""
         self.workdir = workdir
+        self._writing: tuple[int, Future[None]] | None = None
+        self._failed = False
+        self._executor = ThreadPoolExecutor(1, "checksums")
         self._checkpointer = ocp.training.Checkpointer(
-            str((workdir / "checkpoints").absolute()),  # orbax takes no relative path
+            str((workdir / CHECKPOINTS).absolute()),  # orbax takes no relative path
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyrefly: ignore[bad-argument-type]
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writer,
         )
 
     @property
@@ -101,16 +98,52 @@ class Checkpoints:
         """Starts writing; returns once the arrays are out of the next step's reach.
 
         masks: weight masks of the last diagnosis, or None.  seconds: training time so far.
+
+        Raises:
+          CheckpointError: the one before could not be written.
         """
+        self.wait()
+        forget_checksums(self.workdir, step)
         arrays = {"state": state} if masks is None else {"state": state, "masks": masks}
         if jax.default_backend() == "cpu":
             # On CPU the writer would share the buffers that the next step overwrites (its state is donated).
             arrays = jax.tree.map(jnp.copy, arrays)
-        self._checkpointer.save_checkpointables_async(
-            step,
-            arrays | {"data": iterator},
-            force=True,
-            custom_metadata={"fingerprint": fingerprint, "seconds": seconds, "masks": masks is not None},
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                step,
+                arrays | {"data": iterator},
+                force=True,
+                custom_metadata={"fingerprint": fingerprint, "seconds": seconds, "masks": masks is not None},
+            )
+        except (OSError, ValueError) as error:
+            raise self._failure(step, error) from error
+        self._writing = step, self._executor.submit(self._seal, step, response)
+
+    def wait(self) -> None:
+        """Waits until what was saved is written, and records its checksums.
+
+        Raises:
+          CheckpointError: it could not be written, as on a full disk.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        step, sealed = writing
+        try:
+            sealed.result()
+        except (OSError, ValueError) as error:  # a full disk is an OSError of Python or a ValueError of tensorstore
+            raise self._failure(step, error) from error
+
+    def _seal(self, step: int, response: Any) -> None:
+        response.result()
+        write_checksums(self.workdir, step)
+
+    def _failure(self, step: int, error: Exception) -> CheckpointError:
+        self._failed = True
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self.workdir}: {reason}. Earlier checkpoints are "
+            "intact; make room or repair the disk, then run the same command to continue from them"
         )
 
     def restore(self, state: TrainState, iterator: Any) -> tuple[TrainState, WeightMasks | None, float]:
@@ -142,8 +175,14 @@ class Checkpoints:
         return loaded if optimizer else replace(loaded, opt_state=None)
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._checkpointer.close()
+        """Waits until everything is written.  Raises CheckpointError if it could not be."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+            # After a failed save orbax raises it once more here, which would hide our message.
+            with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+                self._checkpointer.close()
 
     def __enter__(self) -> "Checkpoints":
         return self

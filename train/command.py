@@ -25,6 +25,11 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "venom-jax"))
 
 
+def print_warning(text: str) -> None:
+    """One line on stderr about something that was lost or repaired."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def program(work: Callable[[flags.FlagValues], int | None]) -> Callable[[Sequence[str]], int]:
     """Makes `work(flags)` a main for `absl.app.run` that takes flags only.
 

@@ -130,7 +130,7 @@ def restore(source: str | Path) -> Restored:
     """
     workdir, step = split_source(source)
     config = read_config(workdir)
-    with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+    with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, writer=False) as checkpoints:
         if checkpoints.latest is None:
             raise ValueError(f"{workdir} holds no checkpoint yet")
         step = checkpoints.latest if step is None else step

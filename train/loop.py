@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train import checkpoint, evaluate, model
+from train.command import print_warning
 from train.config import RunConfig
-from train.data import TokenDataset, open_dataset, train_iterator
+from train.data import SPLITS, TokenDataset, open_dataset, train_iterator, verify_shards
 from train.generate import sample_text
 from train.init_from import load_params
 from train.metrics import cut_metrics
@@ -24,6 +25,7 @@ from train.run_info import read_starts, record_start
 from train.run_report import write_report
 from train.state import TrainState, abstract_state, initial_state, place
 from train.step import make_diagnosis, make_train_step
+from train.workdir import WorkdirLock, claim_workdir, set_aside_damaged
 from venom_jax import Recipe, phases
 from venom_jax.dispatch import resolve_implementation
 
@@ -38,6 +40,7 @@ class Run:
     val_data: TokenDataset
     checkpoints: checkpoint.Checkpoints
     fingerprint: dict[str, Any]
+    lock: WorkdirLock
     profile_steps: range = range(0)
     params: dict | None = None  # to start from, where there is no checkpoint to continue
 
@@ -65,16 +68,26 @@ def prepare(config: RunConfig, workdir: Path, profile_steps: str | None = None, 
     resolve_implementation(config.train.implementation)
     learning_rate(config.learning_rate, config.train.steps)
     train_data, val_data = open_data(config)
-    checkpoint.claim_workdir(workdir)
-    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
-    identity = {"tokens": train_data.tokens, "bytes": train_data.bytes, "vocab_size": train_data.vocab_size}
-    fingerprint = checkpoint.fingerprint(config, identity)
-    checkpoints.check(fingerprint)
-    read_starts(workdir)  # refuses a damaged record now and not after the first steps
-    starting = init_from is not None and checkpoints.latest is None
-    params = load_params(init_from, config.model) if starting else None
-    (workdir / evaluate.CONFIG_FILE).write_text(config.text)
-    return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, profiled, params)
+    claim_workdir(workdir)
+    lock = WorkdirLock(workdir)
+    try:
+        for line in set_aside_damaged(workdir):
+            print_warning(line)
+        checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
+        identity = {"tokens": train_data.tokens, "bytes": train_data.bytes, "vocab_size": train_data.vocab_size}
+        fingerprint = checkpoint.fingerprint(config, identity)
+        checkpoints.check(fingerprint)
+        read_starts(workdir)  # refuses a damaged record now and not after the first steps
+        starting = checkpoints.latest is None
+        if starting:
+            for split in SPLITS:
+                verify_shards(config.data.folder, split)
+        params = load_params(init_from, config.model) if starting and init_from is not None else None
+        (workdir / evaluate.CONFIG_FILE).write_text(config.text)
+    except BaseException:
+        lock.release()
+        raise
+    return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, lock, profiled, params)
 
 
 def train(run: Run) -> int:
@@ -102,7 +115,7 @@ def train(run: Run) -> int:
     evaluator = evaluate.Evaluator(graphdef, config, run.val_data)
     all_phases, phase_index = config.schedule.phases, int(state.phase)
     profiler = Profiler(run.profile_steps, run.workdir)
-    with StopRequest() as stop, checkpoints, profiler, Logger(config, run.workdir, start, seconds) as logger:
+    with run.lock, StopRequest() as stop, checkpoints, profiler, Logger(config, run.workdir, start, seconds) as logger:
         if start:
             logger.say(f"continuing {run.workdir} from step {start}, {all_phases[phase_index].label}")
         else:

@@ -11,6 +11,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from train import loop, report
+from train.checkpoint import CheckpointError
 from train.command import keep_compiled_programs, print_error
 from train.config import load_config
 
@@ -18,7 +19,7 @@ from train.config import load_config
 def run(
     gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | Path, *, dry_run: bool = False, **options: Any
 ) -> int:
-    """Trains to the end; options as in ``loop.prepare``.  Returns 0 (done or saved), 1 (diverged), 2 (bad input)."""
+    """Trains to the end; options as in ``loop.prepare``.  Returns 0 (done or saved), 1 (stopped), 2 (bad input)."""
     try:
         config = load_config(gin_files, gin_bindings)
         if dry_run:
@@ -30,7 +31,7 @@ def run(
         return 2
     try:
         return loop.train(prepared)
-    except report.NonFiniteLossError as error:
+    except (report.NonFiniteLossError, CheckpointError, OSError) as error:
         print_error(str(error))
         return 1
 
