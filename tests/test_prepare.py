@@ -194,6 +194,41 @@ def test_a_mistake_in_jsonl_names_file_and_line(content, message, tmp_path):
         open_dataset(tmp_path / "out")
 
 
+def test_broken_documents_are_skipped_and_counted_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "UNIT_BYTES", 1)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+        write_jsonl(folder / "a.jsonl", TEXTS)
+        write_jsonl(folder / "b.jsonl", TEXTS)
+    lines = json_lines(TEXTS)
+    (broken / "a.jsonl").write_bytes(
+        b"".join([b"{\n", *lines[:5], b'{"body": 1}\n', *lines[5:], b'{"text": null}\n[1]\n'])
+    )
+    write_parquet(whole / "c.parquet", TEXTS)
+    write_parquet(broken / "c.parquet", [None, *TEXTS])
+    out = {}
+    for folder in (whole, broken):
+        out[folder] = tmp_path / f"{folder.name}-out"
+        prepare([folder], out[folder], vocab_size=300, validation_fraction=0, progress=False, skip_broken=True)
+    assert open_dataset(out[broken]).documents == 3 * len(TEXTS)
+    np.testing.assert_array_equal(tokens_of(open_dataset(out[broken])), tokens_of(open_dataset(out[whole])))
+    skipped = {folder: json.loads((out[folder] / "manifest.json").read_text())["skipped"] for folder in out}
+    assert skipped[whole] == {"documents": 0, "examples": []}
+    assert skipped[broken]["documents"] == 5
+    assert [example.split(":")[0].split("/")[-1] for example in skipped[broken]["examples"]] == [
+        "a.jsonl, line 1",
+        "a.jsonl, line 7",
+        f"a.jsonl, line {len(TEXTS) + 3}",
+    ]
+
+
+def test_nothing_but_broken_documents_is_an_error_that_shows_one(jsonl, prepared, tmp_path):
+    options = {"text_field": "body", "tokenizer": prepared / "tokenizer.json", "skip_broken": True}
+    with pytest.raises(ValueError, match=r"no training document.*60 broken documents were skipped.*no field 'body'"):
+        prepare([jsonl], tmp_path / "out", progress=False, **options)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "garbage inside", "not zst"])
 def test_broken_zst_is_named(damage, tmp_path):
     path = tmp_path / "a.jsonl.zst"

@@ -19,6 +19,15 @@ SUFFIXES = (".jsonl.zst", ".jsonl.zstd", ".jsonl", ".parquet", ".txt")
 TXT_DOCUMENT_CHARS = 1 << 18
 
 
+class BrokenDocumentError(ValueError):
+    """One document that cannot be read, in a file that goes on behind it."""
+
+
+def raise_broken(error: BrokenDocumentError) -> None:
+    """What to do with a broken document, if nothing else is said."""
+    raise error
+
+
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     """The files behind paths, glob patterns and folders (searched in depth), in sorted order, each once.
 
@@ -48,7 +57,10 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def read_documents(
-    path: str | Path, text_field: str = "text", on_bytes: Callable[[int], object] = lambda n: None
+    path: str | Path,
+    text_field: str = "text",
+    on_bytes: Callable[[int], object] = lambda n: None,
+    on_broken: Callable[[BrokenDocumentError], object] = raise_broken,
 ) -> Iterator[str]:
     """The documents of one file, in order; empty ones are left out.
 
@@ -56,23 +68,30 @@ def read_documents(
       path: the file; its suffix says how to read it.
       text_field: field (`.jsonl`) or column (`.parquet`) that holds the text.
       on_bytes: called with the number of bytes of the file consumed since the last call, for a progress bar.
+      on_broken: called with what is wrong with a line or row (no JSON, no text field, no string); if it returns, the
+        document is left out. A file that cannot be read on, or is no UTF-8 text as a whole, is an error in any case.
 
     Raises:
       ValueError: anything wrong with the content, naming the file and the line or row.
     """
     path = Path(path)
     if path.name.endswith(".parquet"):
-        documents = _parquet(path, text_field, on_bytes)
+        documents = _parquet(path, text_field, on_bytes, on_broken)
     elif path.name.endswith(".txt"):
         documents = _txt(path, on_bytes)
     else:
-        documents = _jsonl(path, text_field, on_bytes)
+        documents = _jsonl(path, text_field, on_bytes, on_broken)
     for text in documents:
         if text and not text.isspace():
             yield text
 
 
-def _jsonl(path: Path, text_field: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
+def _jsonl(
+    path: Path,
+    text_field: str,
+    on_bytes: Callable[[int], object],
+    on_broken: Callable[[BrokenDocumentError], object],
+) -> Iterator[str]:
     number = 0
     with path.open("rb") as file:
         raw: BinaryIO = CallbackIOWrapper(on_bytes, file, "read")  # pyrefly: ignore
@@ -82,8 +101,14 @@ def _jsonl(path: Path, text_field: str, on_bytes: Callable[[int], object]) -> It
             stream = pa.CompressedInputStream(stream, "zstd")
         try:
             for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):  # pyrefly: ignore
-                if not line.isspace():
-                    yield _text_of(line, text_field, f"{path}, line {number}")
+                if line.isspace():
+                    continue
+                try:
+                    text = _text_of(line, text_field, f"{path}, line {number}")
+                except BrokenDocumentError as error:
+                    on_broken(error)
+                    continue
+                yield text
         except OSError as error:
             raise ValueError(f"{path}: broken compressed data after line {number}: {error}") from error
 
@@ -92,11 +117,11 @@ def _text_of(line: bytes, text_field: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
+        raise BrokenDocumentError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise BrokenDocumentError(f"{where}: expected a JSON object, found {type(record).__name__}")
     if text_field not in record:
-        raise ValueError(
+        raise BrokenDocumentError(
             f"{where}: no field {text_field!r}; the fields are {sorted(record)}, choose one with --text_field"
         )
     return _checked(record[text_field], text_field, where)
@@ -104,11 +129,16 @@ def _text_of(line: bytes, text_field: str, where: str) -> str:
 
 def _checked(text: object, text_field: str, where: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_field!r} should be a string, found {type(text).__name__}")
+        raise BrokenDocumentError(f"{where}: field {text_field!r} should be a string, found {type(text).__name__}")
     return text
 
 
-def _parquet(path: Path, text_field: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
+def _parquet(
+    path: Path,
+    text_field: str,
+    on_bytes: Callable[[int], object],
+    on_broken: Callable[[BrokenDocumentError], object],
+) -> Iterator[str]:
     row = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -120,9 +150,14 @@ def _parquet(path: Path, text_field: str, on_bytes: Callable[[int], object]) -> 
             groups = file.metadata.num_row_groups
             for group in range(groups):
                 for batch in file.iter_batches(1024, row_groups=[group], columns=[text_field]):
-                    for text in batch.column(0).to_pylist():
+                    for value in batch.column(0).to_pylist():
                         row += 1
-                        yield _checked(text, text_field, f"{path}, row {row}")
+                        try:
+                            text = _checked(value, text_field, f"{path}, row {row}")
+                        except BrokenDocumentError as error:
+                            on_broken(error)
+                            continue
+                        yield text
                 on_bytes(path.stat().st_size // groups)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: broken parquet file after row {row}: {error}") from error

@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 
 from train import data
-from train.documents import read_documents
+from train.documents import BrokenDocumentError, raise_broken, read_documents
 from train.tokenizer import load_tokenizer
 
 UNIT_BYTES = 1 << 26  # of input: a few seconds to a minute of work
 BATCH_CHARS = 1 << 22
 BATCH_DOCUMENTS = 4096
 POLL_SECONDS = 0.2
+
+EXAMPLES = 3  # of broken documents kept from each unit
 
 OnBytes = Callable[[int], object]
 
@@ -71,6 +73,7 @@ class Encoder:
       text_field: field or column with the text.
       held_out: share of the training documents that goes to "val", chosen by a hash of the text.
       shard_tokens: most tokens in one file.
+      skip_broken: leave broken documents out and count them, instead of stopping at the first.
     """
 
     folder: Path
@@ -79,9 +82,10 @@ class Encoder:
     text_field: str
     held_out: float
     shard_tokens: int
+    skip_broken: bool
 
     def record(self, unit: Unit) -> dict[str, Any] | None:
-        """What a finished unit wrote, for each split; None if it is not finished."""
+        """What a finished unit wrote, for each split, and what it skipped; None if it is not finished."""
         path = self._record_path(unit)
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -90,21 +94,36 @@ class Encoder:
         tokenizer = load_tokenizer(self.tokenizer, self.eos_token)
         dtype = data.token_dtype(tokenizer.vocab_size)
         writers = {s: _ShardWriter(self.folder, f"{unit.index:05d}-{s}", dtype, self.shard_tokens) for s in data.SPLITS}
+        skipped: list[str] = []
+        count = 0
+
+        def skip(error: BrokenDocumentError) -> None:
+            nonlocal count
+            count += 1
+            if len(skipped) < EXAMPLES:
+                skipped.append(str(error))
+
         try:
-            for batch in _batches(self.documents(unit.files, on_bytes)):
+            for batch in _batches(self.documents(unit.files, on_bytes, skip)):
                 for (split, text), ids in zip(batch, tokenizer.encode_batch([t for _, t in batch]), strict=True):
                     writers[split].add(ids, tokenizer.eos_id, len(text.encode(errors="replace")))
         finally:
             for writer in writers.values():
                 writer.close()
-        write_atomically(
-            self._record_path(unit), json.dumps({split: writer.summary() for split, writer in writers.items()})
-        )
+        record = {split: writer.summary() for split, writer in writers.items()}
+        record["skipped"] = {"documents": count, "examples": skipped}
+        write_atomically(self._record_path(unit), json.dumps(record))
 
-    def documents(self, files: Iterable[tuple[Path, str]], on_bytes: OnBytes) -> Iterator[tuple[str, str]]:
-        """(split, text) of every document."""
+    def documents(
+        self,
+        files: Iterable[tuple[Path, str]],
+        on_bytes: OnBytes,
+        skip: Callable[[BrokenDocumentError], object] = lambda error: None,
+    ) -> Iterator[tuple[str, str]]:
+        """(split, text) of every document; `skip` hears of those left out, if `skip_broken` allows it."""
+        on_broken = skip if self.skip_broken else raise_broken
         for path, split in files:
-            for text in read_documents(path, self.text_field, on_bytes):
+            for text in read_documents(path, self.text_field, on_bytes, on_broken):
                 yield ("val" if split == "train" and _is_held_out(text, self.held_out) else split), text
 
     def _record_path(self, unit: Unit) -> Path:

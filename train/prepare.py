@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from train import data
 from train.documents import find_files
-from train.encode import Encoder, Unit, encode_units, units_of, write_atomically
+from train.encode import EXAMPLES, Encoder, Unit, encode_units, units_of, write_atomically
 from train.tokenizer import END_OF_DOCUMENT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
 
 DEFAULT_VOCAB_SIZE = 16384
@@ -45,6 +45,7 @@ def prepare(
     validation_fraction: float | None = None,
     text_field: str = "text",
     shard_tokens: int = SHARD_TOKENS,
+    skip_broken: bool = False,
     processes: int = 1,
     overwrite: bool = False,
     progress: bool = True,
@@ -62,6 +63,8 @@ def prepare(
         (default 0.01): the same document always falls on the same side. 0 holds nothing out.
       text_field: field or column with the text.
       shard_tokens: most tokens in one file.
+      skip_broken: leave documents out that cannot be read, and count them in the manifest; by default the first
+        one is an error. A file that is broken as a whole is an error in any case.
       processes: how many encode side by side, each its own part of the input files; the result is the same.
         With more than 1, the calling script needs the usual `if __name__ == "__main__":`.
       overwrite: replace a finished dataset in `output`.
@@ -102,6 +105,7 @@ def prepare(
         "held_out": 0 if validation else fraction,
         "text_field": text_field,
         "shard_tokens": shard_tokens,
+        "skip_broken": skip_broken,
     }
     _claim(output, settings, overwrite)
     tokenizer_path = output / data.TOKENIZER
@@ -112,6 +116,7 @@ def prepare(
         text_field=text_field,
         held_out=settings["held_out"],
         shard_tokens=shard_tokens,
+        skip_broken=skip_broken,
     )
     size = sum(path.stat().st_size for path, _ in files)
 
@@ -129,12 +134,13 @@ def prepare(
     units = units_of(files)
     with bar("encode") as shown:
         encode_units(encoder, units, processes, shown.update)
+    skipped = _skipped(encoder, units)
     contents = {split: _gather(encoder, units, split) for split in splits}
     for split, content in contents.items():
         if not content["documents"]:
             shutil.rmtree(encoder.folder)  # nothing there is worth going on with
-            raise ValueError(_empty_message(split, fraction, bool(validation)))
-    manifest = _finish(output, load_tokenizer(tokenizer_path, encoder.eos_token), contents)
+            raise ValueError(_empty_message(split, fraction, bool(validation)) + _skipped_message(skipped))
+    manifest = _finish(output, load_tokenizer(tokenizer_path, encoder.eos_token), contents, skipped)
     shutil.rmtree(encoder.folder)
     return manifest
 
@@ -195,7 +201,20 @@ def _gather(encoder: Encoder, units: Sequence[Unit], split: str) -> dict[str, An
     return total
 
 
-def _finish(output: Path, tokenizer: Tokenizer, contents: dict[str, Any]) -> dict[str, Any]:
+def _skipped(encoder: Encoder, units: Sequence[Unit]) -> dict[str, Any]:
+    """How many documents were left out as broken, and what was wrong with the first of them."""
+    records = [record["skipped"] for unit in units if (record := encoder.record(unit))]
+    examples = [example for record in records for example in record["examples"]]
+    return {"documents": sum(record["documents"] for record in records), "examples": examples[:EXAMPLES]}
+
+
+def _skipped_message(skipped: dict[str, Any]) -> str:
+    if not skipped["documents"]:
+        return ""
+    return f"; {skipped['documents']:,} broken documents were skipped, the first: {skipped['examples'][0]}"
+
+
+def _finish(output: Path, tokenizer: Tokenizer, contents: dict[str, Any], skipped: dict[str, Any]) -> dict[str, Any]:
     """Gives the token files their final names and writes the manifest."""
     for split, content in contents.items():
         for number, entry in enumerate(content["files"]):
@@ -211,6 +230,7 @@ def _finish(output: Path, tokenizer: Tokenizer, contents: dict[str, Any]) -> dic
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": hashlib.sha256((output / data.TOKENIZER).read_bytes()).hexdigest(),
         "splits": contents,
+        "skipped": skipped,
     }
     write_atomically(output / data.MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
@@ -230,6 +250,7 @@ def main(argv: Sequence[str]) -> int:
             validation_fraction=values.validation_fraction,
             text_field=values.text_field,
             shard_tokens=values.shard_tokens,
+            skip_broken=values.skip_broken,
             processes=values.processes,
             overwrite=values.overwrite,
         )
@@ -241,7 +262,10 @@ def main(argv: Sequence[str]) -> int:
             f"{split}: {content['documents']:,} documents, {content['bytes']:,} bytes, "
             f"{content['tokens']:,} tokens ({content['bytes'] / content['tokens']:.2f} bytes per token)"
         )
-    print(f"{values.output}: vocabulary {manifest['vocab_size']:,}, {manifest['dtype']}")
+    print(
+        f"{values.output}: vocabulary {manifest['vocab_size']:,}, {manifest['dtype']}"
+        f"{_skipped_message(manifest['skipped'])}"
+    )
     return 0
 
 
@@ -258,6 +282,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("text_field", "text", "field (.jsonl) or column (.parquet) with the text")
     flags.DEFINE_integer("shard_tokens", SHARD_TOKENS, "most tokens in one file")
+    flags.DEFINE_boolean("skip_broken", False, "leave broken documents out and count them, instead of stopping")
     flags.DEFINE_integer("processes", os.cpu_count() or 1, "how many encode side by side (default: one per core)")
     flags.DEFINE_boolean("overwrite", False, "replace a finished dataset in the output folder")
 
