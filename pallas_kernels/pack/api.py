@@ -1,0 +1,161 @@
+"""Packing for the sparse FFN: activations both ways, their gradients, thresholded weights; kernels or plain jnp."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import device, dispatch
+from pallas_kernels.array_types import Array, Float, Int
+from pallas_kernels.pack import activations, hopper, reference
+from pallas_kernels.pack.activations import Packed
+from pallas_kernels.pack.blocks import Directions
+from pallas_kernels.tiles import GRANULE
+
+
+class PackedActivations(NamedTuple):
+    """a = relu(y) as the products over features and over tokens read it; None where not asked for."""
+
+    features: Packed | None
+    """a packed along features: a matrix [R, C]."""
+    squared: Packed | None
+    """Its square, the operand of y3."""
+    tokens: Packed | None
+    """a, or what is left of it along features, packed along tokens: a matrix [C, R]."""
+    positives: Int[Array, ""]
+    """How many entries of a are above zero."""
+
+
+class TakenActivations(NamedTuple):
+    """dy1 = 2 dy2 a where a is stored, in `Packed`s that share a's metadata; None where a was not given."""
+
+    features: Packed | None
+    tokens: Packed | None
+    squared: Packed | None
+    """a^2 along tokens, the operand of dW2."""
+
+
+def pack_activations(
+    y: Float[Array, "R C"],
+    *,
+    features: bool,
+    tokens: bool,
+    interleaved: bool,
+    implementation: dispatch.Implementation | None = None,
+) -> PackedActivations:
+    """Pack a = relu(y), two of each four by magnitude, along features, along tokens, or both, reading y once.
+
+    Args:
+      y: R and C multiples of 64.
+      features, tokens: along what to pack; with both, along tokens what is left along features.
+      interleaved: which tokens make a four, see activations.py.
+
+    Raises:
+      ValueError: R or C is no multiple of 64.
+      NotImplementedError: the named implementation does not take this device or dtype.
+    """
+    chosen = _choose(implementation, y)
+    if chosen == "hopper":
+        found = hopper.pack_activations(y, Directions(features, tokens), interleaved=interleaved, relu=True)
+        along_features, squared, along_tokens = None, None, None
+        if features:
+            along_features = Packed(found["features"], found["feature_metadata"])
+            squared = Packed(found["squared"], found["feature_metadata"])
+        if tokens:
+            along_tokens = Packed(found["tokens"], found["token_metadata"])
+        return PackedActivations(along_features, squared, along_tokens, jnp.sum(found["positives"]))
+    a = jax.nn.relu(y)
+    along_features = activations.pack_features(a) if features else None
+    along_tokens = None
+    if tokens:
+        kept = a if along_features is None else activations.unpack(along_features)
+        along_tokens = activations.pack_tokens(kept, interleaved=interleaved)
+    return PackedActivations(along_features, _square(along_features), along_tokens, jnp.sum(a > 0, dtype=jnp.int32))
+
+
+def take_activations(
+    dy2: Float[Array, "R C"],
+    features: Packed | None,
+    tokens: Packed | None,
+    *,
+    interleaved: bool,
+    implementation: dispatch.Implementation | None = None,
+) -> TakenActivations:
+    """2 dy2 a at the positions of a packed along features and along tokens, and a^2 along tokens, reading dy2 once.
+
+    Args:
+      dy2: R and C multiples of 64.
+      features, tokens, interleaved: from `pack_activations`.
+
+    Raises:
+      ValueError, NotImplementedError: as `pack_activations`.
+    """
+    chosen = _choose(implementation, dy2)
+    if features is None and tokens is None:
+        return TakenActivations(None, None, None)
+    if chosen == "hopper":
+        found = hopper.take_activations(dy2, features, tokens, interleaved=interleaved)
+        return TakenActivations(
+            None if features is None else Packed(found["feature_dy1"], features.metadata),
+            None if tokens is None else Packed(found["token_dy1"], tokens.metadata),
+            None if tokens is None else Packed(found["token_squared"], tokens.metadata),
+        )
+    along_features, along_tokens = None, None
+    if features is not None:
+        kept = activations.take_features(dy2, features.metadata)
+        along_features = Packed(2 * kept * features.values, features.metadata)
+    if tokens is not None:
+        kept = activations.take_tokens(dy2, tokens.metadata, interleaved=interleaved)
+        along_tokens = Packed(2 * kept * tokens.values, tokens.metadata)
+    return TakenActivations(along_features, along_tokens, _square(tokens))
+
+
+def pack_thresholded(
+    w: Float[Array, "R C"],
+    beta: Float[Array, ""],
+    *,
+    axis: int,
+    dtype: jax.typing.DTypeLike,
+    implementation: dispatch.Implementation | None = None,
+) -> Packed:
+    """round(beta S(w)), 2:4 along `axis`, as a matrix [R, C] or, along axis 0, [C, R], padded to multiples of 64.
+
+    S is `reference.soft_threshold`, in f32 (f64 for f64 masters).
+
+    Args:
+      w: masters, f32 or bf16 for the kernel.
+      dtype: of the stored values, bfloat16 or float16 for the kernel.
+      implementation: None takes the kernel where device, sizes and dtypes allow it.
+
+    Raises:
+      ValueError: the length along `axis` is no multiple of 4; for the kernel also a size that is none of 64.
+      NotImplementedError: the named implementation does not take this device or these dtypes.
+    """
+    takes = jnp.dtype(dtype).name in dispatch.KERNEL_DTYPES and w.dtype in (jnp.float32, jnp.bfloat16)
+    if implementation is None and not (device.hopper_available() and takes and not any(n % GRANULE for n in w.shape)):
+        implementation = "reference"
+    if dispatch.resolve(implementation) == "hopper":
+        if not takes:
+            raise NotImplementedError(
+                f"the kernel packs float32 or bfloat16 into {dispatch.KERNEL_DTYPES}; got {w.dtype} into "
+                f"{jnp.dtype(dtype).name}. Cast, or use implementation='reference'."
+            )
+        dispatch.check_multiple(GRANULE, rows=w.shape[0], columns=w.shape[1])
+        found = hopper.pack_thresholded(w, beta, dtype, along_rows=axis == 0)
+        return Packed(found["values"], found["metadata"])
+    s = reference.soft_threshold(w.astype(jnp.promote_types(w.dtype, jnp.float32)), axis)
+    dense = (beta * s).astype(dtype)
+    dense = dense if axis == 1 else dense.T
+    return activations.pack_features(jnp.pad(dense, [(0, -size % GRANULE) for size in dense.shape]))
+
+
+def _choose(implementation: dispatch.Implementation | None, y: Array) -> dispatch.Implementation:
+    dispatch.check_multiple(GRANULE, rows=y.shape[0], columns=y.shape[1])
+    chosen = dispatch.resolve(implementation)
+    if chosen == "hopper":
+        dispatch.check_kernel_dtypes(y.dtype, y.dtype)
+    return chosen
+
+
+def _square(packed: Packed | None) -> Packed | None:
+    return None if packed is None else Packed(packed.values * packed.values, packed.metadata)

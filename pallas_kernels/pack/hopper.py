@@ -1,0 +1,271 @@
+"""The packing kernels on Hopper: each block of blocks.py becomes the MLIR of one thread in a Mosaic GPU kernel.
+
+Pallas's arrays know no thread, and packing is all about which thread owns what; so a kernel is one `inline_mgpu`.
+Blocks are many and small (8 KiB read, 8 KiB of shared memory): enough of them are in flight to hide memory's latency.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
+
+from pallas_kernels import tile_order
+from pallas_kernels.pack import blocks
+from pallas_kernels.pack.blocks import Directions, Matrix
+from pallas_kernels.pack.words import Machine
+from pallas_kernels.tiles import GRANULE
+
+THREADS = utils.WARPGROUP_SIZE
+_SHARED_BYTES = GRANULE * GRANULE * 2
+_PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}
+
+
+def pack_activations(y, along: Directions, *, interleaved: bool, relu: bool) -> dict[str, jax.Array]:
+    """y [R, C] -> what `blocks.pack` writes, by name; positives int32 [..] is to be summed."""
+    matrix = Matrix(y.shape[0], y.shape[1], interleaved)
+    out = {}
+    if relu:
+        out["positives"] = jax.ShapeDtypeStruct((matrix.blocks * 4,), jnp.int32)
+    if along.features:
+        values, metadata = _packed_types(*y.shape, y.dtype)
+        out |= {"features": values, "squared": values, "feature_metadata": metadata}
+    if along.tokens:
+        out["tokens"], out["token_metadata"] = _packed_types(*y.shape[::-1], y.dtype)
+    body = functools.partial(blocks.pack, matrix=matrix, along=along, relu=relu, infinity=_INFINITY[y.dtype.name])
+    return _launch(body, matrix, y.dtype, {"y": y}, out, shared=int(along.tokens))
+
+
+def take_activations(dy2, features, tokens, *, interleaved: bool) -> dict[str, jax.Array]:
+    """dy2 [R, C] and a packed along features, tokens or both -> what `blocks.take` writes, by name."""
+    matrix = Matrix(dy2.shape[0], dy2.shape[1], interleaved)
+    arrays, out = {"y": dy2}, {}
+    if features is not None:
+        arrays |= {"features": features.values, "feature_metadata": features.metadata}
+        out["feature_dy1"] = _packed_types(*dy2.shape, dy2.dtype)[0]
+    if tokens is not None:
+        arrays |= {"tokens": tokens.values, "token_metadata": tokens.metadata}
+        out["token_dy1"] = out["token_squared"] = _packed_types(*dy2.shape[::-1], dy2.dtype)[0]
+    along = Directions(features is not None, tokens is not None)
+    body = functools.partial(blocks.take, matrix=matrix, along=along)
+    return _launch(body, matrix, dy2.dtype, arrays, out, shared=int(along.tokens))
+
+
+def pack_thresholded(w, beta, dtype, *, along_rows: bool) -> dict[str, jax.Array]:
+    """w [R, C] in f32 or bf16, beta f32 [] -> values, metadata of round(beta S(w)), transposed if `along_rows`."""
+    matrix = Matrix(w.shape[0], w.shape[1], itemsize=w.dtype.itemsize)
+    values, metadata = _packed_types(*(w.shape[::-1] if along_rows else w.shape), dtype)
+    body = functools.partial(blocks.pack_thresholded, matrix=matrix, along_rows=along_rows)
+    arrays = {"w": w, "beta": jnp.asarray(beta, jnp.float32).reshape(1)}
+    shared = w.dtype.itemsize // 2 if along_rows else 0
+    return _launch(body, matrix, dtype, arrays, {"values": values, "metadata": metadata}, shared=shared)
+
+
+def _packed_types(rows: int, columns: int, dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    tiles = (rows // GRANULE, columns // GRANULE)
+    return (
+        jax.ShapeDtypeStruct((*tiles, *tile_order.SHAPE), dtype),
+        jax.ShapeDtypeStruct((*tiles, THREADS), jnp.uint32),
+    )
+
+
+def _launch(
+    body: Callable[..., None], matrix: Matrix, dtype, arrays: dict, out: dict[str, Any], *, shared: int
+) -> dict[str, jax.Array]:
+    """Run `body` in one block for each 64 x 64 part; `shared` buffers of 8 KiB."""
+    names = (*arrays, *out)
+
+    def kernel(*refs):
+        *gmem, shared_smem = refs
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def thread(_, *memrefs):
+            pointers = dict(zip((*names, "shared"), map(utils.memref_ptr, memrefs), strict=True))
+            body(_MlirMachine(pointers, _PTX_TYPE[jnp.dtype(dtype).name]))
+
+        thread(*gmem, shared_smem)
+
+    # Words are words: the copy engine is not used, and the kernel needs no other view of memory than bytes.
+    signed = {name: jax.ShapeDtypeStruct(t.shape, _as_signed(t.dtype)) for name, t in out.items()}
+    results = plgpu.kernel(
+        kernel,
+        out_type=tuple(signed.values()),
+        scratch_types=[plgpu.SMEM((max(shared, 1) * _SHARED_BYTES // 4,), jnp.int32)],
+        grid=(matrix.blocks,),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(*(jax.lax.bitcast_convert_type(a, _as_signed(a.dtype)) for a in arrays.values()))
+    return {
+        name: jax.lax.bitcast_convert_type(result, t.dtype)
+        for (name, t), result in zip(out.items(), results, strict=True)
+    }
+
+
+def _as_signed(dtype):
+    """Mosaic has no unsigned words."""
+    return jnp.int32 if dtype == jnp.uint32 else dtype
+
+
+class _Word:
+    """An i32 of MLIR with the operators of an unsigned integer."""
+
+    def __init__(self, value: ir.Value):
+        self.value = value
+
+    def _apply(self, operation: Callable, other: "_Word | int", *, reverse: bool = False) -> "_Word":
+        pair = (self.value, _value(other))
+        return _Word(operation(*(pair[::-1] if reverse else pair)))
+
+    def __and__(self, other):
+        return self._apply(arith.andi, other)
+
+    def __or__(self, other):
+        return self._apply(arith.ori, other)
+
+    def __xor__(self, other):
+        return self._apply(arith.xori, other)
+
+    def __add__(self, other):
+        return self._apply(arith.addi, other)
+
+    def __sub__(self, other):
+        return self._apply(arith.subi, other)
+
+    def __mul__(self, other):
+        return self._apply(arith.muli, other)
+
+    def __floordiv__(self, other):
+        return self._apply(arith.divui, other)
+
+    def __mod__(self, other):
+        return self._apply(arith.remui, other)
+
+    def __lshift__(self, other):
+        return self._apply(arith.shli, other)
+
+    def __rshift__(self, other):
+        return self._apply(arith.shrui, other)
+
+    def __invert__(self):
+        return self._apply(arith.xori, 0xFFFFFFFF)
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _value(word: _Word | int) -> ir.Value:
+    if isinstance(word, _Word):
+        return word.value
+    return arith.constant(_i32(), word - (1 << 32) if word >= 1 << 31 else word)
+
+
+class _MlirMachine(Machine):
+    """`words.Machine` that emits the code of one thread."""
+
+    def __init__(self, pointers: dict[str, ir.Value], ptx_type: str):
+        self._pointers, self._type = pointers, ptx_type
+        self.block = _Word(arith.index_cast(_i32(), gpu.block_id(gpu.Dimension.x)))
+        self.thread = _Word(utils.thread_idx())
+
+    def _ptx(self, code: str, *words: _Word | int, **options) -> _Word:
+        return _Word(utils.inline_ptx(code, *map(_value, words), result_types=_i32(), **options))
+
+    def _at(self, name: str, index: _Word, size: int) -> ir.Value:
+        """A byte pointer; beyond 4 GiB too."""
+        i64, i8 = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(8)
+        bytes_ = arith.muli(arith.extui(i64, _value(index)), arith.constant(i64, size))
+        return utils.getelementptr(self._pointers[name], [bytes_], i8)
+
+    def _load_vector(self, pointer: ir.Value) -> list[_Word]:
+        vector = llvm.load(ir.VectorType.get((4,), _i32()), pointer, alignment=16)
+        return [_Word(llvm.extractelement(vector, _value(i))) for i in range(4)]
+
+    def _store_vector(self, pointer: ir.Value, words: list[_Word]) -> None:
+        vector = llvm.mlir_undef(ir.VectorType.get((4,), _i32()))
+        for i, word in enumerate(words):
+            vector = llvm.insertelement(vector, word.value, _value(i))
+        llvm.store(vector, pointer, alignment=16)
+
+    def load(self, name: str, piece: _Word) -> list[_Word]:
+        return self._load_vector(self._at(name, piece, 16))
+
+    def store(self, name: str, piece: _Word, words: list[_Word]) -> None:
+        self._store_vector(self._at(name, piece, 16), words)
+
+    def load_word(self, name: str, index: _Word) -> _Word:
+        return _Word(llvm.load(_i32(), self._at(name, index, 4), alignment=4))
+
+    def store_word(self, name: str, index: _Word, word: _Word) -> None:
+        llvm.store(word.value, self._at(name, index, 4), alignment=4)
+
+    def store_shared(self, piece: _Word, words: list[_Word]) -> None:
+        self._store_vector(self._at("shared", piece, 16), words)
+
+    def barrier(self) -> None:
+        utils.warpgroup_barrier()
+
+    def load_transposed(self, piece: _Word) -> list[_Word]:
+        address = llvm.ptrtoint(_i32(), self._at("shared", piece, 16))
+        # A side effect, so that it stays behind the barrier.
+        found = utils.inline_ptx(
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];",
+            address,
+            result_types=[_i32()] * 4,
+            has_side_effects=True,
+            convergent=True,
+        )
+        return [_Word(word) for word in found]
+
+    def permute(self, first: _Word, second: _Word, selector: int) -> _Word:
+        return self._ptx("prmt.b32 $0, $1, $2, $3;", first, second, selector)
+
+    def relu(self, pair: _Word) -> _Word:
+        return self._ptx(f"max.NaN.{self._type}x2 $0, $1, $2;", pair, 0)
+
+    def multiply(self, pair: _Word, other: _Word) -> _Word:
+        return self._ptx(f"mul.{self._type}x2 $0, $1, $2;", pair, other)
+
+    def add(self, pair: _Word, other: _Word) -> _Word:
+        return self._ptx(f"add.{self._type}x2 $0, $1, $2;", pair, other)
+
+    def warp_sum(self, word: _Word) -> _Word:
+        return _Word(utils.redux(word.value, _value(0xFFFFFFFF), nvvm.ReductionKind.ADD))
+
+    def minimum(self, a: _Word, b: _Word | int) -> _Word:
+        return _Word(arith.minui(_value(a), _value(b)))
+
+    def maximum(self, a: _Word, b: _Word | int) -> _Word:
+        return _Word(arith.maxui(_value(a), _value(b)))
+
+    def greater(self, a: _Word, b: _Word) -> _Word:
+        return _Word(arith.extsi(_i32(), arith.cmpi(arith.CmpIPredicate.ugt, a.value, b.value)))
+
+    def _f32(self, operation: Callable, a: _Word, b: _Word) -> _Word:
+        f32 = ir.F32Type.get()
+        return _Word(arith.bitcast(_i32(), operation(*(arith.bitcast(f32, word.value) for word in (a, b)))))
+
+    def subtract_f32(self, a: _Word, b: _Word) -> _Word:
+        return self._f32(arith.subf, a, b)
+
+    def multiply_f32(self, a: _Word, b: _Word) -> _Word:
+        return self._f32(arith.mulf, a, b)
+
+    def round_pair(self, low: _Word, high: _Word) -> _Word:
+        f32 = ir.F32Type.get()
+        return _Word(
+            utils.inline_ptx(
+                f"cvt.rn.{self._type}x2.f32 $0, $1, $2;",
+                arith.bitcast(f32, high.value),
+                arith.bitcast(f32, low.value),
+                result_types=_i32(),
+            )
+        )

@@ -1,0 +1,104 @@
+"""The packing kernels' `Machine` on numpy: every thread of every block at once, bit for bit, without a GPU."""
+
+from collections.abc import Callable
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.pack.blocks import Matrix
+from pallas_kernels.pack.words import Machine
+
+THREADS = 128
+
+
+def run(body: Callable[..., None], matrix: Matrix, dtype: str, arrays: dict, out: dict, *, shared: int) -> dict:
+    """What hopper._launch does: run `body` for each block; the outputs by name."""
+    memory = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint32) for name, array in arrays.items()}
+    # A word that is never written stays recognisable.
+    written = {name: np.full(_words(t), 0xDEADBEEF, np.uint32) for name, t in out.items()}
+    with np.errstate(all="ignore"):
+        body(NumpyMachine(matrix.blocks, memory | written, dtype, shared))
+    return {name: written[name].view(t.dtype).reshape(t.shape) for name, t in out.items()}
+
+
+def _words(type_: jax.ShapeDtypeStruct) -> int:
+    return int(np.prod(type_.shape)) * np.dtype(type_.dtype).itemsize // 4
+
+
+class NumpyMachine(Machine):
+    """A word is uint32 [blocks, 128]."""
+
+    def __init__(self, blocks: int, memory: dict[str, np.ndarray], dtype: str, shared: int):
+        self._memory, self._dtype = memory, {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+        self._shared = np.full((blocks, shared * 512, 4), 0xDEADBEEF, np.uint32)
+        self.thread = np.broadcast_to(np.arange(THREADS, dtype=np.uint32), (blocks, THREADS))
+        self.block = np.broadcast_to(np.arange(blocks, dtype=np.uint32)[:, None], (blocks, THREADS))
+
+    def load(self, name, piece):
+        return list(np.moveaxis(self._memory[name].reshape(-1, 4)[piece], -1, 0))
+
+    def store(self, name, piece, words):
+        self._memory[name].reshape(-1, 4)[piece] = np.stack(words, -1)
+
+    def load_word(self, name, index):
+        return self._memory[name][index]
+
+    def store_word(self, name, index, word):
+        self._memory[name][index] = word
+
+    def store_shared(self, piece, words):
+        self._shared[self.block, piece] = np.stack(words, -1)
+
+    def barrier(self):
+        pass  # threads run in step
+
+    def load_transposed(self, piece):
+        rows = self._shared[self.block, piece].view(np.uint16)  # [blocks, 128, 8]: what each lane points at
+        matrices = rows.reshape(-1, THREADS // 32, 4, 8, 8)  # block, warp, matrix, row, column
+        pairs = np.ascontiguousarray(matrices.swapaxes(3, 4)).view(np.uint32)  # block, warp, matrix, g, t
+        return list(np.moveaxis(pairs.reshape(-1, THREADS // 32, 4, 32), 2, 0).reshape(4, -1, THREADS))
+
+    def permute(self, first, second, selector):
+        sources = np.stack([np.broadcast_to(word, self.thread.shape) for word in (first, second)], -1)
+        sources = sources.view(np.uint8)
+        out = np.empty((*self.thread.shape, 4), np.uint8)
+        for i in range(4):
+            nibble = selector >> 4 * i & 15
+            byte = sources[..., nibble & 7]
+            out[..., i] = np.where(byte >= 128, 255, 0) if nibble & 8 else byte
+        return out.view(np.uint32)[..., 0]
+
+    def _pairs(self, operation, *words):
+        halves = [np.ascontiguousarray(word).view(self._dtype).astype(np.float32) for word in words]
+        return operation(*halves).astype(self._dtype).view(np.uint32)
+
+    def relu(self, pair):
+        return self._pairs(lambda x: np.where(np.isnan(x), np.nan, np.maximum(x, 0.0) + 0.0), pair)
+
+    def multiply(self, pair, other):
+        return self._pairs(np.multiply, pair, other)
+
+    def add(self, pair, other):
+        return self._pairs(np.add, pair, other)
+
+    def warp_sum(self, word):
+        return np.repeat(word.reshape(-1, THREADS // 32, 32).sum(-1, dtype=np.uint32), 32).reshape(word.shape)
+
+    def minimum(self, a, b):
+        return np.minimum(a, np.uint32(b))
+
+    def maximum(self, a, b):
+        return np.maximum(a, np.uint32(b))
+
+    def greater(self, a, b):
+        return np.where(a > b, np.uint32(0xFFFFFFFF), np.uint32(0))
+
+    def subtract_f32(self, a, b):
+        return (a.view(np.float32) - b.view(np.float32)).view(np.uint32)
+
+    def multiply_f32(self, a, b):
+        return (a.view(np.float32) * np.ascontiguousarray(b).view(np.float32)).view(np.uint32)
+
+    def round_pair(self, low, high):
+        return np.stack([x.view(np.float32).astype(self._dtype) for x in (low, high)], -1).view(np.uint32)[..., 0]
