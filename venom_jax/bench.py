@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import device, timing
 from pallas_kernels.array_types import Array
-from pallas_kernels.pack import activations
+from pallas_kernels.pack import api
 from venom_jax import router
 from venom_jax.ffn import pack_weights, sparse_ffn
 from venom_jax.packed_ffn import TokenRows
@@ -80,21 +80,20 @@ def stages(recipe: Recipe, x, w1, w2, dy) -> dict[str, tuple[Callable[..., Any],
     rows = jax.jit(order.enter)(x)
     sparse = (None, None) if weights is None else (weights.w1, weights.w2)
     y1 = jax.jit(order.hidden)(rows, sparse[0], w1)
-    pack_features = activations.pack_features
-    pack_tokens = functools.partial(activations.pack_tokens, interleaved=order.interleaved)
-    features, along_tokens = jax.jit(pack_features)(y1), jax.jit(pack_tokens)(y1)
+    options = {"interleaved": order.interleaved}
+    pack = functools.partial(api.pack_activations, features=recipe.activations, tokens=recipe.wgrad == "24", **options)
+    packed = jax.jit(pack)(y1)
+    features, along_tokens = packed.features, packed.tokens
     y3 = jax.jit(lambda p, w: order.back(p, None, w, k_major=False))(features, w2)
-    take_tokens = functools.partial(activations.take_tokens, interleaved=order.interleaved)
+    take = functools.partial(api.take_activations, **options)
     return found | {
         "gather rows": (order.enter, (x,)),
         "y1": (order.hidden, (rows, sparse[0], w1)),
-        "pack along features": (pack_features, (y1,)),
-        "pack along tokens": (pack_tokens, (y1,)),
+        "pack both ways": (pack, (y1,)),
         "y3": (lambda p, w: order.back(p, None, w, k_major=False), (features, w2)),
         "sum copies": (lambda r: order.leave(r, jnp.bfloat16), (y3,)),
         "dy2": (lambda r, s, w: order.hidden(r, s, w.T), (rows, sparse[1], w2)),
-        "take along features": (activations.take_features, (y1, features.metadata)),
-        "take along tokens": (take_tokens, (y1, along_tokens.metadata)),
+        "take both ways": (take, (y1, features, along_tokens)),
         "dx": (lambda p, w: order.back(p, None, w, k_major=True), (features, w1)),
         "dW2": (lambda p, r: order.over_tokens(p, None, r, w2.dtype, transpose=False), (along_tokens, rows)),
         "dW1": (lambda p, r: order.over_tokens(p, None, r, w1.dtype, transpose=True), (along_tokens, rows)),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.array_types import Array, Bool, Float, Int, accumulator
 from pallas_kernels.grouped24 import reference as grouped
 from pallas_kernels.pack import reference as pack
+from pallas_kernels.pack.api import pack_thresholded
 from venom_jax import packed_ffn
 from venom_jax.dispatch import Implementation, Kernels, choose_kernels
 from venom_jax.formats import Sparse24
@@ -55,6 +56,7 @@ def pack_weights(
     beta: Float[Array, "4"],
     *,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    implementation: Kernels | None = None,
 ) -> PackedWeights:
     """round(beta_y1 S(W1)) and round(beta_dy2 S(W2)), both 2:4 along D, packed for the tensor core.
 
@@ -62,10 +64,18 @@ def pack_weights(
       w1, w2: f32 masters.
       beta: the frozen scales of y1, y3, dy2, dx (`venom_jax.threshold.optimal_scale`).
       dtype: of the stored values.
+      implementation: "reference", "hopper", or None to choose by device, sizes and dtypes.
+
+    Raises:
+      ValueError, NotImplementedError: as `pallas_kernels.pack.api.pack_thresholded`.
     """
-    first, second = (_thresholded(w, beta, gemm, dtype) for gemm, w in (("y1", w1), ("dy2", w2)))
-    packed = PackedWeights(Sparse24.pack(first, axis=0), Sparse24.pack(second, axis=1))
-    return jax.lax.stop_gradient(packed)
+
+    def pack_one(gemm: WeightGemm, w) -> Sparse24:
+        axis, scale = _THRESHOLD_AXIS[gemm], beta[WEIGHT_GEMMS.index(gemm)]
+        found = pack_thresholded(w, scale, axis=axis, dtype=dtype, implementation=implementation)
+        return Sparse24(found.values, found.metadata, (w.shape[0], w.shape[1]), axis)
+
+    return jax.lax.stop_gradient(PackedWeights(pack_one("y1", w1), pack_one("dy2", w2)))
 
 
 def sparse_ffn(
@@ -175,7 +185,7 @@ def _packed_forward(recipe, kernels, x, w1, w2, beta, packed, route):
     rows_in_batch_order = route is None and recipe.token_order == "interleaved" and recipe.token_blocks == 1
     grouping = None if rows_in_batch_order else _grouping(recipe, route, x.shape[0])
     if packed is None and recipe.weights:
-        packed = pack_weights(w1, w2, beta, dtype=x.dtype)
+        packed = pack_weights(w1, w2, beta, dtype=x.dtype, implementation=kernels)
     sparse_w1 = packed.w1 if packed is not None and "y1" in recipe.weights else None
     y3, density, saved = packed_ffn.forward(recipe, kernels, x, w1, w2, sparse_w1, grouping)
     return (y3, density), (x, w1, w2, beta, packed, saved)

@@ -19,7 +19,7 @@ from pallas_kernels.array_types import Array
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.grouped24 import reference as dense_groups
-from pallas_kernels.pack import activations
+from pallas_kernels.pack import activations, api
 from pallas_kernels.pack.activations import Packed
 from pallas_kernels.sparse24.api import sparse24
 from venom_jax.formats import Sparse24
@@ -81,7 +81,8 @@ class TokenRows:
     def leave(self, rows: Array, dtype: Any) -> Array:
         """Rows [R, D] -> [T, D], the copies of a token summed in f32."""
         if self.grouping is not None:
-            return self.grouping.undo(rows.astype(jnp.float32)).astype(dtype)
+            one_copy = self.recipe.top_k == 1  # nothing to sum: a gather, and no f32 in memory
+            return self.grouping.undo(rows if one_copy else rows.astype(jnp.float32)).astype(dtype)
         return rows[: self.tokens].astype(dtype)
 
     def hidden(self, rows: Array, sparse: Sparse24 | None, dense: Array) -> Array:
@@ -113,7 +114,7 @@ class TokenRows:
         """sum over tokens of activations [R, Fe] and rows [R, D]: [F, D], or [D, F] if `transpose`, in `dtype`."""
         if packed is None:
             assert dense_rows is not None
-            out = self._dense_over_tokens(dense_rows, rows).astype(dtype)
+            out = self._dense_over_tokens(dense_rows, rows, dtype)
             return out.T if transpose else out
         options = {"transpose_out": transpose, "out_dtype": dtype, "implementation": self.implementation}
         if self.grouping is None:
@@ -124,16 +125,15 @@ class TokenRows:
 
     def _dense(self, rows: Array, by_expert: Array) -> Array:
         if self.grouping is None:
-            out = jnp.dot(rows, by_expert[0], preferred_element_type=jnp.float32)
-        else:
-            out = dense_groups.rows(rows, by_expert, self.grouping.expert_sizes, align=self.grouping.align)
+            return jnp.dot(rows, by_expert[0])  # in rows' dtype, summed in f32 all the same
+        out = dense_groups.rows(rows, by_expert, self.grouping.expert_sizes, align=self.grouping.align)
         return out.astype(rows.dtype)
 
-    def _dense_over_tokens(self, a: Array, rows: Array) -> Array:
+    def _dense_over_tokens(self, a: Array, rows: Array, dtype: Any) -> Array:
         if self.grouping is None:
-            return jnp.dot(a.T, rows, preferred_element_type=jnp.float32)
+            return jnp.dot(a.T, rows, preferred_element_type=dtype)
         out = dense_groups.contraction(a, rows, self.grouping.expert_sizes, align=self.grouping.align)
-        return out.reshape(-1, out.shape[2])
+        return out.reshape(-1, out.shape[2]).astype(dtype)
 
 
 def forward(
@@ -150,18 +150,20 @@ def forward(
     w1, w2: the masters. sparse_w1: given where y1 reads W1 2:4.
     """
     order = TokenRows(recipe, grouping, x.shape[0], implementation)
-    a = jax.nn.relu(order.hidden(order.enter(x), sparse_w1, w1.astype(x.dtype)))
-    density = jnp.sum(a > 0, dtype=jnp.float32) / (x.shape[0] * recipe.top_k * a.shape[1])
-    features = activations.pack_features(a) if recipe.activations else None
-    tokens = None
-    if recipe.wgrad == "24":
-        kept = a if features is None else activations.unpack(features)
-        tokens = activations.pack_tokens(kept, interleaved=order.interleaved)
-    dense = a if features is None else None
-    squared = None if features is None else Packed(features.values * features.values, features.metadata)
-    y3 = order.leave(order.back(squared, a * a, w2.astype(x.dtype), k_major=False), x.dtype)
-    grouping, dense, features, tokens = checkpoint_name((grouping, dense, features, tokens), FFN_RESIDUALS)
-    return y3, density, Residuals(grouping, dense, features, tokens)
+    y1 = order.hidden(order.enter(x), sparse_w1, w1.astype(x.dtype))
+    packed = api.pack_activations(
+        y1,
+        features=recipe.activations,
+        tokens=recipe.wgrad == "24",
+        interleaved=order.interleaved,
+        implementation=implementation,
+    )
+    density = packed.positives / (x.shape[0] * recipe.top_k * y1.shape[1])
+    dense = None if recipe.activations else jax.nn.relu(y1)
+    dense_y2 = None if dense is None else dense * dense
+    y3 = order.leave(order.back(packed.squared, dense_y2, w2.astype(x.dtype), k_major=False), x.dtype)
+    saved = Residuals(grouping, dense, packed.features, packed.tokens)
+    return y3, density, checkpoint_name(saved, FFN_RESIDUALS)
 
 
 def backward(
@@ -183,25 +185,20 @@ def backward(
     rows, dy3_rows = order.enter(x), order.enter(dy3)
     dy2 = order.hidden(dy3_rows, sparse_w2, w2.astype(x.dtype).T)
 
-    dense_dy1, sparse_dy1 = None, None
-    if features is not None:
-        kept = activations.take_features(dy2, features.metadata)
-        sparse_dy1 = Packed(2 * kept * features.values, features.metadata)
+    taken = api.take_activations(dy2, features, tokens, interleaved=order.interleaved, implementation=implementation)
+    dense_dy1 = None
     if dense is None and tokens is None:
         assert features is not None
         dense = activations.unpack(features)
     if dense is not None:
         dense_dy1 = 2 * dy2 * dense
-    dx = order.leave(order.back(sparse_dy1, dense_dy1, w1.astype(x.dtype), k_major=True), x.dtype)
+    dx = order.leave(order.back(taken.features, dense_dy1, w1.astype(x.dtype), k_major=True), x.dtype)
 
     if tokens is None:
         assert dense is not None
         dw2 = order.over_tokens(None, dense * dense, dy3_rows, w2.dtype, transpose=False)
         dw1 = order.over_tokens(None, dense_dy1, rows, w1.dtype, transpose=True)
     else:
-        kept = activations.take_tokens(dy2, tokens.metadata, interleaved=order.interleaved)
-        squared = Packed(tokens.values * tokens.values, tokens.metadata)
-        dw2 = order.over_tokens(squared, None, dy3_rows, w2.dtype, transpose=False)
-        sparse_dy1 = Packed(2 * kept * tokens.values, tokens.metadata)
-        dw1 = order.over_tokens(sparse_dy1, None, rows, w1.dtype, transpose=True)
+        dw2 = order.over_tokens(taken.squared, None, dy3_rows, w2.dtype, transpose=False)
+        dw1 = order.over_tokens(taken.tokens, None, rows, w1.dtype, transpose=True)
     return dx, dw1, dw2

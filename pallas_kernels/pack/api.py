@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, dispatch
-from pallas_kernels.array_types import Array, Float, Int
+from pallas_kernels.array_types import Array, Float
 from pallas_kernels.pack import activations, hopper, reference
 from pallas_kernels.pack.activations import Packed
 from pallas_kernels.pack.blocks import Directions
@@ -22,8 +22,8 @@ class PackedActivations(NamedTuple):
     """Its square, the operand of y3."""
     tokens: Packed | None
     """a, or what is left of it along features, packed along tokens: a matrix [C, R]."""
-    positives: Int[Array, ""]
-    """How many entries of a are above zero."""
+    positives: Float[Array, ""]
+    """How many entries of a are above zero, as f32: an int32 would overflow at 2^31 of them."""
 
 
 class TakenActivations(NamedTuple):
@@ -55,7 +55,7 @@ def pack_activations(
       NotImplementedError: the named implementation does not take this device or dtype.
     """
     chosen = _choose(implementation, y)
-    if chosen == "hopper":
+    if chosen == "hopper" and (features or tokens):
         found = hopper.pack_activations(y, Directions(features, tokens), interleaved=interleaved, relu=True)
         along_features, squared, along_tokens = None, None, None
         if features:
@@ -63,14 +63,14 @@ def pack_activations(
             squared = Packed(found["squared"], found["feature_metadata"])
         if tokens:
             along_tokens = Packed(found["tokens"], found["token_metadata"])
-        return PackedActivations(along_features, squared, along_tokens, jnp.sum(found["positives"]))
+        return PackedActivations(along_features, squared, along_tokens, jnp.sum(found["positives"], dtype=jnp.float32))
     a = jax.nn.relu(y)
     along_features = activations.pack_features(a) if features else None
     along_tokens = None
     if tokens:
         kept = a if along_features is None else activations.unpack(along_features)
         along_tokens = activations.pack_tokens(kept, interleaved=interleaved)
-    return PackedActivations(along_features, _square(along_features), along_tokens, jnp.sum(a > 0, dtype=jnp.int32))
+    return PackedActivations(along_features, _square(along_features), along_tokens, jnp.sum(a > 0, dtype=jnp.float32))
 
 
 def take_activations(
@@ -120,7 +120,7 @@ def pack_thresholded(
 ) -> Packed:
     """round(beta S(w)), 2:4 along `axis`, as a matrix [R, C] or, along axis 0, [C, R], padded to multiples of 64.
 
-    S is `reference.soft_threshold`, in f32 (f64 for f64 masters).
+    S is `reference.soft_threshold`, in f32.
 
     Args:
       w: masters, f32 or bf16 for the kernel.
@@ -143,7 +143,7 @@ def pack_thresholded(
         dispatch.check_multiple(GRANULE, rows=w.shape[0], columns=w.shape[1])
         found = hopper.pack_thresholded(w, beta, dtype, along_rows=axis == 0)
         return Packed(found["values"], found["metadata"])
-    s = reference.soft_threshold(w.astype(jnp.promote_types(w.dtype, jnp.float32)), axis)
+    s = reference.soft_threshold(w.astype(jnp.float32), axis)
     dense = (beta * s).astype(dtype)
     dense = dense if axis == 1 else dense.T
     return activations.pack_features(jnp.pad(dense, [(0, -size % GRANULE) for size in dense.shape]))

@@ -143,13 +143,13 @@ def take(m: Machine, matrix: Matrix, along: Directions) -> None:
     if along.features:
         metadata = m.load_word("feature_metadata", thread.feature_word)
         a = thread.load_pieces("features", thread.feature_piece)
-        thread.store_pieces("feature_dy1", thread.feature_piece, *_dy1(m, words.take_rows(m, *rows, metadata), a))
+        thread.store_pieces("feature_dy1", thread.feature_piece, *_dy1(m, words.take_rows(m, rows, metadata), a))
     if along.tokens:
         metadata = m.load_word("token_metadata", thread.token_word)
         a = thread.load_pieces("tokens", thread.token_piece)
         thread.store_pieces("token_squared", thread.token_piece, *(_square(m, row) for row in a))
         m.barrier()
-        taken = words.take_rows(m, *thread.from_tokens(), metadata)
+        taken = words.take_rows(m, thread.from_tokens(), metadata)
         thread.store_pieces("token_dy1", thread.token_piece, *_dy1(m, taken, a))
 
 

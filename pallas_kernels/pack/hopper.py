@@ -34,10 +34,10 @@ def pack_activations(y, along: Directions, *, interleaved: bool, relu: bool) -> 
     if relu:
         out["positives"] = jax.ShapeDtypeStruct((matrix.blocks * 4,), jnp.int32)
     if along.features:
-        values, metadata = _packed_types(*y.shape, y.dtype)
+        values, metadata = _packed_types(y.shape, y.dtype)
         out |= {"features": values, "squared": values, "feature_metadata": metadata}
     if along.tokens:
-        out["tokens"], out["token_metadata"] = _packed_types(*y.shape[::-1], y.dtype)
+        out["tokens"], out["token_metadata"] = _packed_types(y.shape[::-1], y.dtype)
     body = functools.partial(blocks.pack, matrix=matrix, along=along, relu=relu, infinity=_INFINITY[y.dtype.name])
     return _launch(body, matrix, y.dtype, {"y": y}, out, shared=int(along.tokens))
 
@@ -48,10 +48,10 @@ def take_activations(dy2, features, tokens, *, interleaved: bool) -> dict[str, j
     arrays, out = {"y": dy2}, {}
     if features is not None:
         arrays |= {"features": features.values, "feature_metadata": features.metadata}
-        out["feature_dy1"] = _packed_types(*dy2.shape, dy2.dtype)[0]
+        out["feature_dy1"] = _packed_types(dy2.shape, dy2.dtype)[0]
     if tokens is not None:
         arrays |= {"tokens": tokens.values, "token_metadata": tokens.metadata}
-        out["token_dy1"] = out["token_squared"] = _packed_types(*dy2.shape[::-1], dy2.dtype)[0]
+        out["token_dy1"] = out["token_squared"] = _packed_types(dy2.shape[::-1], dy2.dtype)[0]
     along = Directions(features is not None, tokens is not None)
     body = functools.partial(blocks.take, matrix=matrix, along=along)
     return _launch(body, matrix, dy2.dtype, arrays, out, shared=int(along.tokens))
@@ -60,15 +60,15 @@ def take_activations(dy2, features, tokens, *, interleaved: bool) -> dict[str, j
 def pack_thresholded(w, beta, dtype, *, along_rows: bool) -> dict[str, jax.Array]:
     """w [R, C] in f32 or bf16, beta f32 [] -> values, metadata of round(beta S(w)), transposed if `along_rows`."""
     matrix = Matrix(w.shape[0], w.shape[1], itemsize=w.dtype.itemsize)
-    values, metadata = _packed_types(*(w.shape[::-1] if along_rows else w.shape), dtype)
+    values, metadata = _packed_types(w.shape[::-1] if along_rows else w.shape, dtype)
     body = functools.partial(blocks.pack_thresholded, matrix=matrix, along_rows=along_rows)
     arrays = {"w": w, "beta": jnp.asarray(beta, jnp.float32).reshape(1)}
     shared = w.dtype.itemsize // 2 if along_rows else 0
     return _launch(body, matrix, dtype, arrays, {"values": values, "metadata": metadata}, shared=shared)
 
 
-def _packed_types(rows: int, columns: int, dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    tiles = (rows // GRANULE, columns // GRANULE)
+def _packed_types(shape: tuple[int, ...], dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    tiles = (shape[0] // GRANULE, shape[1] // GRANULE)
     return (
         jax.ShapeDtypeStruct((*tiles, *tile_order.SHAPE), dtype),
         jax.ShapeDtypeStruct((*tiles, THREADS), jnp.uint32),

@@ -185,8 +185,9 @@ def pack_rows(m: Machine, first: list[Word], second: list[Word]) -> tuple[Packed
     return PackedRows(*packed, metadata), *pruned
 
 
-def take_rows(m: Machine, first: list[Word], second: list[Word], metadata: Word) -> tuple[list[Word], list[Word]]:
+def take_rows(m: Machine, rows: list[list[Word]], metadata: Word) -> tuple[list[Word], list[Word]]:
     """The entries of two rows at the positions of a metadata word: four words for each row."""
+    first, second = rows
     taken: tuple[list[Word], list[Word]] = ([], [])
     for group in range(4):
         span = slice(2 * group, 2 * group + 2)
