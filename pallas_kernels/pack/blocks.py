@@ -138,15 +138,20 @@ def take(m: Machine, matrix: Matrix, along: Directions) -> None:
     """dy2 -> 2 dy2 a at the positions of a along features and along tokens, and a^2 along tokens."""
     thread = Thread(m, matrix)
     rows = thread.load_rows("y")
-    if along.tokens:
-        thread.to_tokens(rows)
+    # All loads before the first store to global memory, which none of them could pass.
+    features, tokens = None, None
     if along.features:
         metadata = m.load_word("feature_metadata", thread.feature_word)
-        a = thread.load_pieces("features", thread.feature_piece)
-        thread.store_pieces("feature_dy1", thread.feature_piece, *_dy1(m, words.take_rows(m, rows, metadata), a))
+        features = metadata, thread.load_pieces("features", thread.feature_piece)
     if along.tokens:
         metadata = m.load_word("token_metadata", thread.token_word)
-        a = thread.load_pieces("tokens", thread.token_piece)
+        tokens = metadata, thread.load_pieces("tokens", thread.token_piece)
+        thread.to_tokens(rows)
+    if features is not None:
+        metadata, a = features
+        thread.store_pieces("feature_dy1", thread.feature_piece, *_dy1(m, words.take_rows(m, rows, metadata), a))
+    if tokens is not None:
+        metadata, a = tokens
         thread.store_pieces("token_squared", thread.token_piece, *(_square(m, row) for row in a))
         m.barrier()
         taken = words.take_rows(m, thread.from_tokens(), metadata)
