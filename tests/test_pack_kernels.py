@@ -128,7 +128,9 @@ def test_activation_kernels_lower(along, monkeypatch):
 def test_weight_kernels_lower(axis, masters, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
     monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
-    packing = jax.jit(lambda w, beta: api.pack_thresholded(w, beta, axis=axis, dtype="bfloat16"))
+    packing = jax.jit(
+        lambda w, beta: api.pack_thresholded(w, beta, axis=axis, dtype="bfloat16", implementation="hopper")
+    )
     arguments = jax.ShapeDtypeStruct((256, 128), masters), jax.ShapeDtypeStruct((), jnp.float32)
     assert "mosaic_gpu" in packing.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
