@@ -49,3 +49,13 @@ def sm_count() -> int:
     """Blocks of a persistent grid: the GPU's multiprocessors, or an H100's where there is no GPU."""
     gpu = current()
     return HOPPER_SMS if gpu is None else gpu.sm_count
+
+
+def arrays_lie_on_one_device() -> bool:
+    """Whether XLA has nothing to split in what is being traced: one device, or inside `jax.shard_map` over all axes.
+
+    A kernel is one call that XLA cannot cut into parts for several devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    inside_shard_map = bool(mesh.axis_names) and all(t == jax.sharding.AxisType.Manual for t in mesh.axis_types)
+    return inside_shard_map or jax.device_count() == 1

@@ -6,8 +6,22 @@ from jaxtyping import install_import_hook
 
 # Before anything of these packages is imported: every annotation of an array function becomes an assertion. Modules
 # that validate plain values themselves (venom_jax.pattern, venom_jax.dispatch) are left to their own messages.
-_ARRAY_MODULES = ["ffn", "formats", "linen", "mlp", "permutation", "phases", "router", "stats", "threshold"]
+_ARRAY_MODULES = [
+    "ffn",
+    "formats",
+    "linen",
+    "mlp",
+    "permutation",
+    "phases",
+    "router",
+    "sharded_ffn",
+    "stats",
+    "threshold",
+]
 install_import_hook(["pallas_kernels", *(f"venom_jax.{name}" for name in _ARRAY_MODULES)], "beartype.beartype")
+
+# tests/test_eight_devices.py runs them where there is one device.
+collect_ignore = [] if jax.device_count() >= 8 else ["eight_devices"]
 
 
 def _has_hopper() -> bool:

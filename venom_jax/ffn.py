@@ -138,15 +138,22 @@ def _sparse(recipe: Recipe, kernels: Kernels | None, x, w1, w2, beta, packed, ro
 def _forward(recipe, kernels, x, w1, w2, beta, packed, route):
     if kernels is not None:
         return _packed_forward(recipe, kernels, x, w1, w2, beta, packed, route)
-    grouping = _grouping(recipe, route, x.shape[0])
-    w1_y1 = _operand("y1", recipe, w1, beta, packed, x.dtype)
-    a = jax.nn.relu(_hidden(recipe, grouping, x, w1_y1))
+    grouping = rows_in_groups(recipe, route, x.shape[0])
+    first = weight_operand("y1", recipe, w1, beta, packed, x.dtype)
+    second = weight_operand("y3", recipe, w2, beta, packed, x.dtype)
+    y3, density, a = masked_forward(recipe, x, first, second, grouping)
+    return (y3, density), _Residuals(x, w1, w2, beta, packed, grouping, a)
+
+
+def masked_forward(recipe: Recipe, x, w1, w2, grouping: Grouping | None):
+    """(y3, density, a); w1, w2: the operands of y1 and y3, thresholded where the recipe says so, in x's dtype."""
+    a = jax.nn.relu(_hidden(recipe, grouping, x, w1))
     density = jnp.sum(a > 0, dtype=jnp.float32) / (x.shape[0] * recipe.top_k * (w1.shape[1] // recipe.experts))
     if recipe.activations and "y3" not in recipe.weights:
         a = jnp.where(pack.select24(a), a, 0)
-    y3 = _rows(recipe, grouping, a * a, _by_neuron(_operand("y3", recipe, w2, beta, packed, x.dtype), recipe))
+    y3 = _rows(recipe, grouping, a * a, _by_neuron(w2, recipe))
     y3 = (y3 if grouping is None else grouping.undo(y3)).astype(x.dtype)
-    return (y3, density), _Residuals(x, w1, w2, beta, packed, grouping, a)
+    return y3, density, a
 
 
 def _backward(recipe, kernels, residuals, cotangents):
@@ -154,11 +161,19 @@ def _backward(recipe, kernels, residuals, cotangents):
     if kernels is not None:
         return _packed_backward(recipe, kernels, residuals, dy3)
     x, w1, w2, beta, packed, grouping, a = residuals
-    dy2 = _hidden(recipe, grouping, dy3, _operand("dy2", recipe, w2, beta, packed, x.dtype).T)
+    second = weight_operand("dy2", recipe, w2, beta, packed, x.dtype)
+    first = weight_operand("dx", recipe, w1, beta, packed, x.dtype)
+    dx, dw1, dw2 = masked_backward(recipe, x, second, first, grouping, a, dy3)
+    return through_thresholds(recipe, w1, w2, beta, dx, dw1, dw2)
+
+
+def masked_backward(recipe: Recipe, x, w2, w1, grouping: Grouping | None, a, dy3):
+    """(dx, dW1 [D, F], dW2 [F, D]) before any threshold's gradient; w2, w1: the operands of dy2 and dx."""
+    dy2 = _hidden(recipe, grouping, dy3, w2.T)
     dy1 = 2 * dy2 * a
     sparse_dy1 = recipe.activations and "dx" not in recipe.weights
     dy1_dx = jnp.where(pack.select24(a), dy1, 0) if sparse_dy1 else dy1
-    dx = _rows(recipe, grouping, dy1_dx, _by_neuron(_operand("dx", recipe, w1, beta, packed, x.dtype).T, recipe))
+    dx = _rows(recipe, grouping, dy1_dx, _by_neuron(w1.T, recipe))
     dx = (dx if grouping is None else grouping.undo(dx)).astype(x.dtype)
 
     kept = _kept_along_tokens(recipe, grouping, a)
@@ -166,10 +181,10 @@ def _backward(recipe, kernels, residuals, cotangents):
     x_rows, dy3_rows = (t if grouping is None else grouping.apply(t) for t in (x, dy3))
     dw2 = _over_tokens(grouping, a_w * a_w, dy3_rows).reshape(w2.shape)
     dw1 = jnp.moveaxis(_over_tokens(grouping, x_rows, dy1_w), 0, 1).reshape(w1.shape)
-    return _cotangents(recipe, w1, w2, beta, dx, dw1, dw2)
+    return dx, dw1, dw2
 
 
-def _cotangents(recipe: Recipe, w1, w2, beta, dx, dw1, dw2):
+def through_thresholds(recipe: Recipe, w1, w2, beta, dx, dw1, dw2):
     """Through the thresholds of the forward, and to the masters' dtype; beta, packed and route get none."""
     if "y1" in recipe.weights:
         dw1 = threshold_gradient(w1, dw1, beta[0], 0, recipe.threshold_grad)
@@ -182,8 +197,7 @@ _sparse.defvjp(_forward, _backward)
 
 
 def _packed_forward(recipe, kernels, x, w1, w2, beta, packed, route):
-    rows_in_batch_order = route is None and recipe.token_order == "interleaved" and recipe.token_blocks == 1
-    grouping = None if rows_in_batch_order else _grouping(recipe, route, x.shape[0])
+    grouping = rows_of_kernels(recipe, route, x.shape[0])
     if packed is None and recipe.weights:
         packed = pack_weights(w1, w2, beta, dtype=x.dtype, implementation=kernels)
     sparse_w1 = packed.w1 if packed is not None and "y1" in recipe.weights else None
@@ -195,10 +209,10 @@ def _packed_backward(recipe, kernels, residuals, dy3):
     x, w1, w2, beta, packed, saved = residuals
     sparse_w2 = packed.w2 if packed is not None and "dy2" in recipe.weights else None
     dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, w1, w2, sparse_w2, saved, dy3)
-    return _cotangents(recipe, w1, w2, beta, dx, dw1, dw2)
+    return through_thresholds(recipe, w1, w2, beta, dx, dw1, dw2)
 
 
-def _operand(gemm: WeightGemm, recipe: Recipe, w, beta, packed: PackedWeights | None, dtype) -> Array:
+def weight_operand(gemm: WeightGemm, recipe: Recipe, w, beta, packed: PackedWeights | None, dtype) -> Array:
     """The weight as product `gemm` reads it: round(beta S(w)), or round(w)."""
     if gemm not in recipe.weights:
         return w.astype(dtype)
@@ -212,13 +226,19 @@ def _thresholded(w, beta, gemm: WeightGemm, dtype) -> Array:
     return (beta[WEIGHT_GEMMS.index(gemm)] * s).astype(dtype)
 
 
-def _grouping(recipe: Recipe, route, tokens: int) -> Grouping | None:
+def rows_in_groups(recipe: Recipe, route, tokens: int) -> Grouping | None:
     """The order of rows that the recipe needs; None is the batch as it comes."""
     if route is None:
         if recipe.wgrad == "dense":
             return None
         route = jnp.zeros((tokens, 1), jnp.int32)
     return group_tokens(route, recipe.experts, align=recipe.v, order=recipe.token_order, blocks=recipe.token_blocks)
+
+
+def rows_of_kernels(recipe: Recipe, route, tokens: int) -> Grouping | None:
+    """As `rows_in_groups`, for the packed form, which interleaves a batch itself where that is all there is to do."""
+    in_batch_order = route is None and recipe.token_order == "interleaved" and recipe.token_blocks == 1
+    return None if in_batch_order else rows_in_groups(recipe, route, tokens)
 
 
 def _hidden(recipe: Recipe, grouping: Grouping | None, tokens, w) -> Array:

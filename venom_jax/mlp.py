@@ -1,5 +1,6 @@
 """SparseMLP: the squared-ReLU feed-forward layer as a flax.nnx module."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from venom_jax import router
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import PackedWeights, sparse_ffn
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
+from venom_jax.sharded_ffn import sharded_sparse_ffn
 from venom_jax.stats import FFNStats
 
 
@@ -79,6 +81,7 @@ class SparseMLP(nnx.Module):
         key: Array | None = None,
         return_stats: bool = False,
         implementation: Implementation | None = None,
+        axis: str | None = None,
     ) -> Any:
         """Apply the layer.
 
@@ -89,6 +92,8 @@ class SparseMLP(nnx.Module):
           key: for the random router.
           return_stats: return (y, FFNStats) instead of y.
           implementation: "reference", "hopper", or None to choose by device; see `venom_jax.sparse_ffn`.
+          axis: inside `jax.shard_map`, the mesh axis over whose devices the layer's neurons are cut; see
+            `venom_jax.sharded_ffn`. Statistics are then those of this device's tokens.
 
         Returns:
           y of x's shape and dtype.
@@ -102,14 +107,15 @@ class SparseMLP(nnx.Module):
                 f"recipe with experts = {recipe.experts} in a layer made with max_experts = {self.max_experts}; "
                 "raise max_experts."
             )
-        recipe.check(*self.w1[...].shape)
-        tokens = x.reshape(-1, x.shape[-1])
         w1 = self.w1[...]
+        recipe.check(w1.shape[0], w1.shape[1] * (1 if axis is None else jax.lax.axis_size(axis)))
+        tokens = x.reshape(-1, x.shape[-1])
         route, load = None, jnp.zeros(self.max_experts, jnp.float32)
         if recipe.routed:
-            route = router.route(tokens, w1, recipe, bias=self.bias[...], key=key)
+            route = router.route(tokens, w1, recipe, bias=self.bias[...], key=key, axis=axis)
             load = router.load(route, self.max_experts)
-        y, density = sparse_ffn(
+        apply = sparse_ffn if axis is None else functools.partial(sharded_sparse_ffn, axis=axis)
+        y, density = apply(
             tokens,
             w1,
             self.w2[...],

@@ -4,6 +4,8 @@ There are no router parameters. An expert is a contiguous slice of F / E neurons
 `venom_jax.phases`), and a token's score for it comes from the slice's mean column.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,39 +71,53 @@ def _assign_balanced(similarity: np.ndarray) -> np.ndarray:
     return assignment
 
 
-def expert_means(w1: Float[Array, "D F"], experts: int, *, normalise: bool = True) -> Float[Array, "E D"]:
+def expert_means(
+    w1: Float[Array, "D F"], experts: int, *, normalise: bool = True, axis: str | None = None
+) -> Float[Array, "E D"]:
     """mean_e = normalised mean over the columns of slice e, each normalised first; f32, no gradient.
 
-    With `normalise=False` the plain mean of the columns.
+    With `normalise=False` the plain mean of the columns. axis: as in `scores`.
     """
     w1 = jax.lax.stop_gradient(w1).astype(jnp.float32)
     if normalise:
         w1 = w1 / (jnp.linalg.norm(w1, axis=0, keepdims=True) + _EPSILON)
+    if axis is not None:
+        # Means of the longest runs that neither a device's columns nor an expert's cut: D numbers each to exchange.
+        run = math.gcd(w1.shape[1], w1.shape[1] * jax.lax.axis_size(axis) // experts)
+        w1 = jax.lax.all_gather(w1.reshape(w1.shape[0], -1, run).mean(axis=-1), axis, axis=1, tiled=True)
     means = w1.reshape(w1.shape[0], experts, -1).mean(axis=-1).T
     return means / (jnp.linalg.norm(means, axis=1, keepdims=True) + _EPSILON) if normalise else means
 
 
 def scores(
-    x: Float[Array, "T D"], w1: Float[Array, "D F"], recipe: Recipe, *, key: Array | None = None
+    x: Float[Array, "T D"],
+    w1: Float[Array, "D F"],
+    recipe: Recipe,
+    *,
+    key: Array | None = None,
+    axis: str | None = None,
 ) -> Float[Array, "T E"]:
     """The score of each token for each expert, in f32, without gradient.
 
     `cosine`: <x, mean_e> / |x| with normalised means. `dot`: <x, mean_e> with the plain mean column.
     `oracle`: sum over the slice of relu(x w1)^2, which needs the whole hidden layer. `random`: noise from `key`
     (the same for every call if none is given).
+
+    axis: inside `jax.shard_map`, the mesh axis over whose devices W1 is cut along F, so that each holds a part.
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     match recipe.router:
         case "random":
             return jax.random.normal(jax.random.key(0) if key is None else key, (x.shape[0], recipe.experts))
         case "oracle":
-            hidden = jnp.square(jax.nn.relu(x @ jax.lax.stop_gradient(w1).astype(jnp.float32)))
+            whole = jax.lax.stop_gradient(w1 if axis is None else jax.lax.all_gather(w1, axis, axis=1, tiled=True))
+            hidden = jnp.square(jax.nn.relu(x @ whole.astype(jnp.float32)))
             return hidden.reshape(x.shape[0], recipe.experts, -1).sum(axis=-1)
         case "dot":
-            return jnp.dot(x, expert_means(w1, recipe.experts, normalise=False).T, precision="highest")
+            return jnp.dot(x, expert_means(w1, recipe.experts, normalise=False, axis=axis).T, precision="highest")
         case "cosine":
             x = x / (jnp.linalg.norm(x, axis=1, keepdims=True) + _EPSILON)
-            return jnp.dot(x, expert_means(w1, recipe.experts).T, precision="highest")
+            return jnp.dot(x, expert_means(w1, recipe.experts, axis=axis).T, precision="highest")
 
 
 def route(
@@ -111,15 +127,17 @@ def route(
     *,
     bias: Float[Array, "E_max"] | None = None,
     key: Array | None = None,
+    axis: str | None = None,
 ) -> Int[Array, "T k"]:
     """The top-k experts of each token in ascending order; ties go to the lower expert.
 
     Args:
       bias: balance bias, added to the scores for this choice only; longer arrays are cut to E.
+      key, axis: as in `scores`.
 
     Source: arXiv 2602.06183, algorithm 3; bias: auxiliary-loss-free balancing, arXiv 2408.15664.
     """
-    score = scores(x, w1, recipe, key=key)
+    score = scores(x, w1, recipe, key=key, axis=axis)
     if bias is not None:
         score = score + jax.lax.stop_gradient(bias[: recipe.experts])
     _, chosen = jax.lax.top_k(score, recipe.top_k)

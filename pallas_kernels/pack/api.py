@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import device, dispatch
 from pallas_kernels.array_types import Array, Float
 from pallas_kernels.pack import activations, hopper, reference
 from pallas_kernels.pack.activations import Packed
@@ -125,15 +125,16 @@ def pack_thresholded(
     Args:
       w: masters, f32 or bf16 for the kernel.
       dtype: of the stored values, bfloat16 or float16 for the kernel.
-      implementation: None takes the kernel where device, sizes and dtypes allow it and there is one device only: XLA
-        cannot split a kernel over several.
+      implementation: None takes the kernel where device, sizes and dtypes allow it, with several devices only inside
+        `jax.shard_map`: XLA cannot split a kernel.
 
     Raises:
       ValueError: the length along `axis` is no multiple of 4; for the kernel also a size that is none of 64.
       NotImplementedError: the named implementation does not take this device or these dtypes.
     """
     takes = jnp.dtype(dtype).name in dispatch.KERNEL_DTYPES and w.dtype in (jnp.float32, jnp.bfloat16)
-    if implementation is None and (jax.device_count() > 1 or not takes or any(n % GRANULE for n in w.shape)):
+    fits = takes and not any(n % GRANULE for n in w.shape)
+    if implementation is None and not (fits and device.arrays_lie_on_one_device()):
         implementation = "reference"
     if dispatch.resolve(implementation) == "hopper":
         if not takes:

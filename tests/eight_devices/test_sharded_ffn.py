@@ -1,0 +1,150 @@
+"""The FFN with its neurons cut over devices equals the FFN on one device; what travels between them."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import device
+from tests.helpers import assert_close
+from venom_jax import Recipe, router, sparse_ffn
+from venom_jax.ffn import _sparse, pack_weights
+from venom_jax.sharded_ffn import _sparse as _sharded
+from venom_jax.sharded_ffn import local_recipe, sharded_sparse_ffn
+
+D, F, TOKENS = 64, 256, 512
+BETA = jnp.array([1.5, 1.3, 1.6, 1.2], jnp.float32)
+BATCH, COLUMNS, ROWS = P(("data", "fsdp")), P(None, "fsdp"), P("fsdp")
+
+
+def mesh_of(data, fsdp):
+    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    return jax.sharding.Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def inputs(dtype=jnp.float32, d_model=D, d_ffn=F, tokens=TOKENS):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, dy = (jax.random.normal(key, (tokens, d_model), dtype) for key in keys[:2])
+    w1 = jax.random.normal(keys[2], (d_model, d_ffn)) / d_model**0.5
+    w2 = jax.random.normal(keys[3], (d_ffn, d_model)) / d_ffn**0.5
+    return x, w1, w2, dy
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "kernels"))
+def whole(x, w1, w2, dy, recipe, kernels):
+    def ffn(x, w1, w2):
+        route = router.route(x, w1, recipe) if recipe.routed else None
+        if recipe.is_dense:
+            return sparse_ffn(x, w1, w2, recipe=recipe, return_density=True)
+        return _sparse(recipe, kernels, x, w1, w2, BETA, None, route)
+
+    (y, density), vjp = jax.vjp(ffn, x, w1, w2)
+    return y, density, *vjp((dy, jnp.zeros_like(density)))
+
+
+def sharded_function(mesh, recipe, kernels, pack=False):
+    """As `whole`, of global arrays: the same results, computed by all devices of the mesh."""
+    recipe = local_recipe(recipe, mesh.size)
+
+    def ffn(x, w1, w2, packed):
+        route = router.route(x, w1, recipe, axis="fsdp") if recipe.routed else None
+        if recipe.is_dense:
+            return sharded_sparse_ffn(x, w1, w2, recipe=recipe, axis="fsdp", return_density=True)
+        return _sharded(recipe, kernels, "fsdp", x, w1, w2, BETA, packed, route)
+
+    def part(x, w1, w2, dy):
+        packed = pack_weights(w1, w2, BETA, dtype=x.dtype, implementation="reference") if pack else None
+        (y, density), vjp = jax.vjp(functools.partial(ffn, packed=packed), x, w1, w2)
+        dx, dw1, dw2 = vjp((dy, jnp.zeros_like(density)))
+        return y, jax.lax.pmean(density, ("data", "fsdp")), dx, *jax.lax.psum((dw1, dw2), "data")
+
+    specs = (BATCH, COLUMNS, ROWS, BATCH)
+    results = (BATCH, P(), BATCH, COLUMNS, ROWS)
+    return jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=results, check_vma=False))
+
+
+def place(mesh, *arrays):
+    specs = (BATCH, COLUMNS, ROWS, BATCH)
+    return [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
+
+
+EIGHT_BLOCKS = {"token_blocks": 8}
+FORMS = {
+    "dense": (Recipe.dense(), None),
+    "act24 masked, blocks": (Recipe.act24(**EIGHT_BLOCKS), None),
+    "venom k=2 masked, exact gradient": (Recipe.venom(4, 2, wgrad="dense", threshold_grad="exact"), None),
+    "oracle, ablations": (
+        Recipe.venom(2, 1, wgrad="dense", router="oracle", hidden="full", weights=("y3", "dx")),
+        None,
+    ),
+    "act24 packed": (Recipe.act24(wgrad="dense"), "reference"),
+    "all24 packed, blocks": (Recipe.all24(**EIGHT_BLOCKS), "reference"),
+    "venom k=1 packed, blocks": (Recipe.venom(4, 1, **EIGHT_BLOCKS), "reference"),
+    "venom k=2 packed": (Recipe.venom(4, 2, wgrad="dense"), "reference"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_sharded_equals_whole(name):
+    recipe, kernels = FORMS[name]
+    arrays, mesh = inputs(), mesh_of(2, 4)
+    run = sharded_function(mesh, recipe, kernels, pack=kernels is not None)
+    with jax.default_matmul_precision("highest"):
+        found, expected = run(*place(mesh, *arrays)), whole(*arrays, recipe, None)
+    for out, reference in zip(found, expected, strict=True):
+        assert_close(out, reference)
+
+
+def gathered_bytes(mesh, recipe, *, backward):
+    """Bytes that a device has after the all-gathers of the compiled program, which computes in 16 bits."""
+    run = sharded_function(mesh, recipe, None if recipe.is_dense else "reference", pack=bool(recipe.weights))
+
+    def results(*arrays):
+        y, density, *gradients = run(*arrays)
+        return (y, density, *gradients) if backward else y
+
+    # float16: the CPU's compiler would move bfloat16 as float32.
+    text = jax.jit(results).lower(*place(mesh, *inputs(jnp.float16))).compile().as_text() or ""
+    found = re.findall(r"= (\w)(\d+)\[([\d,]*)\]\S* all-gather\(", text)
+    return sum(int(bits) // 8 * math.prod(map(int, shape.split(","))) for _, bits, shape in found)
+
+
+def test_all_gathers_move_25_of_32_bytes_in_each_pass():
+    mesh = mesh_of(2, 4)
+    dense = gathered_bytes(mesh, Recipe.dense(), backward=False)
+    assert dense == 2 * 2 * D * F
+    recipe = Recipe.all24(token_blocks=8)
+    forward = gathered_bytes(mesh, recipe, backward=False)
+    assert forward * 32 == 25 * dense
+    assert gathered_bytes(mesh, recipe, backward=True) - forward == forward
+
+
+@pytest.mark.parametrize("recipe", [Recipe.all24(), Recipe.venom(4, 1)], ids=["all24", "venom"])
+def test_kernels_lower_under_a_mesh(recipe, monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
+    monkeypatch.setattr(device, "hopper_available", lambda: True)
+    mesh = mesh_of(2, 4)
+    specs = (BATCH, COLUMNS, ROWS, BATCH)
+    arguments = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+        for a, spec in zip(inputs(jnp.bfloat16, 256, 1024, 1024), specs, strict=True)
+    ]
+    traced = sharded_function(mesh, recipe, "hopper").trace(*arguments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") >= 7  # two packings of weights, two of activations, six products
+
+
+def test_what_does_not_divide_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"token_blocks = 4 .* 8 devices; use a multiple of 8"):
+        local_recipe(Recipe.act24(token_blocks=4), 8)
+    run = functools.partial(sharded_sparse_ffn, recipe=Recipe.act24(), axis="fsdp")
+    specs = (BATCH, COLUMNS, ROWS)
+    run = jax.shard_map(run, mesh=mesh_of(1, 8), in_specs=specs, out_specs=BATCH, check_vma=False)
+    with pytest.raises(ValueError, match="leaves 2 neurons each, no multiple of 4"):
+        jax.eval_shape(run, *inputs(d_ffn=16)[:3])
