@@ -302,7 +302,7 @@ def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[s
     """
     gin.clear_config()
     try:
-        files = [_find(name) for name in gin_files]
+        files = [find_config(name) for name in gin_files]
         gin.parse_config_files_and_bindings(files, list(gin_bindings), finalize_config=False)
         classes = (Model, Data, Optimizer, LearningRate, Phases, Train)
         config = RunConfig(*(gin.get_configurable(cls)() for cls in classes), text=gin.config_str())
@@ -312,11 +312,12 @@ def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[s
     return config
 
 
-def _find(name: str) -> str:
+def find_config(name: str) -> str:
+    """The path of a file named from the working directory or from the package.  Raises ValueError if there is none."""
     for path in (Path(name), CONFIG_ROOT / name):
         if path.is_file():
             return str(path)
-    raise ValueError(f"gin file {name!r} is neither in {Path.cwd()} nor in {CONFIG_ROOT}")
+    raise ValueError(f"file {name!r} is neither in {Path.cwd()} nor in {CONFIG_ROOT}")
 
 
 def _one_line(error: Exception) -> str:

@@ -41,6 +41,22 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_record(workdir: Path) -> dict[str, Any] | None:
+    """The newest complete record of metrics.jsonl, read from its end; None without one."""
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue
+    return None
+
+
 def cut_metrics(workdir: Path, step: int) -> None:
     """Drops what the steps after a checkpoint wrote, so that each step is there once after a resume.
 

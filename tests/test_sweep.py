@@ -1,0 +1,249 @@
+"""Sweeps: what a file means, runs over devices, a kill and what comes after it, the table."""
+
+import json
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.trainer import gin_bindings, run_config
+from train import sweep, sweep_table
+from train.config import CONFIG_ROOT
+from train.sweep_table import Member
+from train.workdir import WorkdirLock
+
+SWEEPS = sorted((CONFIG_ROOT / "configs" / "sweeps").glob("*.toml"))
+
+
+def bindings_file(tmp_path, text, **overrides):
+    """A sweep of the small run; text holds the rest of the file."""
+    lines = ",\n".join(json.dumps(binding) for binding in gin_bindings(**overrides))
+    path = tmp_path / "small.toml"
+    path.write_text(f"gin_bindings = [{lines}]\n{text}")
+    return str(path)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_bundled_sweep_says_its_command_and_can_be_read(path, tmp_path):
+    header = path.read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    name = f"configs/sweeps/{path.name}"
+    assert f"python -m train.sweep {name}" in header
+    runs = sweep.load_sweep(name, tmp_path, ["Data.folder='data'"])
+    assert len({run.name for run in runs}) == len(runs) > 1
+
+
+def test_files_and_bindings_add_up_and_later_ones_win(tmp_path):
+    text = """
+seeds = [3, 4]
+[runs.a]
+seeds = [3]
+[runs.b]
+gin_files = ["configs/options/debug.gin"]
+gin_bindings = ["Train.steps = 50", "Train.eval_every = 5"]
+twin = "a"
+"""
+    path = bindings_file(tmp_path, text)
+    runs = sweep.load_sweep(path, tmp_path / "out", ["Train.eval_every = 7"])
+    assert [run.name for run in runs] == ["a-3", "b-3", "b-4"]
+    trains = [run.member.config.train for run in runs]
+    assert [(train.steps, train.seed, train.eval_every) for train in trains] == [(12, 3, 7), (50, 3, 7), (50, 4, 7)]
+    assert [run.member.twin for run in runs] == [None, "a", "a"]
+    assert [run.name for run in sweep.load_sweep(path, tmp_path, only=["b"])] == ["a-3", "b-3", "b-4"]
+    assert [run.name for run in sweep.load_sweep(path, tmp_path, only=["a"])] == ["a-3"]
+    command = runs[2].command()
+    assert command[1:3] == ["-m", "train.main"]
+    assert command[-2:] == ["--gin_bindings=Train.seed=4", f"--workdir={tmp_path / 'out' / 'b-4'}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("runs = 1", "names no runs"),
+        ("[runs.a", "is no TOML"),
+        ("twins = 'a'\n[runs.a]", "the top has 'twins'; it may have gin_files, gin_bindings, seeds, twin"),
+        ("[runs.a]\nseeds = 3", r"\[runs.a\] has seeds = 3, which must be a list"),
+        ("[runs.a]\ntwin = 'b'", "twin 'b' of 'a' is no run; there are a"),
+        ("[runs.'a/b']", "run 'a/b' gives its folder its name"),
+        ("[runs.a]\ngin_bindings = ['Train.stepz = 3']", "run 'a': .*stepz"),
+        ("[runs.a]\ngin_files = ['no.gin']", "run 'a': file 'no.gin' is neither in"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(tmp_path, text, message):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        sweep.load_sweep(str(path), tmp_path)
+
+
+@dataclass(frozen=True)
+class Fake(sweep.SweepRun):
+    """A run that notes its environment and ends, or fails."""
+
+    def command(self):
+        names = "{n: os.environ.get(n) for n in ('CUDA_VISIBLE_DEVICES', 'XLA_PYTHON_CLIENT_MEM_FRACTION')}"
+        workdir = str(self.member.workdir)
+        record = json.dumps({"kind": "end", "step": 12})
+        script = [
+            "import json, os, time",
+            f"os.mkdir({workdir!r})",
+            f"open({workdir!r} + '/env', 'w').write(json.dumps({names}))",
+            "time.sleep(0.3)",
+            f"open({workdir!r} + '/metrics.jsonl', 'w').write({record!r})",
+        ]
+        if self.member.name == "broken":
+            script = ["print('out of luck')", "raise SystemExit(1)"]
+        return [sys.executable, "-c", "; ".join(script)]
+
+
+def fakes(tmp_path, *names):
+    config = run_config()
+    return [Fake(Member(name, 0, None, tmp_path / f"{name}-0", config, ()), (), ()) for name in names]
+
+
+def test_each_gpu_gets_its_runs_and_a_failure_stops_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.Sweep, "collect", lambda self: "")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    runs = fakes(tmp_path, "a", "broken", "b", "c", "d")
+    found = sweep.Sweep("s", runs, tmp_path, ["2", "5"], per_device=2)
+    assert found.run()
+    assert found.failed == {"broken-0": 1}
+    assert "broken-0 failed with exit code 1: out of luck" in capsys.readouterr().out
+    seen = [json.loads((tmp_path / f"{name}-0" / "env").read_text()) for name in "abcd"]
+    assert {env["CUDA_VISIBLE_DEVICES"] for env in seen} == {"2", "5"}
+    assert {env["XLA_PYTHON_CLIENT_MEM_FRACTION"] for env in seen} == {"0.45"}
+
+
+def test_sigterm_stops_the_runs_and_starts_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.Sweep, "collect", lambda self: "")
+    runs = fakes(tmp_path, "a", "b")
+    started = []
+    original = sweep.subprocess.Popen
+
+    def start_then_stop(*args, **options):
+        started.append(original(*args, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", start_then_stop)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert not sweep.Sweep("s", runs, tmp_path, [], per_device=1).run()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert len(started) == 1
+
+
+def test_a_run_that_outlived_its_sweep_keeps_its_gpu_until_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep.Sweep, "collect", lambda self: "")
+    runs = fakes(tmp_path, "a", "b")
+    workdir = runs[0].member.workdir
+    workdir.mkdir()
+    lock = WorkdirLock(workdir)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a-0.gpu").write_text("1")
+    started = []
+
+    def end_of_a_then_start(self, run, gpu, progress):
+        started.append((run.name, gpu))
+        (workdir / "metrics.jsonl").write_text('{"kind": "end", "step": 12}')
+        lock.release()
+
+    monkeypatch.setattr(sweep.Sweep, "_start", end_of_a_then_start)
+    assert sweep.Sweep("s", runs, tmp_path, ["1", "2"], per_device=1).run()
+    assert started == [("b-0", "2")]
+
+
+def test_gpus_are_those_visible(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 1")
+    assert sweep.visible_gpus() == ["3", "1"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sweep.visible_gpus() == []
+    (tmp_path / "nvidia-smi").write_text(f"#!{sys.executable}\nprint('0\\n1')\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert sweep.visible_gpus() == ["0", "1"]
+
+
+def test_a_foreign_run_in_the_folder_is_refused(tmp_path):
+    path = bindings_file(tmp_path, "[runs.a]")
+    (tmp_path / "out" / "a-0").mkdir(parents=True)
+    (run,) = sweep.load_sweep(path, tmp_path / "out")
+    text = run.member.config.text.replace("Train.steps = 12", "Train.steps = 13")
+    (tmp_path / "out" / "a-0" / "config.gin").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"other settings \(Train.steps = 12; Train.steps = 13\); give another --output"
+    ):
+        sweep.run_sweep(path, tmp_path / "out", gpus=[])
+
+
+def write_run(workdir, config, loss):
+    """metrics.jsonl and run.json as a run of 12 steps leaves them."""
+    records = []
+    for step in range(1, 13):
+        index = config.schedule.index_at(step - 1)
+        if step - 1 == config.schedule.phases[index].start:
+            records.append({"kind": "phase", "step": step - 1, "phase": config.schedule.phases[index].label})
+        record = {"kind": "train", "step": step, "loss": loss, "tokens_per_second": 128.0, "phase_index": index}
+        loads = {"load_max": 0.5, "load_mean": 0.25, "load_min": 0.05} if index == 1 else {}
+        records.append(record | {"density": 0.1 * step, **loads})
+        if step % 4 == 0:
+            kept = 0.4 if index == 1 else 1.0
+            records.append({"kind": "diagnosis", "step": step, "kept_router": kept, "dropped_tokens": 0.01 * step})
+            fallen = {"val_loss": loss + (12 - step) / 10, "val_bits_per_byte": loss / 2}
+            records.append({"kind": "eval", "step": step, **fallen})
+    records.append({"kind": "end", "step": 12})
+    workdir.mkdir()
+    lines = (json.dumps(record | {"time": float(record["step"])}) + "\n" for record in records)
+    (workdir / "metrics.jsonl").write_text("".join(lines))
+    start = {"time": "2026-01-02T03", "devices": "1 x cpu", "versions": {"jax": "1"}, "git": None}
+    (workdir / "run.json").write_text(json.dumps({"format": 1, "starts": [start]}))
+
+
+def test_a_row_tells_what_the_run_wrote(tmp_path):
+    dense, config = run_config(), run_config(phases=((0, "dense"), (4, "venom"), (8, "dense")))
+    members = [
+        Member("dense", 0, None, tmp_path / "dense-0", dense, ()),
+        Member("venom", 0, "dense", tmp_path / "venom-0", config, ("x.gin",)),
+        Member("not yet", 0, "dense", tmp_path / "new-0", config, ()),
+    ]
+    write_run(tmp_path / "venom-0", config, loss=3.0)
+    (alone,) = sweep_table.make_rows(members, "small")
+    assert (alone["twin"], alone["difference"], alone["time_to_twin"]) == (None, None, None), "the twin has not run"
+    write_run(tmp_path / "dense-0", dense, loss=3.4)
+    reference, row = sweep_table.make_rows(members, "small")
+    assert row | {"bench": "sweep small", "case": "venom", "seed": 0, "twin": "dense", "options": ["x.gin"]} == row
+    assert (row["val_loss"], row["difference"], row["difference_train"]) == (3.0, -0.4, -0.4)
+    assert row["time_to_twin"] == pytest.approx(8 / 12, abs=1e-3), "3.4 is reached after 8 of 12 equal steps"
+    assert row["sparse_share"] == pytest.approx(4 / 12, abs=1e-4)
+    assert 1 / 3 < 1 - 3 * (1 - row["operations"]) < 1, "a third of the steps are sparse"
+    assert (row["kept_router"], row["dropped_tokens"], row["density"]) == (0.4, 0.08, 0.65), "of steps 5 to 8"
+    assert (row["load_max"], row["load_min"]) == (2.0, 0.2)
+    assert (reference["kept_router"], reference["sparse_share"], reference["operations"]) == (None, 0, 1)
+    assert row["phases"] == [[0, "dense"], [4, "venom E=4 k=1"], [8, "dense"]]
+
+
+def test_seconds_of_the_steps_and_the_jump_at_a_switch():
+    config = run_config(phases=((0, "dense"), (4, "act24")), steps=12)  # 8 x 16 tokens a step
+    records: list[dict[str, Any]] = [{"kind": "phase", "step": 0}]
+    for step in range(1, 13):
+        if step == 5:
+            records.append({"kind": "phase", "step": 4})
+        rate = {1: 9e9, 7: 1.0}.get(step, 128.0 if step <= 4 else 256.0)  # a dispatch, a stall: not the speed
+        loss = 9.0 if step == 6 else 5.0
+        index = int(step > 4)
+        records.append({"kind": "train", "step": step, "loss": loss, "tokens_per_second": rate, "phase_index": index})
+    member = Member("a", 0, None, CONFIG_ROOT, config, ())
+    assert sweep_table.step_seconds(member, records) == pytest.approx(4 * 1 + 8 * 0.5)
+    assert sweep_table.step_seconds(member, records, 6) == pytest.approx(4 * 1 + 2 * 0.5)
+    assert sweep_table.jump(records) == 4.0
+    assert sweep_table.jump(records[:4]) is None
+
+
+def test_the_tables_have_means_over_seeds():
+    row = dict.fromkeys([key for key, _ in (sweep_table._LOSSES | sweep_table._DIAGNOSES).values()])
+    rows = [row | {"case": "a", "seed": seed, "val_loss": 3.0 + seed, "difference": 0.1} for seed in (0, 1)]
+    text = sweep_table.markdown(rows)
+    assert "| a | 2 | 3.5000 (3.0000 to 4.0000) | +0.1000 (+0.1000 to +0.1000) |  |  |" in text
+    assert "seeds" not in sweep_table.markdown(rows[:1])
+    assert "| a | 1 |" in text

@@ -1,0 +1,349 @@
+"""Runs a list of runs over the GPUs present and collects one table:
+
+    python -m train.sweep configs/sweeps/recipes.toml --gin_bindings="Data.folder='runs/data'" --output=runs/recipes
+
+The file is TOML; what a run is stays gin: files and bindings, as `train.main` takes them.
+
+    gin_files = ["configs/size/40m.gin"]     # of every run; gin_bindings likewise
+    seeds = [0, 1]                           # each run once for each
+    twin = "dense"                           # the run that the others are compared with, at the same seed
+
+    [runs.dense]
+    [runs.act24]
+    gin_files = ["configs/recipe/act24.gin"] # after those of every run; gin_bindings, seeds and twin likewise
+
+A run is a process of its own on one GPU, in OUTPUT/NAME-SEED; what it prints is in OUTPUT/logs.  The table,
+OUTPUT/table.md and table.json, is written anew whenever a run ends.  Type the command again after a kill: finished runs
+are skipped, the others go on from their checkpoints; those that outlived the kill of the sweep are waited for.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from train.command import print_error
+from train.config import RunConfig, find_config, load_config
+from train.evaluate import CONFIG_FILE
+from train.metrics import Progress, last_record
+from train.sweep_table import Member, write_table
+from train.workdir import WorkdirLock
+
+LOGS = "logs"
+_COMMON = {"gin_files": list, "gin_bindings": list, "seeds": list, "twin": str}
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep: what `train.main` is told, and what that means."""
+
+    member: Member
+    gin_files: tuple[str, ...]
+    gin_bindings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder: NAME-SEED."""
+        return self.member.workdir.name
+
+    def command(self) -> list[str]:
+        """The command line that runs it."""
+        return [
+            *(sys.executable, "-m", "train.main"),
+            *(f"--gin_file={name}" for name in self.gin_files),
+            *(f"--gin_bindings={binding}" for binding in self.gin_bindings),
+            f"--workdir={self.member.workdir}",
+        ]
+
+    def steps_done(self) -> int:
+        """Optimizer steps in its metrics."""
+        record = last_record(self.member.workdir)
+        return 0 if record is None else record["step"]
+
+    def is_finished(self) -> bool:
+        """Whether it ran to its end.
+
+        Raises:
+          ValueError: the folder holds a run with another configuration.
+        """
+        workdir, config = self.member.workdir, self.member.config
+        saved = workdir / CONFIG_FILE
+        if saved.exists() and (text := saved.read_text()) != config.text:
+            differing = set(text.splitlines()) ^ set(config.text.splitlines())
+            shown = "; ".join(sorted(line for line in differing if line and not line.startswith("#"))[:4])
+            raise ValueError(
+                f"{workdir} holds a run with other settings ({shown}); give another --output, or move it away"
+            )
+        record = last_record(workdir)
+        return record is not None and record["kind"] == "end"
+
+
+def load_sweep(
+    path: str, output: Path, gin_bindings: Sequence[str] = (), only: Sequence[str] | None = None
+) -> list[SweepRun]:
+    """The runs of a sweep file, seed after seed, all checked.
+
+    Args:
+      path: tried from the working directory, then from the package.
+      output: the folder that holds the runs' workdirs.
+      gin_bindings: of every run, after those of the file.
+      only: names of the runs to keep; their twins stay too.
+
+    Raises:
+      ValueError: a file that is no sweep, an unknown name, a run whose configuration is wrong.
+    """
+    with open(find_config(path), "rb") as file:
+        try:
+            content = tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is no TOML: {error}") from error
+    common, runs = {name: value for name, value in content.items() if name != "runs"}, content.get("runs")
+    if not isinstance(runs, dict) or not runs:
+        raise ValueError(f"{path} names no runs; a run is a table such as [runs.dense]")
+    _check_keys(path, "the top", common)
+    entries: dict[str, dict[str, Any]] = {}
+    for name, own in runs.items():
+        _check_keys(path, f"[runs.{name}]", own)
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{path}: run {name!r} gives its folder its name; use letters, digits and . _ -")
+        entry = {"seeds": [0], "twin": None} | common | own
+        for key in ("gin_files", "gin_bindings"):
+            entry[key] = [*common.get(key, []), *own.get(key, [])]
+        entries[name] = entry
+    for name, entry in entries.items():
+        if entry["twin"] is not None and entry["twin"] not in entries:
+            raise ValueError(f"{path}: twin {entry['twin']!r} of {name!r} is no run; there are {', '.join(entries)}")
+    if only is not None:
+        if unknown := set(only) - set(entries):
+            raise ValueError(f"{path} has no run {', '.join(sorted(unknown))}; there are {', '.join(entries)}")
+        kept = {*only, *(entries[name]["twin"] for name in only)}
+        entries = {name: entry for name, entry in entries.items() if name in kept}
+    seeds = list(dict.fromkeys(seed for entry in entries.values() for seed in entry["seeds"]))
+    return [
+        _make_run(path, name, seed, entries[name], output, gin_bindings)
+        for seed in seeds
+        for name in entries
+        if seed in entries[name]["seeds"]
+    ]
+
+
+def _check_keys(path: str, where: str, table: Mapping[str, Any]) -> None:
+    for key, value in table.items():
+        if key not in _COMMON:
+            raise ValueError(f"{path}: {where} has {key!r}; it may have {', '.join(_COMMON)}")
+        if not isinstance(value, _COMMON[key]):
+            raise ValueError(f"{path}: {where} has {key} = {value!r}, which must be a {_COMMON[key].__name__}")
+
+
+def _make_run(
+    path: str, name: str, seed: int, entry: Mapping[str, Any], output: Path, gin_bindings: Sequence[str]
+) -> SweepRun:
+    bindings = [*entry["gin_bindings"], *gin_bindings, f"Train.seed={seed}"]
+    try:
+        config: RunConfig = load_config(entry["gin_files"], bindings)
+    except ValueError as error:
+        raise ValueError(f"{path}: run {name!r}: {error}") from error
+    options = [*entry["gin_files"], *entry["gin_bindings"], *gin_bindings]
+    twin = entry["twin"] if entry["twin"] != name else None
+    member = Member(name, seed, twin, output / f"{name}-{seed}", config, tuple(options))
+    return SweepRun(member, tuple(entry["gin_files"]), tuple(bindings))
+
+
+def visible_gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES: those in it, or all that nvidia-smi lists; none without a GPU."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip()]
+    try:
+        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return listed.split()
+
+
+class Sweep:
+    """The processes: one for each run, `per_device` at a time on each GPU (or, without GPUs, on the CPU)."""
+
+    def __init__(self, name: str, runs: Sequence[SweepRun], output: Path, gpus: Sequence[str], per_device: int):
+        self._name, self._runs, self._output = name, runs, output
+        self._free = [gpu for _ in range(per_device) for gpu in (gpus or [""])]
+        self._memory = str(round(0.9 / per_device, 3)) if gpus and per_device > 1 else None
+        self._active: dict[subprocess.Popen, tuple[SweepRun, str]] = {}
+        self._stopping = False
+        self.failed: dict[str, int] = {}  # exit codes
+
+    def run(self) -> bool:
+        """Runs what is not finished.  Returns False if it was stopped by SIGTERM or SIGINT before the end."""
+        (self._output / LOGS).mkdir(parents=True, exist_ok=True)
+        waiting = [run for run in self._runs if not run.is_finished()]
+        done = {run.name: run.steps_done() for run in self._runs}
+        total = sum(run.member.config.train.steps for run in self._runs)
+        progress, looked = Progress(total, sum(done.values()), interval=30.0), 0.0
+        if len(waiting) < len(self._runs):
+            progress.say(f"{len(self._runs) - len(waiting)} of {len(self._runs)} runs are finished already")
+        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self._active or (waiting and not self._stopping):
+                if not self._stopping:
+                    self._start_what_fits(waiting, progress)
+                for process in [process for process in self._active if process.poll() is not None]:
+                    run, gpu = self._active.pop(process)
+                    self._free.append(gpu)
+                    self._end(run, process.returncode, progress)
+                if time.monotonic() - looked > 5:
+                    looked = time.monotonic()
+                    done |= {run.name: run.steps_done() for run, _ in self._active.values()}
+                    progress.update(sum(done.values()), self._status(waiting))
+                time.sleep(0.2)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            progress.close()
+        return not self._stopping
+
+    def collect(self) -> str:
+        """Writes the table of the runs that have ended."""
+        return write_table([run.member for run in self._runs], self._name, self._output)
+
+    def _start_what_fits(self, waiting: list[SweepRun], progress: Progress) -> None:
+        # A run that is held goes on in another process: that of a sweep that was killed.  It keeps its GPU.
+        held = {run.name for run in waiting if _is_held(run.member.workdir)}
+        free = list(self._free)
+        for name in held:
+            note = self._output / LOGS / f"{name}.gpu"
+            if note.exists() and (gpu := note.read_text()) in free:
+                free.remove(gpu)
+        for run in [run for run in waiting if run.name not in held]:
+            if not free:
+                return
+            waiting.remove(run)
+            if not run.is_finished():
+                gpu = free.pop(0)
+                self._free.remove(gpu)
+                self._start(run, gpu, progress)
+
+    def _start(self, run: SweepRun, gpu: str, progress: Progress) -> None:
+        environment = dict(os.environ)
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        if self._memory is not None:
+            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = self._memory
+        (self._output / LOGS / f"{run.name}.gpu").write_text(gpu)
+        with (self._output / LOGS / f"{run.name}.txt").open("ab") as log:
+            # A session of its own, so that Ctrl-C reaches it once, through this process.
+            process = subprocess.Popen(
+                run.command(),
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._active[process] = (run, gpu)
+        progress.say(f"{run.name} begins{f' on GPU {gpu}' if gpu else ''}, process {process.pid}")
+
+    def _end(self, run: SweepRun, code: int, progress: Progress) -> None:
+        log = self._output / LOGS / f"{run.name}.txt"
+        last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+        if run.is_finished():
+            self.collect()
+            progress.say(f"{run.name}: {last}")
+        elif not self._stopping:
+            self.failed[run.name] = code
+            progress.say(f"{run.name} failed with exit code {code}: {last} ({log})")
+
+    def _status(self, waiting: Sequence[SweepRun]) -> str:
+        running = ", ".join(f"{run.name} {run.steps_done()}" for run, _ in self._active.values())
+        return f"running: {running or 'none'}; {len(waiting)} waiting"
+
+    def _stop(self, *_: Any) -> None:
+        if not self._stopping:  # a second signal to a run would interrupt its saving
+            self._stopping = True
+            for process in self._active:
+                process.send_signal(signal.SIGTERM)
+
+
+def _is_held(workdir: Path) -> bool:
+    """Whether a process holds the workdir."""
+    if not workdir.exists():
+        return False
+    try:
+        WorkdirLock(workdir).release()
+    except ValueError:
+        return True
+    return False
+
+
+def run_sweep(
+    path: str,
+    output: Path,
+    *,
+    gin_bindings: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    gpus: Sequence[str] | None = None,
+    per_device: int = 1,
+    collect: bool = False,
+) -> int:
+    """Runs and collects.  Returns 0 (all finished), 1 (some failed), 130 (stopped; type the command again).
+
+    Args:
+      path, output, gin_bindings, only: as `load_sweep` takes them.
+      gpus: names for CUDA_VISIBLE_DEVICES; None is all that are visible, none runs on the CPU.
+      per_device: runs at a time on each GPU, or on the CPU.
+      collect: only write the table of what has finished.
+
+    Raises:
+      ValueError: a mistake in the input; nothing was started.
+    """
+    if per_device < 1:
+        raise ValueError(f"--per_device={per_device} must be at least 1")
+    runs = load_sweep(path, output, gin_bindings, only)
+    finished = [run.is_finished() for run in runs]  # refuses foreign runs before anything starts
+    sweep = Sweep(Path(path).stem, runs, output, visible_gpus() if gpus is None else gpus, per_device)
+    if collect and not any(finished):
+        raise ValueError(f"{output} holds no finished run of {path}")
+    complete = collect or sweep.run()
+    if any(run.is_finished() for run in runs):
+        print(sweep.collect())
+    if not complete:
+        print(f"stopped; {sum(run.is_finished() for run in runs)} of {len(runs)} runs are finished, the others saved")
+        return 130
+    if sweep.failed:
+        print_error(f"failed: {', '.join(f'{name} ({code})' for name, code in sweep.failed.items())}")
+    return 1 if sweep.failed else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    values = flags.FLAGS
+    if len(argv) != 2:
+        print_error("give one sweep: python -m train.sweep configs/sweeps/recipes.toml")
+        return 2
+    output = Path(values.output or Path("runs") / Path(argv[1]).stem)
+    options: dict[str, Any] = {
+        name: values[name].value for name in ("gin_bindings", "only", "gpus", "per_device", "collect")
+    }
+    try:
+        return run_sweep(argv[1], output, **options)
+    except ValueError as error:
+        print_error(str(error))
+        return 2
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("output", None, "folder of the runs and the table (default: runs/NAME of the sweep)")
+    flags.DEFINE_multi_string("gin_bindings", [], "bindings for every run, after those of the sweep")
+    flags.DEFINE_list("only", None, "names of the runs to do, with commas between; their twins are done too")
+    flags.DEFINE_list("gpus", None, "GPUs to use, as CUDA_VISIBLE_DEVICES names them (default: all that are visible)")
+    flags.DEFINE_integer("per_device", 1, "runs at a time on each GPU, or on the CPU")
+    flags.DEFINE_boolean("collect", False, "only write the table of the runs that have finished")
+    app.run(main)

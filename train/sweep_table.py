@@ -1,0 +1,233 @@
+"""What the runs of a sweep came to: one row a run, as JSON and as Markdown, from what the runs wrote themselves."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from train import model
+from train.config import RunConfig
+from train.metrics import read_metrics
+from train.report import summary
+from train.run_info import read_starts
+from venom_jax import Recipe
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+_DIAGNOSED = ("dropped_features", "dropped_tokens", "kept_router", "kept_oracle")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of a sweep: its name, its seed, the run it is compared with, and where it is."""
+
+    name: str
+    seed: int
+    twin: str | None
+    workdir: Path
+    config: RunConfig
+    options: tuple[str, ...]  # gin files and bindings
+
+
+def write_table(members: Sequence[Member], sweep: str, output: Path) -> str:
+    """Writes OUTPUT/table.json and table.md of the runs that have ended; returns the Markdown."""
+    rows = make_rows(members, sweep)
+    text = markdown(rows)
+    _replace(output / "table.json", "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    _replace(output / "table.md", text)
+    return text
+
+
+def _replace(path: Path, text: str) -> None:
+    rewritten = path.with_name(path.name + ".tmp")
+    rewritten.write_text(text)
+    rewritten.replace(path)
+
+
+def make_rows(members: Sequence[Member], sweep: str) -> list[Row]:
+    """A row for each run that has ended.
+
+    val_loss, val_bits_per_byte: of the dense model at the end; val_loss_sparse: by the last phase's recipe.
+    train_loss_last_100: mean training loss of the last 100 records, the paper's metric.
+    difference, difference_train: these two minus the twin's of the same seed.
+    sparse_share, operations: share of the steps that are sparse; operations executed, of the dense run's.
+    seconds: measured, everything included; step_seconds: of the steps alone, at each phase's median speed.
+    time_to_twin: step_seconds up to the first evaluation that reaches the twin's final loss, over the twin's
+      step_seconds; null where it does not.
+    density and the diagnoses: at the end of the last sparse phase; load_max, load_min: its fullest and emptiest expert
+      of any layer over the fair share, mean of its last 100 records.
+    jump: largest rise of the training loss within 20 steps of a change of phase, over the mean of 5 steps before.
+    """
+    found = {}
+    for member in members:
+        records = read_metrics(member.workdir)
+        if records and records[-1]["kind"] == "end":
+            found[member.name, member.seed] = (member, records)
+    rows = []
+    for member, records in found.values():
+        twin = found.get((member.twin, member.seed)) if member.twin else None
+        rows.append({"bench": f"sweep {sweep}", **_row(member, records, twin)})
+    return rows
+
+
+def _row(member: Member, records: Sequence[Record], twin: tuple[Member, Sequence[Record]] | None) -> Row:
+    config, final = member.config, summary(member.workdir)
+    start = read_starts(member.workdir)[-1]
+    row = {"case": member.name, "seed": member.seed, "twin": None if twin is None else member.twin}
+    row |= {name: round(final[name], 6) for name in ("val_loss", "val_bits_per_byte", "train_loss_last_100")}
+    row |= {"val_loss_sparse": _rounded(final.get("val_loss_sparse"))}
+    row |= {"difference": None, "difference_train": None, "time_to_twin": None}
+    if twin is not None:
+        other = summary(twin[0].workdir)
+        row["difference"] = round(final["val_loss"] - other["val_loss"], 5)
+        row["difference_train"] = round(final["train_loss_last_100"] - other["train_loss_last_100"], 5)
+        reached = [r["step"] for r in records if r["kind"] == "eval" and r["val_loss"] <= other["val_loss"]]
+        if reached:
+            row["time_to_twin"] = _rounded(step_seconds(member, records, reached[0]) / step_seconds(*twin), 3)
+    steps, share = config.train.steps, operations(config)
+    ends = [phase.start for phase in config.schedule.phases[1:]] + [steps]
+    sparse = [(p.start, end) for p, end in zip(config.schedule.phases, ends, strict=True) if not p.recipe.is_dense]
+    rates = [r["tokens_per_second"] for r in records if r["kind"] == "train"]
+    row |= {
+        "sparse_share": round(sum(end - begin for begin, end in sparse) / steps, 4),
+        "operations": round(share, 4),
+        "tokens_per_second": round(median(rates)),
+        "seconds": round(final["seconds"], 1),
+        "step_seconds": round(step_seconds(member, records), 1),
+        **_sparse_figures(records, sparse[-1] if sparse else (0, steps)),
+        "jump": jump(records),
+        "steps": steps,
+        "phases": [[phase.start, phase.label] for phase in config.schedule.phases],
+        "options": list(member.options),
+        "implementation": config.train.implementation,
+        "device": start["devices"],
+        "jax": start["versions"].get("jax"),
+        "commit": start["git"] and start["git"]["commit"] + ("+" if start["git"]["changed"] else ""),
+        "date": start["time"][:10],
+    }
+    return row
+
+
+def _rounded(value: float | None, digits: int = 5) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def step_seconds(member: Member, records: Sequence[Record], until: int | None = None) -> float:
+    """Seconds of the first `until` steps alone, each taken at the median speed of its phase.
+
+    Compilation, evaluations and checkpoints are left out, and so is what a busy machine adds to single steps.
+    """
+    train = member.config.train
+    steps, phases = train.steps if until is None else until, member.config.schedule.phases
+    ends = [phase.start for phase in phases[1:]] + [train.steps]
+    total = 0.0
+    for index, (phase, end) in enumerate(zip(phases, ends, strict=True)):
+        count = min(end, steps) - phase.start
+        rates = [r["tokens_per_second"] for r in records if r["kind"] == "train" and r["phase_index"] == index]
+        if count > 0 and rates:
+            total += count * train.batch_size * train.seq_len / median(rates)
+    return total
+
+
+def operations(config: RunConfig) -> float:
+    """Floating-point operations of the whole run over those of the same steps dense."""
+    train = config.train
+
+    def flops(recipe: Recipe) -> float:
+        return model.flops_per_token(config.model, train.seq_len, recipe)
+
+    phases = config.schedule.phases
+    ends = [phase.start for phase in phases[1:]] + [train.steps]
+    executed = sum(flops(p.recipe) * (end - p.start) for p, end in zip(phases, ends, strict=True))
+    return executed / (flops(Recipe.dense()) * train.steps)
+
+
+def _sparse_figures(records: Sequence[Record], span: tuple[int, int]) -> Row:
+    """Density, diagnoses and load near the end of the steps of `span`."""
+    inside = [r for r in records if span[0] < r["step"] <= span[1]]
+    train = [r for r in inside if r["kind"] == "train"][-100:]
+    diagnoses = [r for r in inside if r["kind"] == "diagnosis"]
+    routed = [r for r in train if r.get("load_mean")]
+    row: Row = {"density": round(fmean(r["density"] for r in train), 4) if train else None}
+    for name in _DIAGNOSED:
+        shown = diagnoses and (routed or name.startswith("dropped"))
+        row[name] = _rounded(diagnoses[-1].get(name), 4) if shown else None
+    for name in ("load_max", "load_min"):
+        row[name] = round(fmean(r[name] / r["load_mean"] for r in routed), 3) if routed else None
+    return row
+
+
+def jump(records: Sequence[Record]) -> float | None:
+    """The largest rise of the training loss at a change of phase; None where no phase changes."""
+    losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+    rises = []
+    for switch in (r["step"] for r in records if r["kind"] == "phase" and r["step"] > 0):
+        before = [losses[step] for step in losses if switch - 5 < step <= switch]
+        after = [losses[step] for step in losses if switch < step <= switch + 20]
+        if before and after:
+            rises.append(max(after) - fmean(before))
+    return round(max(rises), 4) if rises else None
+
+
+_LOSSES = {
+    "sparse steps": ("sparse_share", "{:.0%}"),
+    "operations": ("operations", "{:.0%}"),
+    "validation loss": ("val_loss", "{:.4f}"),
+    "by the last recipe": ("val_loss_sparse", "{:.4f}"),
+    "bits per byte": ("val_bits_per_byte", "{:.4f}"),
+    "against its twin": ("difference", "{:+.4f}"),
+    "training loss, last 100": ("train_loss_last_100", "{:.4f}"),
+    "against its twin's": ("difference_train", "{:+.4f}"),
+    "tokens/s": ("tokens_per_second", "{:,.0f}"),
+    "seconds": ("seconds", "{:,.0f}"),
+    "of the steps": ("step_seconds", "{:,.0f}"),
+    "time to the twin's loss": ("time_to_twin", "{:.2f}"),
+}
+_DIAGNOSES = {
+    "density": ("density", "{:.1%}"),
+    "dropped along neurons": ("dropped_features", "{:.2%}"),
+    "dropped along tokens": ("dropped_tokens", "{:.2%}"),
+    "kept by the router": ("kept_router", "{:.1%}"),
+    "by the best choice": ("kept_oracle", "{:.1%}"),
+    "fullest expert": ("load_max", "{:.2f}"),
+    "emptiest": ("load_min", "{:.2f}"),
+    "jump at a switch": ("jump", "{:+.3f}"),
+}
+_MEANS = {
+    "validation loss": ("val_loss", "{:.4f}"),
+    "against its twin": ("difference", "{:+.4f}"),
+    "training loss, last 100": ("train_loss_last_100", "{:.4f}"),
+    "against its twin's": ("difference_train", "{:+.4f}"),
+}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of losses, that of diagnoses, and, with several seeds, means over the seeds with their range."""
+    text = _table(rows, _LOSSES) + "\n" + _table(rows, _DIAGNOSES)
+    if len({row["seed"] for row in rows}) > 1:
+        text += "\n" + _means(rows)
+    return text
+
+
+def _table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:
+    lines = [["run", "seed", *columns], ["---"] * (2 + len(columns))]
+    for row in rows:
+        cells = ["" if row[key] is None else form.format(row[key]) for key, form in columns.values()]
+        lines.append([row["case"], str(row["seed"]), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _means(rows: Sequence[Row]) -> str:
+    lines = [["run", "seeds", *_MEANS], ["---"] * (2 + len(_MEANS))]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        own = [row for row in rows if row["case"] == case]
+        cells = []
+        for key, form in _MEANS.values():
+            values = [row[key] for row in own if row[key] is not None]
+            spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
+            cells.append(form.format(fmean(values)) + spread if values else "")
+        lines.append([case, str(len(own)), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
