@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.trainer import records, run_config, three_phases
 from train import loop
 from train.config import LearningRate
+from train.guard import BadStepError
 from train.metrics import cut_metrics, read_metrics
-from train.report import NonFiniteLossError
 
 VENOM = "act24+w24 E=4 k=1"
 
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_unsaved(tmp_path):
         run_config(steps=1000, checkpoint_every=1, keep_checkpoints=1000), learning_rate=LearningRate(peak=1e30)
     )
     run = loop.prepare(config, tmp_path)
-    with pytest.raises(NonFiniteLossError, match=r"step \d+: .*nan.*LearningRate.peak"):
+    with pytest.raises(BadStepError, match=r"step \d+: .*nan.*LearningRate.peak"):
         loop.train(run)
     last_finite = records(tmp_path, "train")[-1]["step"]
     assert loop.prepare(config, tmp_path).checkpoints.latest == last_finite

@@ -268,6 +268,23 @@ class Train:
             raise ValueError(f"Train.seq_len={self.seq_len} must be a multiple of Train.loss_chunks={self.loss_chunks}")
 
 
+@gin.register
+@dataclass(frozen=True)
+class Guard:
+    """What becomes of a step whose loss or gradient is not finite, or whose loss jumps: see train/guard.py."""
+
+    action: Literal["stop", "skip"] = "stop"  # stop the run, or leave the step out
+    spike: float | None = None  # nats above the median of the last ``window`` logged losses; None: no limit
+    window: int = 50  # no limit before there are so many
+    max_skips: int = 10  # consecutive steps left out before the run stops all the same
+
+    def __post_init__(self):
+        _check_types(self)
+        _at_least(self, 1, "window", "max_skips")
+        if self.spike is not None and not self.spike > 0:
+            raise ValueError(f"Guard.spike={self.spike} must be positive (nats), or None for no limit")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """All of a run, checked as a whole."""
@@ -278,6 +295,7 @@ class RunConfig:
     learning_rate: LearningRate
     phases: Phases
     train: Train
+    guard: Guard = Guard()
     text: str = field(default="", compare=False)  # the gin bindings it came from
     schedule: PhaseSchedule = field(init=False)
 
@@ -304,7 +322,7 @@ def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[s
     try:
         files = [find_config(name) for name in gin_files]
         gin.parse_config_files_and_bindings(files, list(gin_bindings), finalize_config=False)
-        classes = (Model, Data, Optimizer, LearningRate, Phases, Train)
+        classes = (Model, Data, Optimizer, LearningRate, Phases, Train, Guard)
         config = RunConfig(*(gin.get_configurable(cls)() for cls in classes), text=gin.config_str())
     except (ValueError, SyntaxError, TypeError, OSError, ImportError, NameError) as error:
         raise ValueError(_one_line(error)) from error

@@ -15,8 +15,9 @@ from train.command import print_warning
 from train.config import RunConfig
 from train.data import SPLITS, TokenDataset, open_dataset, train_iterator, verify_shards
 from train.generate import sample_text
+from train.guard import Watch
 from train.init_from import load_params
-from train.metrics import cut_metrics
+from train.metrics import cut_metrics, read_metrics
 from train.optimizer import learning_rate
 from train.plot import plot_run
 from train.profiler import Profiler, parse_steps
@@ -94,7 +95,7 @@ def train(run: Run) -> int:
     """Trains from the newest checkpoint, or from the start, to the end.  Returns the exit code.
 
     Raises:
-      NonFiniteLossError: the loss or the gradient stopped being finite; the newest checkpoint is from before.
+      BadStepError: the guard stopped it; the newest checkpoint is from before.
     """
     config, settings, checkpoints = run.config, run.config.train, run.checkpoints
     graphdef = model.structure(config.model, config.max_experts)
@@ -113,9 +114,12 @@ def train(run: Run) -> int:
     train_step = make_train_step(graphdef, config)
     diagnosis = make_diagnosis(graphdef, config)
     evaluator = evaluate.Evaluator(graphdef, config, run.val_data)
+    logged = [(record["step"], record["loss"]) for record in read_metrics(run.workdir) if record["kind"] == "train"]
+    watch = Watch(config, graphdef, logged)
     all_phases, phase_index = config.schedule.phases, int(state.phase)
     profiler = Profiler(run.profile_steps, run.workdir)
-    with run.lock, StopRequest() as stop, checkpoints, profiler, Logger(config, run.workdir, start, seconds) as logger:
+    logger = Logger(config, run.workdir, start, seconds, watch)
+    with run.lock, StopRequest() as stop, checkpoints, profiler, logger:
         if start:
             logger.say(f"continuing {run.workdir} from step {start}, {all_phases[phase_index].label}")
         else:
@@ -123,6 +127,7 @@ def train(run: Run) -> int:
         for step in range(start, settings.steps):
             if (index := config.schedule.index_at(step)) != phase_index:
                 logger.flush()
+                watch.settle(state, logger)
                 state, report = switch_phase(state, config, index)
                 phase_index, masks = index, None  # the neurons that the masks speak of may have moved
                 logger.begin_phase(step, index, report)
@@ -130,7 +135,7 @@ def train(run: Run) -> int:
 
             profiler.before(step, state)
             tokens = jax.device_put(next(iterator)["tokens"])
-            state, metrics = train_step(state, tokens)
+            state, metrics = train_step(state, tokens, *watch.begin(step, tokens))
             done = step + 1
             if profiler.after(step, state):
                 logger.say(f"step {done}: trace of the last steps in {profiler.folder}")
@@ -142,7 +147,8 @@ def train(run: Run) -> int:
             evaluating = last or is_due(done, settings.eval_every)
             saving = last or stopping or is_due(done, settings.checkpoint_every)
             if diagnosing or evaluating or saving:
-                logger.flush()  # raises before a state that is not finite is saved
+                logger.flush()
+            watch.settle(state, logger)  # raises before a state is saved that should have gone on
             if diagnosing:
                 few = tokens[: settings.batch_size // settings.accumulation]
                 recipe = all_phases[phase_index].recipe

@@ -14,6 +14,7 @@ from train import loop, report
 from train.checkpoint import CheckpointError
 from train.command import keep_compiled_programs, print_error
 from train.config import load_config
+from train.guard import BadStepError
 
 
 def run(
@@ -31,7 +32,7 @@ def run(
         return 2
     try:
         return loop.train(prepared)
-    except (report.NonFiniteLossError, CheckpointError, OSError) as error:
+    except (BadStepError, CheckpointError, OSError) as error:
         print_error(str(error))
         return 1
 

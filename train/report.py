@@ -1,6 +1,5 @@
 """What a run says about itself: a line and a record per step, phases, evaluations, and the summary at its end."""
 
-import math
 import time
 from pathlib import Path
 from statistics import fmean
@@ -11,12 +10,9 @@ import jax
 from train import model
 from train.config import RunConfig
 from train.evaluate import describe
+from train.guard import Watch
 from train.metrics import MetricsWriter, Progress, peak_flops, read_metrics
 from venom_jax import Recipe
-
-
-class NonFiniteLossError(Exception):
-    """The loss or the gradient is not a number any more."""
 
 
 class Throughput:
@@ -44,10 +40,10 @@ class Logger:
     Metrics of a step are fetched when the next step has been dispatched, so that the device never waits for the host.
     """
 
-    def __init__(self, config: RunConfig, workdir: Path, start: int, seconds: float):
-        """start, seconds: steps completed and time taken so far."""
+    def __init__(self, config: RunConfig, workdir: Path, start: int, seconds: float, watch: Watch):
+        """start, seconds: steps completed and time taken so far.  watch: judges the metrics."""
         train = config.train
-        self._config = config
+        self._config, self._watch = config, watch
         self._writer = MetricsWriter(workdir, step=start, seconds=seconds)
         self._progress = Progress(train.steps, start)
         self._throughput = Throughput(train.batch_size * train.seq_len, start)
@@ -80,7 +76,7 @@ class Logger:
             self._write_step(*pending)
 
     def flush(self) -> None:
-        """Writes what is pending.  Raises NonFiniteLossError if the newest loss is not finite."""
+        """Writes what is pending."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._write_step(*pending)
@@ -107,20 +103,24 @@ class Logger:
         means = {name: fmean(values) for name, values in layers.items()}
         self._writer.write("diagnosis", step, **means, layers=layers)
 
+    def bad_step(self, step: int, *, skipped: bool, **values: str) -> None:
+        """Records a step that did not count."""
+        self._writer.write("bad_step", step, skipped=skipped, **values)
+        done = "left out" if skipped else "stopping"
+        self.say(f"step {step}: {done}, {', '.join(f'{name} {value}' for name, value in values.items())}")
+
     def end(self, step: int, values: dict[str, Any]) -> None:
         """Records the summary."""
         self._writer.write("end", step, **values)
 
     def _write_step(self, step: int, phase_index: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise NonFiniteLossError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; nothing was saved after the "
-                "last checkpoint. Lower LearningRate.peak or raise LearningRate.warmup, in a new workdir"
-            )
+        if not self._watch.accepts(step, values["loss"], values["grad_norm"]):
+            return
         train = self._config.train
         if step % train.log_every and step != train.steps:
             return
+        self._watch.learn(step, values["loss"])
         phase = self._config.schedule.phases[phase_index]
         if not phase.recipe.routed:
             values = {name: value for name, value in values.items() if not name.startswith("load_")}

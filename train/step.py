@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.config import RunConfig
 from train.cross_entropy import weighted_cross_entropy
+from train.guard import counts, keep_if
 from train.model import Decoder, assemble, pack_ffns
 from train.optimizer import for_run
 from train.state import TrainState
@@ -124,13 +126,14 @@ def take_branch(index: Int[Array, ""], branches: Sequence[Callable], *operands: 
     return jax.lax.switch(index, branches, *operands)
 
 
-def make_train_step(
-    graphdef: nnx.GraphDef, config: RunConfig
-) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
+def make_train_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted step: gradients by the phase's recipe, clipped AdamW, the router's bias.
 
     One program holds every recipe.  The branch goes around the whole gradient computation: inside the layers it
     would keep the residuals of all branches.  The state is donated.
+
+    limit, number: from ``guard.Watch``.  A step that does not count by ``guard.counts``, or whose number is not the
+    state's (None: any), leaves the state as ``guard.keep_if`` says.
     """
     optimizer, schedule = for_run(config)
     gradients = make_gradients(graphdef, config)
@@ -141,7 +144,9 @@ def make_train_step(
         return phases.update_bias(method, load, recipe)
 
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, tokens: Int[Array, "B S+1"]) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, tokens: Int[Array, "B S+1"], limit: Any = np.inf, number: Any = None
+    ) -> tuple[TrainState, Metrics]:
         branch = jnp.asarray(config.schedule.branches, jnp.int32)[state.phase]
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         grads, load, metrics = take_branch(branch, branches, state.params, state.method, tokens, key)
@@ -155,7 +160,12 @@ def make_train_step(
             phase=state.phase,
             rng=state.rng,
         )
-        return new_state, metrics | {"grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
+        grad_norm = optax.tree.norm(grads)
+        good = counts(metrics["loss"], grad_norm, limit)
+        if number is not None:
+            good &= state.step == number
+        new_state = keep_if(good, new_state, state, skip=config.guard.action == "skip")
+        return new_state, metrics | {"grad_norm": grad_norm, "lr": schedule(state.step)}
 
     return train_step
 
