@@ -14,7 +14,7 @@ import pytest
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, run_to_end, three_phases
 from train import evaluate, loop
 from train.config import CONFIG_ROOT
-from train.data import open_dataset
+from train.sources import open_split
 
 
 @pytest.mark.parametrize("step", [4, 6, 8, 10, 12])
@@ -101,5 +101,5 @@ def test_killed_at_a_random_moment_the_command_ends_the_same(tmp_path):
 
     graphdef, config, state, step = evaluate.restore(whole)
     assert step == 200
-    again = evaluate.Evaluator(graphdef, config, open_dataset(config.data.folder, "val"))(state, int(state.phase))
+    again = evaluate.Evaluator(graphdef, config, open_split(config, "val"))(state, int(state.phase))
     assert again["val_loss"] == ends[0]["val_loss"]

@@ -23,7 +23,13 @@ DEFAULT_EPSILON = 1e-5
 
 
 def config_json(config: Model, *, seq_len: int, eos_id: int, dtype: str) -> dict[str, Any]:
-    """Content of `config.json`.  ``seq_len`` becomes the longest context, ``dtype`` is that of the stored weights."""
+    """Content of `config.json`.  ``seq_len`` becomes the longest context, ``dtype`` is that of the stored weights.
+
+    Raises:
+      NotImplementedError: the architecture lacks something that the model has.
+    """
+    if config.qk_norm:
+        raise NotImplementedError("ArceeForCausalLM has no norm on queries and keys; Model.qk_norm=True has no export")
     return {
         "architectures": ["ArceeForCausalLM"],
         "model_type": "arcee",

@@ -33,10 +33,11 @@ from train import model
 from train.command import print_error, program
 from train.config import Phases, RunConfig, load_config, named_recipe
 from train.cross_entropy import weighted_cross_entropy
-from train.data import open_dataset, train_iterator
+from train.data import train_iterator
 from train.metrics import peak_flops
 from train.optimizer import for_run
 from train.schedule import label
+from train.sources import open_split
 from train.state import TrainState, initial_state
 from train.step import make_train_step
 from venom_jax import Recipe, router, sparse_ffn
@@ -198,7 +199,7 @@ def measure(config: RunConfig, names: list[str], case: str, rounds: int, parts: 
     experts = max(recipe.experts for recipe in recipes.values())
     train = config.train
     state = initial_state(with_phases(config, list(recipes.values())))
-    dataset = open_dataset(config.data.folder, "train")
+    dataset = open_split(config, "train")
     iterator = train_iterator(dataset, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed)
     batches = [jax.device_put(np.asarray(next(iterator)["tokens"])) for _ in range(4)]
 

@@ -5,6 +5,7 @@ kill at any moment leaves the previous one.
 """
 
 import contextlib
+import dataclasses
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -15,19 +16,25 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from train.config import RunConfig
+from train.config import Model, Optimizer, RunConfig
 from train.state import TrainState
 from train.workdir import CHECKPOINTS, forget_checksums, write_checksums
 from venom_jax.stats import WeightMasks, weight_masks
 
+FORMAT = 1  # of what a checkpoint holds; counts up when an older program could not read it, or misread it
+# Optimizer fields that decide what arrays its state has.
+_STATE_FIELDS = ("ema", "first_moment_dtype")
+
 
 def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
-    """What decides whether a checkpoint belongs to a run: the model, the order of the data, the phases.
+    """What decides whether a checkpoint belongs to a run: the model, the data's order, the phases, the state's arrays.
 
     ``data`` identifies the token files.  Values are JSON, as they are compared with what a checkpoint recorded.
     """
     train = config.train
     values = {f"Model.{name}": value for name, value in vars(config.model).items()}
+    values |= {f"Optimizer.{name}": getattr(config.optimizer, name) for name in _STATE_FIELDS}
+    values["Optimizer.clip is a number"] = config.optimizer.clip is not None
     values |= {f"Train.{name}": getattr(train, name) for name in ("batch_size", "seq_len", "seed")}
     values |= {f"data.{name}": value for name, value in data.items()}
     values["largest number of experts"] = config.max_experts
@@ -39,7 +46,7 @@ def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]
     def past(values):
         return values | {"phases": [phase for phase in values["phases"] if phase[0] < step]}
 
-    saved, wanted = past(saved), past(wanted)
+    saved, wanted = past(_EARLIER | saved), past(wanted)
     differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
     if differing:
         listed = ", ".join(f"{name} is {saved.get(name)!r} there and {wanted.get(name)!r} here" for name in differing)
@@ -49,6 +56,15 @@ def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]
         )
 
 
+# Fields that checkpoints may lack because they are older: these had the default.
+_EARLIER = {
+    f"{kind.__name__}.{item.name}": item.default
+    for kind, names in ((Model, ("qk_norm", "document_start")), (Optimizer, _STATE_FIELDS))
+    for item in dataclasses.fields(kind)
+    if item.name in names
+} | {"Optimizer.clip is a number": True}
+
+
 class CheckpointError(Exception):
     """A checkpoint could not be written; those before it are intact."""
 
@@ -56,15 +72,20 @@ class CheckpointError(Exception):
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: Path, keep: int, *, writer: bool = True):
-        """writer: False for who only reads, perhaps beside a run that is just writing one."""
+    def __init__(self, workdir: Path, keep: int, keep_every: int = 0, *, writer: bool = True):
+        """The newest ``keep`` stay, and those of steps that are multiples of ``keep_every`` (0: none).
+
+        writer: False for who only reads, perhaps beside a run that is just writing one.
+        """
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.workdir = workdir
         self._writing: tuple[int, Future[None]] | None = None
         self._failed = False
         self._executor = ThreadPoolExecutor(1, "checksums")
         self._checkpointer = ocp.training.Checkpointer(
             str((workdir / CHECKPOINTS).absolute()),  # orbax takes no relative path
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyrefly: ignore[bad-argument-type]
+            preservation_policy=policies.AnyPreservationPolicy(kept),  # pyrefly: ignore[bad-argument-type]
             cleanup_tmp_directories=writer,
         )
 
@@ -83,6 +104,11 @@ class Checkpoints:
         metadata = self._checkpointer.metadata(self.latest).custom_metadata
         if not isinstance(metadata, dict) or "fingerprint" not in metadata:
             raise ValueError(f"{self.workdir / 'checkpoints'} holds checkpoints that train.main did not write")
+        if metadata.get("format", FORMAT) != FORMAT:  # the first ones did not say it
+            raise ValueError(
+                f"the checkpoints in {self.workdir} have format {metadata['format']}, this version reads {FORMAT}; use "
+                "another version of venom-jax"
+            )
         return metadata
 
     def save(
@@ -113,7 +139,12 @@ class Checkpoints:
                 step,
                 arrays | {"data": iterator},
                 force=True,
-                custom_metadata={"fingerprint": fingerprint, "seconds": seconds, "masks": masks is not None},
+                custom_metadata={
+                    "format": FORMAT,
+                    "fingerprint": fingerprint,
+                    "seconds": seconds,
+                    "masks": masks is not None,
+                },
             )
         except (OSError, ValueError) as error:
             raise self._failure(step, error) from error

@@ -79,10 +79,15 @@ class Model:
     init_std: float = 0.02  # embedding, head, qkv; projections into the residual stream get this / sqrt(2 layers)
     ffn_init_std: float = 0.03  # W1
     tied_head: bool = False
+    qk_norm: bool = False  # RMSNorm, with a scale for each feature, on every query and key before the rotation
+    # id of the token at which a document begins (the data's end-of-document token): attention then stays inside a
+    # document and positions count from its beginning.  None: documents in one sequence see each other.
+    document_start: int | None = None
 
     def __post_init__(self):
         _check_types(self)
         _at_least(self, 1, "vocab_size", "d_model", "d_ffn", "layers", "heads", "kv_heads")
+        _at_least(self, 0, "document_start")
         if self.d_model % self.heads or (self.d_model // self.heads) % 2:
             raise ValueError(
                 f"Model.d_model={self.d_model} must be an even multiple of Model.heads={self.heads}: "
@@ -100,27 +105,45 @@ class Model:
         return self.d_model // self.heads
 
 
+def _is_source(entry: Any) -> bool:
+    good = isinstance(entry, list | tuple) and len(entry) == 2
+    return good and isinstance(entry[0], str) and _matches(entry[1], float) and entry[1] > 0
+
+
 @gin.register
 @dataclass(frozen=True)
 class Data:
-    """A folder written by ``python -m train.prepare``."""
+    """Exactly one of: a folder written by ``python -m train.prepare``, several mixed, random tokens."""
 
-    folder: str
+    folder: str | None = None
+    sources: Any = ()  # [(folder, weight), ...]: each gives its share of the sequences
+    synthetic: bool = False  # tokens drawn at random, to try or to time a run
 
     def __post_init__(self):
         _check_types(self)
+        if not isinstance(self.sources, list | tuple) or not all(map(_is_source, self.sources)):
+            raise ValueError(f"Data.sources={self.sources!r} must be a list of (folder, weight), weights positive")
+        if (self.folder is not None) + bool(self.sources) + self.synthetic != 1:
+            raise ValueError(
+                f"Data.folder={self.folder!r}, Data.sources={self.sources!r}, Data.synthetic={self.synthetic}: give "
+                "exactly one, such as --gin_bindings=\"Data.folder='runs/data'\""
+            )
+        object.__setattr__(self, "sources", tuple(map(tuple, self.sources)))
 
 
 @gin.register
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with decoupled weight decay (none on the norms' scales) and clipping by the global norm."""
+    """AdamW with decoupled weight decay and clipping by the global norm."""
 
     b1: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
+    no_decay: Any = ("*scale",)  # patterns of parameters that are not decayed, such as 'embedding' or '*/ffn/w1'
     clip: float | None = 1.0  # None: no clipping
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    ema: float | None = None  # decay of a moving average of the parameters, such as 0.999; None: no average
 
     def __post_init__(self):
         _check_types(self)
@@ -129,6 +152,11 @@ class Optimizer:
             raise ValueError(f"Optimizer.b1={self.b1} and Optimizer.b2={self.b2} must be below 1")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"Optimizer.clip={self.clip} must be positive, or None for no clipping")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"Optimizer.ema={self.ema} must lie in (0, 1), or be None for no average")
+        if not isinstance(self.no_decay, list | tuple) or not all(isinstance(one, str) for one in self.no_decay):
+            raise ValueError(f"Optimizer.no_decay={self.no_decay!r} must be a list of patterns such as '*scale'")
+        object.__setattr__(self, "no_decay", tuple(self.no_decay))
 
 
 @gin.register
@@ -232,16 +260,19 @@ class Train:
     accumulation: int = 1  # microbatches per optimizer step
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and moments are float32
     remat: Literal["none", "dots", "full"] = "none"
-    loss_chunks: int = 1  # the loss is computed (and recomputed) in this many slices of the sequence
+    loss_chunks: int = 1  # the loss is computed in this many slices of the sequence
+    z_loss: float = 0.0  # adds z_loss * (log sum exp of the logits)^2 to the training loss
     implementation: Implementation | None = None
     eval_every: int = 250
     eval_batches: int | None = None  # None: the whole validation split
     checkpoint_every: int = 250
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    keep_every: int = 0  # and those of steps that are multiples of this, for good; 0: none
     diagnosis_every: int = 0  # 0: never
     log_every: int = 1
     sample_prompt: str = "The "
-    sample_tokens: int = 100  # 0: no text sample at the end
+    sample_tokens: int = 100  # 0: no text sample
+    sample_every: int = 0  # also a sample after every so many steps; 0: at the end only
 
     def __post_init__(self):
         _check_types(self)
@@ -259,7 +290,7 @@ class Train:
             "log_every",
             "loss_chunks",
         )
-        _at_least(self, 0, "seed", "diagnosis_every", "sample_tokens")
+        _at_least(self, 0, "seed", "diagnosis_every", "sample_tokens", "sample_every", "keep_every", "z_loss")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"Train.batch_size={self.batch_size} must be a multiple of Train.accumulation={self.accumulation}"

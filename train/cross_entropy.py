@@ -15,15 +15,16 @@ def head_logits(hidden: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Floa
     return jnp.matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_cross_entropy(
     hidden: Float[Array, "B S D"],
     head: Float[Array, "D V"],
     labels: Int[Array, "B S"],
     weights: Float[Array, "B S"],
     slices: int,
+    z_loss: float = 0.0,
 ) -> Float[Array, ""]:
-    """sum over positions of weights * (log sum exp(hidden head) - (hidden head)[label]), in nats.
+    """sum over positions of weights * (l - (hidden head)[label] + z_loss l^2), l = log sum exp(hidden head), in nats.
 
     Only the logits of B S / slices positions exist at a time.  Under a gradient they are computed once: the slice's
     gradient, softmax - indicator, is taken while they are there, where differentiating a checkpointed slice would
@@ -33,17 +34,22 @@ def weighted_cross_entropy(
       head: the master; cast to hidden's dtype.  Its gradient is summed over slices in float32.
       weights: no gradient reaches them.
       slices: divides S.
+      z_loss: keeps the normalisers near 1 (PaLM has 1e-4); 0 leaves the cross-entropy alone.
     """
-    return jax.lax.map(lambda part: _slice_loss(head, *part), _cut(slices, hidden, labels, weights)).sum()
+    return jax.lax.map(lambda part: _slice_loss(head, z_loss, *part), _cut(slices, hidden, labels, weights)).sum()
 
 
-def _slice_loss(head, hidden, labels, weights):
+def _slice_loss(head, z_loss, hidden, labels, weights):
     logits = head_logits(hidden, head)
     own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - own) * weights)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    losses = log_normalizer - own
+    if z_loss:
+        losses += z_loss * jnp.square(log_normalizer)
+    return jnp.sum(losses * weights)
 
 
-def _forward(hidden, head, labels, weights, slices):
+def _forward(hidden, head, labels, weights, slices, z_loss):
     cast = head.astype(hidden.dtype)
 
     def one(d_head, part):
@@ -52,8 +58,13 @@ def _forward(hidden, head, labels, weights, slices):
         log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         own = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == label[..., None]
         # A sum over the masked logits and not a gather: it joins the reduction that reads them anyway.
-        loss = jnp.sum((log_normalizer[..., 0] - jnp.where(own, logits, 0).sum(-1)) * weight)
-        d_logits = ((jnp.exp(logits - log_normalizer) - own) * weight[..., None]).astype(x.dtype)
+        losses = log_normalizer[..., 0] - jnp.where(own, logits, 0).sum(-1)
+        softmax = jnp.exp(logits - log_normalizer)
+        if z_loss:
+            losses += z_loss * jnp.square(log_normalizer[..., 0])
+            softmax *= 1 + 2 * z_loss * log_normalizer
+        loss = jnp.sum(losses * weight)
+        d_logits = ((softmax - own) * weight[..., None]).astype(x.dtype)
         d_x = jnp.einsum("bsv,dv->bsd", d_logits, cast)
         d_head += jnp.einsum("bsd,bsv->dv", x, d_logits, preferred_element_type=jnp.float32)
         return d_head, (loss, d_x)
@@ -63,7 +74,7 @@ def _forward(hidden, head, labels, weights, slices):
     return losses.sum(), (jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape), d_head.astype(head.dtype))
 
 
-def _backward(slices, gradients, cotangent):
+def _backward(slices, z_loss, gradients, cotangent):
     d_hidden, d_head = gradients
     return d_hidden * cotangent.astype(d_hidden.dtype), d_head * cotangent.astype(d_head.dtype), None, None
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -28,6 +28,18 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "val")
 EDGE_BYTES = 1 << 20
+# As good as endless; grain's own endless repeat has a length that overflows when batch_size is 1.
+ENDLESS = 1 << 62
+
+
+class Windows(Protocol):
+    """Numbered windows of S + 1 tokens, and the order in which training takes them."""
+
+    def num_windows(self, seq_len: int) -> int: ...
+
+    def order(self, seq_len: int, seed: int) -> grain.MapDataset: ...
+
+    def windows(self, indices: Integer[np.ndarray, " B"], seq_len: int) -> Int32[np.ndarray, "B S+1"]: ...
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,10 @@ class TokenDataset:
                 f"{self.path} has {self.tokens}: use a shorter sequence or prepare more text"
             )
         return (self.tokens - 1) // seq_len
+
+    def order(self, seq_len: int, seed: int) -> grain.MapDataset:
+        """Numbers of windows without end, shuffled anew for each epoch."""
+        return window_order(0, self.num_windows(seq_len), seed)
 
     def read(self, start: int, out: Int32[np.ndarray, " n"]) -> None:
         """Fills `out` with the tokens [start, start + n) of the shards laid end to end."""
@@ -176,8 +192,13 @@ def verify_shards(folder: str | Path, split: str) -> None:
             )
 
 
+def window_order(first: int, count: int, seed: int) -> grain.MapDataset:
+    """The numbers first, ..., first + count - 1, again and again, in another order each time."""
+    return grain.MapDataset.range(first, first + count).seed(seed).shuffle().repeat(ENDLESS // count)
+
+
 def train_iterator(
-    dataset: TokenDataset,
+    dataset: Windows,
     *,
     batch_size: int,
     seq_len: int,
@@ -215,15 +236,12 @@ def train_iterator(
 
     # Window numbers are batched, not windows: so every process cuts its rows out of the same global batch, and
     # the tokens of a batch are gathered in one call (1.4 times the rate of one element per window).
-    count = dataset.num_windows(seq_len)
-    # As good as endless; grain's own endless repeat has a length that overflows when batch_size is 1.
-    order = grain.MapDataset.range(count).seed(seed).shuffle().repeat((1 << 62) // count)
-    pipeline = order.batch(batch_size).map(batch)
+    pipeline = dataset.order(seq_len, seed).batch(batch_size).map(batch)
     return iter(pipeline.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
 
 def eval_batches(
-    dataset: TokenDataset, *, batch_size: int, seq_len: int, max_batches: int | None = None
+    dataset: Windows, *, batch_size: int, seq_len: int, max_batches: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The windows in order, as `dict(tokens=int32 [B, S + 1], weight=float32 [B])`.
 

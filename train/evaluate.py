@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,10 @@ import jax
 from absl import app, flags
 from flax import nnx
 
-from train import checkpoint, harness, model
+from train import checkpoint, harness, model, sources
 from train.command import program
 from train.config import RunConfig, load_config
-from train.data import TokenDataset, eval_batches, open_dataset
+from train.data import Windows, eval_batches
 from train.likelihood import Scorer, score_text
 from train.schedule import Phase
 from train.state import TrainState, abstract_state
@@ -33,8 +34,8 @@ CONFIG_FILE = "config.gin"  # in the workdir: the bindings of the run
 class Evaluator:
     """Mean loss over the validation split.  Compiles once for each recipe it meets."""
 
-    def __init__(self, graphdef: nnx.GraphDef, config: RunConfig, dataset: TokenDataset):
-        self._config, self._dataset = config, dataset
+    def __init__(self, graphdef: nnx.GraphDef, config: RunConfig, dataset: sources.Dataset):
+        self._config, self._parts = config, sources.parts(dataset)
         self._step = make_eval_step(graphdef, config)
         self._bake = jax.jit(phases.bake, static_argnums=2)
 
@@ -42,28 +43,40 @@ class Evaluator:
         """val_loss in nats per token and val_bits_per_byte of the dense model.
 
         Inside a sparse phase that is a temporary baked copy, and with ``sparse`` the same two, computed by the
-        phase's recipe, come with the suffix ``_sparse``.
+        phase's recipe, come with the suffix ``_sparse``; with ``_ema`` those of the dense model whose weights are the
+        moving average. Of several sources it is the mean by their shares, and each source's own has its name behind a
+        slash.
         """
         recipe = self._config.schedule.phases[phase_index].recipe
         params = self._bake(state.params, state.method, recipe) if recipe.weights else state.params
         values = self._figures(params, state.method, Recipe.dense(), "")
         if sparse and not recipe.is_dense:
             values |= self._figures(state.params, state.method, recipe, "_sparse")
+        if state.ema is not None:
+            ema = self._bake(state.ema, state.method, recipe) if recipe.weights else state.ema
+            values |= self._figures(ema, state.method, Recipe.dense(), "_ema")
         return values
 
     def _figures(self, params: dict, method: dict, recipe: Recipe, suffix: str) -> dict[str, float]:
+        losses = {name: self._loss(params, method, recipe, data) for name, _, data in self._parts}
+        loss = math.fsum(share * losses[name] for name, share, _ in self._parts)
+        size = math.fsum(share * data.bytes_per_token for _, share, data in self._parts)
+        values = {f"val_loss{suffix}": loss, f"val_bits_per_byte{suffix}": loss / (math.log(2) * size)}
+        if len(losses) > 1:
+            values |= {f"val_loss{suffix}/{name}": one for name, one in losses.items()}
+        return values
+
+    def _loss(self, params: dict, method: dict, recipe: Recipe, dataset: Windows) -> float:
         train = self._config.train
         batches = eval_batches(
-            self._dataset,
+            dataset,
             batch_size=train.batch_size // train.accumulation,
             seq_len=train.seq_len,
             max_batches=train.eval_batches,
         )
         sums = [self._step(params, method, b["tokens"], b["weight"], recipe=recipe) for b in batches]
         losses, counts = zip(*jax.device_get(sums), strict=True)
-        loss = math.fsum(map(float, losses)) / math.fsum(map(float, counts))
-        bits_per_byte = loss / (math.log(2) * self._dataset.bytes_per_token)
-        return {f"val_loss{suffix}": loss, f"val_bits_per_byte{suffix}": bits_per_byte}
+        return math.fsum(map(float, losses)) / math.fsum(map(float, counts))
 
 
 def describe(values: dict[str, float]) -> str:
@@ -73,7 +86,10 @@ def describe(values: dict[str, float]) -> str:
         text += (
             f" dense, {values['val_loss_sparse']:.4f} ({values['val_bits_per_byte_sparse']:.4f} bits per byte) sparse"
         )
-    return text
+    if "val_loss_ema" in values:
+        text += f", {values['val_loss_ema']:.4f} ({values['val_bits_per_byte_ema']:.4f} bits per byte) averaged"
+    named = [(name.split("/", 1)[1], loss) for name, loss in values.items() if name.startswith("val_loss/")]
+    return text + "".join(f", {name} {loss:.4f}" for name, loss in named)
 
 
 class Restored(NamedTuple):
@@ -122,14 +138,16 @@ def read_config(workdir: Path) -> RunConfig:
     return load_config([str(saved.resolve())])
 
 
-def restore(source: str | Path) -> Restored:
-    """The checkpoint `WORKDIR` (its newest) or `WORKDIR@STEP`.
+def restore(source: str | Path, *, ema: bool = False) -> Restored:
+    """The checkpoint `WORKDIR` (its newest) or `WORKDIR@STEP`; with ``ema`` the averaged weights in place of its last.
 
     Raises:
-      ValueError: the workdir holds none, or none of that step.
+      ValueError: the workdir holds none, or none of that step, or the run kept no average.
     """
     workdir, step = split_source(source)
     config = read_config(workdir)
+    if ema and config.optimizer.ema is None:
+        raise ValueError(f"{workdir} has no averaged weights: its run had Optimizer.ema=None; leave out --ema")
     with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, writer=False) as checkpoints:
         if checkpoints.latest is None:
             raise ValueError(f"{workdir} holds no checkpoint yet")
@@ -137,19 +155,21 @@ def restore(source: str | Path) -> Restored:
         if step not in checkpoints.steps:
             raise ValueError(f"{workdir} holds no checkpoint of step {step}; it has {checkpoints.steps}")
         state = checkpoints.restore_state(abstract_state(config), step, optimizer=False)
+    if state.ema is not None:
+        state = replace(state, params=state.ema if ema else state.params, ema=None)
     return Restored(model.structure(config.model, config.max_experts), config, state, step)
 
 
 def report_validation(run: Restored, *, sparse: bool) -> None:
     """Prints loss and bits per byte on the validation split."""
-    dataset = open_dataset(run.config.data.folder, "val")
+    dataset = sources.open_split(run.config, "val")
     values = Evaluator(run.graphdef, run.config, dataset)(run.state, int(run.state.phase), sparse=sparse)
     print(f"step {run.step}: {describe(values)}")
 
 
 def report_text(run: Restored, path: Path, *, sparse: bool) -> None:
     """Prints bits per byte of a file."""
-    tokenizer = open_dataset(run.config.data.folder, "train").tokenizer
+    tokenizer = sources.open_split(run.config, "train").tokenizer
     for name, scorer in run.scorers(sparse=sparse):
         score = score_text(scorer, tokenizer, path, progress=sys.stderr.isatty())
         print(
@@ -160,7 +180,7 @@ def report_text(run: Restored, path: Path, *, sparse: bool) -> None:
 
 def report_tasks(run: Restored, workdir: Path, tasks: Sequence[str], *, sparse: bool, **options: Any) -> None:
     """Prints lm-eval's table and writes its JSON as `WORKDIR/lm_eval-STEP-dense.json` (and `-sparse`)."""
-    tokenizer = open_dataset(run.config.data.folder, "train").tokenizer
+    tokenizer = sources.open_split(run.config, "train").tokenizer
     for name, scorer in run.scorers(sparse=sparse):
         model_args = {"workdir": str(workdir), "step": run.step, "forward": name}
         text, table = harness.run_tasks(scorer, tokenizer, tasks, model_args=model_args, **options)
@@ -172,7 +192,7 @@ def report_tasks(run: Restored, workdir: Path, tasks: Sequence[str], *, sparse: 
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
-    run = restore(values.workdir)
+    run = restore(values.workdir, ema=values.ema)
     if values.text is not None:
         report_text(run, Path(values.text), sparse=values.sparse)
     elif values.tasks:
@@ -191,6 +211,7 @@ def main(values: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
+    flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
     flags.DEFINE_boolean("sparse", False, "also evaluate with the recipe of the checkpoint's phase")
     flags.DEFINE_string("text", None, "bits per byte of this file instead of the validation split")
     flags.DEFINE_list("tasks", [], "tasks of lm-eval (extra eval) instead, such as arc_easy,piqa")

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from train import arcee, evaluate
 from train.command import program
 from train.config import Model
-from train.data import open_dataset
+from train.sources import open_split
 from train.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,16 +64,16 @@ def write_folder(
     unfinished.rename(output / arcee.WEIGHTS)
 
 
-def export(workdir: str, output: Path, dtype: str) -> str:
-    """Exports the checkpoint ``workdir`` (or `WORKDIR@STEP`) and says in a line what was written.
+def export(workdir: str, output: Path, dtype: str, *, ema: bool = False) -> str:
+    """Exports the checkpoint ``workdir`` (or `WORKDIR@STEP`), or its average, and says in a line what was written.
 
     Raises:
       ValueError: no such checkpoint, its tokenizer is gone, or ``output`` holds files already.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; give --output a new one")
-    run = evaluate.restore(workdir)
-    dataset = open_dataset(run.config.data.folder, "train")
+    run = evaluate.restore(workdir, ema=ema)
+    dataset = open_split(run.config, "train")
     try:
         write_folder(
             output,
@@ -86,7 +86,7 @@ def export(workdir: str, output: Path, dtype: str) -> str:
         )
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror}; give --output another folder") from error
-    text = f"step {run.step} as ArceeForCausalLM, {dtype}, in {output}"
+    text = f"step {run.step}{', averaged weights,' if ema else ''} as ArceeForCausalLM, {dtype}, in {output}"
     if not run.phase.recipe.is_dense:
         baked = ", its thresholded weights baked into it" if run.phase.recipe.weights else ""
         text += f". The checkpoint stands inside a sparse phase ({run.phase.label}): the exported model is dense{baked}"
@@ -96,11 +96,12 @@ def export(workdir: str, output: Path, dtype: str) -> str:
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
-    print(export(values.workdir, Path(values.output), values.dtype))
+    print(export(values.workdir, Path(values.output), values.dtype, ema=values.ema))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
     flags.DEFINE_string("output", None, "folder to write", required=True)
+    flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
     flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "type of the stored weights")
     app.run(main)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from train import cache, evaluate, model
 from train.command import program
 from train.config import RunConfig
-from train.data import open_dataset
+from train.sources import open_split
 from train.tokenizer import Tokenizer
 
 TEMPERATURE = 0.8
@@ -234,8 +234,8 @@ def sample_text(
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
-    run = evaluate.restore(values.workdir)
-    tokenizer = open_dataset(run.config.data.folder, "train").tokenizer
+    run = evaluate.restore(values.workdir, ema=values.ema)
+    tokenizer = open_split(run.config, "train").tokenizer
     with tqdm(total=values.new_tokens, unit="token", disable=None) as bar:  # None: shown on a terminal only
         text = sample_text(
             run.graphdef,
@@ -260,4 +260,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", TEMPERATURE, "0 takes the most probable token")
     flags.DEFINE_float("top_p", TOP_P, "share of the probability to draw from")
     flags.DEFINE_integer("seed", 0, "of the drawing")
+    flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
     app.run(main)

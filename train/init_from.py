@@ -14,6 +14,7 @@ _SHAPE = (
     "rope_base",
     "norm_epsilon",
     "tied_head",
+    "qk_norm",
 )
 
 

@@ -13,18 +13,19 @@ from flax import nnx
 from train import checkpoint, evaluate, model
 from train.command import print_warning
 from train.config import RunConfig
-from train.data import SPLITS, TokenDataset, open_dataset, train_iterator, verify_shards
+from train.data import train_iterator
 from train.generate import sample_text
 from train.guard import Watch
 from train.init_from import load_params
 from train.metrics import cut_metrics, read_metrics
-from train.optimizer import learning_rate
+from train.optimizer import decay_mask, learning_rate
 from train.plot import plot_run
 from train.profiler import Profiler, parse_steps
 from train.report import Logger, summary
 from train.run_info import read_starts, record_start
 from train.run_report import write_report
-from train.state import TrainState, abstract_state, initial_state, place
+from train.sources import Dataset, identity, open_data, verify
+from train.state import TrainState, abstract_state, first_average, initial_state, place
 from train.step import make_diagnosis, make_train_step
 from train.workdir import WorkdirLock, claim_workdir, set_aside_damaged
 from venom_jax import Recipe, phases
@@ -37,26 +38,13 @@ class Run:
 
     config: RunConfig
     workdir: Path
-    train_data: TokenDataset
-    val_data: TokenDataset
+    train_data: Dataset
+    val_data: Dataset
     checkpoints: checkpoint.Checkpoints
     fingerprint: dict[str, Any]
     lock: WorkdirLock
     profile_steps: range = range(0)
     params: dict | None = None  # to start from, where there is no checkpoint to continue
-
-
-def open_data(config: RunConfig) -> tuple[TokenDataset, TokenDataset]:
-    """Both splits.  Raises ValueError where they do not fit the model or the sequence length."""
-    splits = open_dataset(config.data.folder, "train"), open_dataset(config.data.folder, "val")
-    for dataset in splits:
-        if dataset.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {config.data.folder} has {dataset.vocab_size} tokens but "
-                f"Model.vocab_size={config.model.vocab_size}: raise it (a smaller tokenizer is fine)"
-            )
-        dataset.num_windows(config.train.seq_len)
-    return splits
 
 
 def prepare(config: RunConfig, workdir: Path, profile_steps: str | None = None, init_from: str | None = None) -> Run:
@@ -68,21 +56,20 @@ def prepare(config: RunConfig, workdir: Path, profile_steps: str | None = None, 
     profiled = parse_steps(profile_steps, config.train.steps)
     resolve_implementation(config.train.implementation)
     learning_rate(config.learning_rate, config.train.steps)
+    decay_mask(config.optimizer, abstract_state(config).params)
     train_data, val_data = open_data(config)
     claim_workdir(workdir)
     lock = WorkdirLock(workdir)
     try:
         for line in set_aside_damaged(workdir):
             print_warning(line)
-        checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
-        identity = {"tokens": train_data.tokens, "bytes": train_data.bytes, "vocab_size": train_data.vocab_size}
-        fingerprint = checkpoint.fingerprint(config, identity)
+        checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every)
+        fingerprint = checkpoint.fingerprint(config, identity(train_data))
         checkpoints.check(fingerprint)
         read_starts(workdir)  # refuses a damaged record now and not after the first steps
         starting = checkpoints.latest is None
         if starting:
-            for split in SPLITS:
-                verify_shards(config.data.folder, split)
+            verify(config)
         params = load_params(init_from, config.model) if starting and init_from is not None else None
         (workdir / evaluate.CONFIG_FILE).write_text(config.text)
     except BaseException:
@@ -143,10 +130,11 @@ def train(run: Run) -> int:
             logger.log(done, phase_index, metrics)
 
             last, stopping = done == settings.steps, stop.signal is not None
+            sampling = not last and has_sample(config) and is_due(done, settings.sample_every)
             diagnosing = is_due(done, settings.diagnosis_every)
             evaluating = last or is_due(done, settings.eval_every)
             saving = last or stopping or is_due(done, settings.checkpoint_every)
-            if diagnosing or evaluating or saving:
+            if sampling or diagnosing or evaluating or saving:
                 logger.flush()
             watch.settle(state, logger)  # raises before a state is saved that should have gone on
             if diagnosing:
@@ -156,9 +144,11 @@ def train(run: Run) -> int:
                 logger.diagnosis(done, figures)
             if evaluating:
                 logger.evaluation(done, evaluator(state, phase_index))
+            if sampling:
+                logger.sample(done, sample(run, graphdef, state))
             if saving:
                 checkpoints.save(state, masks, iterator, step=done, fingerprint=run.fingerprint, seconds=logger.seconds)
-            if diagnosing or evaluating or saving:
+            if sampling or diagnosing or evaluating or saving:
                 logger.pause(done)
             if stopping and not last:
                 logger.say(f"{signal.Signals(stop.signal).name}: saved step {done}; run again to continue")
@@ -176,7 +166,7 @@ def first_state(config: RunConfig, params: dict | None) -> tuple[TrainState, dic
     """The state before the first step: random weights, or ``params``, made ready for the first phase's recipe."""
     state = initial_state(config)
     if params is not None:
-        state = place(replace(state, params=params))
+        state = place(replace(state, params=params, ema=first_average(config, params)))
     if config.schedule.phases[0].recipe.is_dense:
         return state, {}
     return enter_phase(state, config, Recipe.dense(), 0)
@@ -190,9 +180,18 @@ def switch_phase(state: TrainState, config: RunConfig, index: int) -> tuple[Trai
 def enter_phase(state: TrainState, config: RunConfig, old: Recipe, index: int) -> tuple[TrainState, dict[str, float]]:
     """The state at the start of phase ``index``: clustered, scaled or baked as the change from ``old`` needs."""
     new = config.schedule.phases[index].recipe
-    out = phases.transition(state.params, state.method, [state.opt_state], old, new, seed=config.train.seed)
-    phase = jnp.asarray(index, jnp.int32)
-    changed = replace(state, params=out.params, method=out.method, opt_state=out.trees[0], phase=phase)
+    averages = [] if state.ema is None else [state.ema]
+    out = phases.transition(
+        state.params, state.method, [state.opt_state], old, new, seed=config.train.seed, averages=averages
+    )
+    changed = replace(
+        state,
+        params=out.params,
+        method=out.method,
+        opt_state=out.trees[0],
+        phase=jnp.asarray(index, jnp.int32),
+        ema=out.averages[0] if averages else None,
+    )
     return place(changed), out.report
 
 
@@ -201,13 +200,8 @@ def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) 
     settings = run.config.train
     values = summary(run.workdir)
     logger.end(settings.steps, values)
-    if settings.sample_tokens:
-        recipe = run.config.schedule.phases[int(state.phase)].recipe
-        params = phases.bake(state.params, state.method, recipe) if recipe.weights else state.params
-        text = sample_text(
-            graphdef, run.config, params, state.method, run.train_data.tokenizer, settings.sample_prompt,
-            new_tokens=settings.sample_tokens, seed=settings.seed,
-        )  # fmt: skip
+    if has_sample(run.config):
+        text = sample(run, graphdef, state)
         (run.workdir / "sample.txt").write_text(text + "\n")
         logger.say(f"sample: {text}")
     plot_run(run.workdir, run.workdir / "loss.png")
@@ -217,6 +211,22 @@ def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) 
         f"done: {settings.steps} steps in {values['seconds']:.0f} s, training loss {values['train_loss_last_100']:.4f} "
         f"(mean of the last 100 steps), {evaluate.describe(values)}"
     )
+
+
+def has_sample(config: RunConfig) -> bool:
+    """Whether the run writes text samples; random tokens have no text."""
+    return config.train.sample_tokens > 0 and not config.data.synthetic
+
+
+def sample(run: Run, graphdef: nnx.GraphDef, state: TrainState) -> str:
+    """A text by the dense model, the same for the same weights."""
+    settings = run.config.train
+    recipe = run.config.schedule.phases[int(state.phase)].recipe
+    params = phases.bake(state.params, state.method, recipe) if recipe.weights else state.params
+    return sample_text(
+        graphdef, run.config, params, state.method, run.train_data.tokenizer, settings.sample_prompt,
+        new_tokens=settings.sample_tokens, seed=settings.seed,
+    )  # fmt: skip
 
 
 class StopRequest:

@@ -29,6 +29,12 @@ def peak_flops() -> float | None:
     return None if one is None else one * jax.device_count()
 
 
+def peak_memory() -> int | None:
+    """Most bytes in use at a time so far on the local device that used most, or None where the backend does not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one), default=None)
+
+
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a line cut off by a kill is left out."""
     records = []

@@ -6,12 +6,12 @@ h head size, V vocabulary, E experts.  The layers are stacked (every parameter h
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from train.config import Model
 from train.cross_entropy import head_logits
@@ -44,14 +44,32 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], epsilon: float)
     return (normed * scale).astype(x.dtype)
 
 
-def rotary(x: Float[Array, "B S H h"], base: float, position: Int[Array, ""] | int = 0) -> Float[Array, "B S H h"]:
+class Documents(NamedTuple):
+    """Where each token stands in its document, and which keys belong to a query's document."""
+
+    position: Int[Array, "B S"]
+    mask: Bool[Array, "B 1 S S"]
+
+
+def find_documents(tokens: Int[Array, "B S"], start: int) -> Documents:
+    """Documents begin at each token ``start``; what stands before the first one in a row is a document of its own."""
+    begins = tokens == start
+    number, place = jnp.cumsum(begins, axis=1), jnp.arange(tokens.shape[1])
+    position = place - jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+    return Documents(position, number[:, None, :, None] == number[:, None, None, :])
+
+
+def rotary(
+    x: Float[Array, "B S H h"], base: float, position: Int[Array, "B S"] | Int[Array, ""] | int = 0
+) -> Float[Array, "B S H h"]:
     """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * base^(-2i/h).
 
-    The first row stands at ``position``.
+    position: of each token, or of the first one in each row.
     """
     half = x.shape[-1] // 2
-    angle = (position + jnp.arange(x.shape[1]))[:, None] * base ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+    place = position if jnp.ndim(position) else position + jnp.arange(x.shape[1])
+    angle = jnp.asarray(place)[..., None] * base ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
@@ -71,31 +89,46 @@ class Attention(nnx.Module):
         residual = nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers))
         self.qkv = nnx.Param(normal(rngs.params(), (config.d_model, width), jnp.float32))
         self.out = nnx.Param(residual(rngs.params(), (config.d_model, config.d_model), jnp.float32))
+        if config.qk_norm:
+            self.query_scale = nnx.Param(jnp.ones(config.head_dim, jnp.float32))
+            self.key_scale = nnx.Param(jnp.ones(config.head_dim, jnp.float32))
 
     def project(
-        self, x: Float[Array, "B S D"], position: Int[Array, ""] | int = 0
+        self, x: Float[Array, "B S D"], position: Int[Array, "B S"] | Int[Array, ""] | int = 0
     ) -> tuple[Float[Array, "B S H h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
-        """Queries, keys and values; the first two rotated, the first row of x standing at ``position``."""
+        """Queries, keys and values; the first two rotated, x standing at ``position`` as in ``rotary``."""
         config = self.config
         heads, kv_heads = config.heads, config.key_value_heads
         qkv_BxSxNxh = (x @ self.qkv[...].astype(x.dtype)).reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query, key, value = jnp.split(qkv_BxSxNxh, (heads, heads + kv_heads), axis=2)
+        if config.qk_norm:
+            query = rms_norm(query, self.query_scale[...], config.norm_epsilon)
+            key = rms_norm(key, self.key_scale[...], config.norm_epsilon)
         return rotary(query, config.rope_base, position), rotary(key, config.rope_base, position), value
 
     def mix(
-        self, query: Float[Array, "B S H h"], key: Float[Array, "B S K h"], value: Float[Array, "B S K h"]
+        self,
+        query: Float[Array, "B S H h"],
+        key: Float[Array, "B S K h"],
+        value: Float[Array, "B S K h"],
+        mask: Bool[Array, "B 1 S S"] | None = None,
     ) -> Float[Array, "B S H h"]:
-        """Causal attention over a whole sequence."""
+        """Causal attention over a whole sequence, where ``mask`` allows it.
+
+        cuDNN stays in use with a mask, which it reads as a bias of B S^2 elements, and whose gradient it leaves out.
+        """
         return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation=attention_implementation(query.dtype)
+            query, key, value, mask=mask, is_causal=True, implementation=attention_implementation(query.dtype)
         )
 
     def merge(self, mixed: Float[Array, "B S H h"]) -> Float[Array, "B S D"]:
         """The output projection of what the heads read."""
         return mixed.reshape(*mixed.shape[:2], -1) @ self.out[...].astype(mixed.dtype)
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.merge(self.mix(*self.project(x)))
+    def __call__(self, x: Float[Array, "B S D"], documents: Documents | None = None) -> Float[Array, "B S D"]:
+        if documents is None:
+            return self.merge(self.mix(*self.project(x)))
+        return self.merge(self.mix(*self.project(x, documents.position), documents.mask))
 
 
 class Block(nnx.Module):
@@ -122,10 +155,11 @@ class Block(nnx.Module):
         key: PRNGKeyArray | None,
         packed: PackedWeights | None,
         implementation: Implementation | None,
+        documents: Documents | None = None,
     ) -> tuple[Float[Array, "B S D"], tuple[FFNStats, Float[Array, "B S D"]]]:
         """The block's output, and what its FFN reports and reads."""
         epsilon = self.config.norm_epsilon
-        x = x + self.attention(rms_norm(x, self.attention_scale[...], epsilon))
+        x = x + self.attention(rms_norm(x, self.attention_scale[...], epsilon), documents)
         ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
         y, stats = self.ffn(
             ffn_input, recipe=recipe, packed=packed, return_stats=True, key=key, implementation=implementation
@@ -169,10 +203,13 @@ class Decoder(nnx.Module):
         """
         graphdef, stacked = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.config.layers)
+        start = self.config.document_start
+        documents = None if start is None else find_documents(tokens, start)
 
         def layer(x, scanned):
             state, layer_key, layer_packed = scanned
-            x, (stats, ffn_input) = nnx.merge(graphdef, state)(x, recipe, layer_key, layer_packed, implementation)
+            block = nnx.merge(graphdef, state)
+            x, (stats, ffn_input) = block(x, recipe, layer_key, layer_packed, implementation, documents)
             return x, (stats, ffn_input if keep_ffn_inputs else None)
 
         if remat != "none":
@@ -228,9 +265,11 @@ def pack_ffns(params: dict, method: dict, recipe: Recipe, dtype: Any) -> PackedW
 
 
 def parameter_count(config: Model) -> int:
-    """All parameters: V D (twice unless the head is tied) + L (D (H + 2K) h + D^2 + 2 D F + 2 D) + D."""
+    """All parameters: V D (twice unless the head is tied) + L (D (H + 2K) h + D^2 + 2 D F + 2 D (+ 2 h)) + D."""
     width = (config.heads + 2 * config.key_value_heads) * config.head_dim
     layer = config.d_model * (width + config.d_model + 2 * config.d_ffn + 2)
+    if config.qk_norm:
+        layer += 2 * config.head_dim
     embeddings = config.vocab_size * config.d_model * (1 if config.tied_head else 2)
     return embeddings + config.layers * layer + config.d_model
 

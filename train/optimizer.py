@@ -1,7 +1,12 @@
-"""AdamW with clipping, and the two schedules of the learning rate."""
+"""AdamW with clipping, the two schedules of the learning rate, and the moving average of the parameters."""
+
+from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from train.config import LearningRate, Optimizer, RunConfig
 from train.schedule import resolve_step
@@ -35,19 +40,33 @@ def learning_rate(config: LearningRate, steps: int) -> optax.Schedule:
     )
 
 
-def _is_decayed(path: tuple, _) -> bool:
-    return not jax.tree_util.keystr(path[-1:], simple=True).endswith("scale")
+def decay_mask(config: Optimizer, params: Any) -> Any:
+    """True for each parameter that is decayed: its path, such as blocks/ffn/w1, matches no pattern of ``no_decay``.
+
+    Raises:
+      ValueError: a pattern that matches no parameter.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    for pattern in config.no_decay:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"Optimizer.no_decay has {pattern!r}, which matches none of the parameters {', '.join(names)}"
+            )
+    decayed = [not any(fnmatchcase(name, pattern) for pattern in config.no_decay) for name in names]
+    return jax.tree_util.tree_unflatten(structure, decayed)
 
 
 def optimizer(config: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW; norms' scales are not decayed."""
+    """Clip by the global norm, then AdamW."""
     adamw = optax.adamw(
         schedule,
         b1=config.b1,
         b2=config.b2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mask=lambda params: jax.tree_util.tree_map_with_path(_is_decayed, params),
+        mask=lambda params: decay_mask(config, params),
+        mu_dtype=None if config.first_moment_dtype == "float32" else config.first_moment_dtype,
     )
     return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
@@ -56,3 +75,13 @@ def for_run(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Sche
     """The optimizer of a run, and its learning rate."""
     schedule = learning_rate(config.learning_rate, config.train.steps)
     return optimizer(config.optimizer, schedule), schedule
+
+
+def updated_average(average: Any, params: Any, step: Int[Array, ""], decay: float | None) -> Any:
+    """average + (1 - d) (params - average), with d = min(decay, (1 + step) / (10 + step)); None stays None.
+
+    d begins small, so that the first weights are soon forgotten.
+    """
+    if decay is None:
+        return average
+    return optax.incremental_update(params, average, 1 - jnp.minimum(decay, (1 + step) / (10 + step)))

@@ -11,7 +11,7 @@ from train import model
 from train.config import RunConfig
 from train.evaluate import describe
 from train.guard import Watch
-from train.metrics import MetricsWriter, Progress, peak_flops, read_metrics
+from train.metrics import MetricsWriter, Progress, peak_flops, peak_memory, read_metrics
 from venom_jax import Recipe
 
 
@@ -97,6 +97,11 @@ class Logger:
         self._writer.write("eval", step, **values)
         self.say(f"step {step}: {describe(values)}")
 
+    def sample(self, step: int, text: str) -> None:
+        """Records a text that the model wrote."""
+        self._writer.write("sample", step, text=text)
+        self.say(f"step {step}: sample: {text}")
+
     def diagnosis(self, step: int, figures: dict[str, jax.Array]) -> None:
         """Records each figure: its mean over the layers, and under ``layers`` that of every layer."""
         layers = {name: [float(layer) for layer in value] for name, value in jax.device_get(figures).items()}
@@ -131,6 +136,9 @@ class Logger:
             values["mfu_dense"] = rate * self._flops[Recipe.dense()] / self._peak
             values["mfu_executed"] = rate * self._flops[phase.recipe] / self._peak
             utilisation = f", MFU {values['mfu_dense']:.1%} dense-equivalent {values['mfu_executed']:.1%} executed"
+        if (peak := peak_memory()) is not None:
+            values["peak_memory_gib"] = round(peak / 2**30, 3)
+            utilisation += f", {values['peak_memory_gib']:.1f} GiB"
         self._writer.write("train", step, **values, phase=phase.label, phase_index=phase_index)
         self._progress.update(step, f"loss {values['loss']:.4f}, {rate:,.0f} tokens/s{utilisation}, {phase.label}")
 

@@ -17,6 +17,7 @@ from train.optimizer import for_run
 class TrainState:
     """Parameters, the method's state (beta, router bias), optimizer state, position and randomness.
 
+    ema: moving average of the parameters, or None.
     step: optimizer steps completed.  phase: index into the schedule's phases.
     rng: data of the run's key; each step folds its number in, so that it never changes.
     """
@@ -27,6 +28,7 @@ class TrainState:
     step: Int[Array, ""]
     phase: Int[Array, ""]
     rng: UInt32[Array, "..."]
+    ema: dict | None = None
 
 
 def initial_state(config: RunConfig) -> TrainState:
@@ -54,4 +56,10 @@ def _create(config: RunConfig) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         phase=jnp.zeros((), jnp.int32),
         rng=jax.random.key_data(jax.random.key(seed)),
+        ema=first_average(config, params),
     )
+
+
+def first_average(config: RunConfig, params: dict) -> dict | None:
+    """The moving average before the first step: the parameters, in buffers of its own; None without one."""
+    return None if config.optimizer.ema is None else jax.tree.map(jnp.copy, params)

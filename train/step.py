@@ -15,7 +15,7 @@ from train.config import RunConfig
 from train.cross_entropy import weighted_cross_entropy
 from train.guard import counts, keep_if
 from train.model import Decoder, assemble, pack_ffns
-from train.optimizer import for_run
+from train.optimizer import for_run, updated_average
 from train.state import TrainState
 from venom_jax import FFNStats, PackedWeights, Recipe, phases
 from venom_jax.stats import WeightMasks, diagnose
@@ -84,8 +84,11 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
             hidden, stats = hidden_states(model, tokens, recipe=recipe, key=key, config=config, packed=packed)
             labels = tokens[:, 1:]
             weights = jnp.full(labels.shape, 1 / labels.size, jnp.float32)
-            chunks = config.train.loss_chunks
-            return weighted_cross_entropy(hidden, model.head_weight(), labels, weights, chunks), stats
+            train = config.train
+            total = weighted_cross_entropy(
+                hidden, model.head_weight(), labels, weights, train.loss_chunks, train.z_loss
+            )
+            return total, stats
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, value, stats.density.mean(), stats.load
@@ -152,13 +155,15 @@ def make_train_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable[..., 
         grads, load, metrics = take_branch(branch, branches, state.params, state.method, tokens, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         method = take_branch(branch, [partial(update_bias, recipe) for recipe in recipes], state.method, load)
+        params: Any = optax.apply_updates(state.params, updates)  # pyrefly: ignore[bad-argument-type]
         new_state = TrainState(
-            params=optax.apply_updates(state.params, updates),  # pyrefly: ignore[bad-argument-type]
+            params=params,
             method=method,
             opt_state=opt_state,
             step=state.step + 1,
             phase=state.phase,
             rng=state.rng,
+            ema=updated_average(state.ema, params, state.step, config.optimizer.ema),
         )
         grad_norm = optax.tree.norm(grads)
         good = counts(metrics["loss"], grad_norm, limit)
