@@ -16,18 +16,24 @@ LABELS = jax.random.randint(KEYS[2], (B, S), 0, V)
 WEIGHTS = jax.random.uniform(KEYS[3], (B, S)).at[0, :3].set(0)
 
 
-def plain(hidden, head):
-    losses = optax.softmax_cross_entropy_with_integer_labels(head_logits(hidden, head), LABELS)
+def plain(hidden, head, z_loss):
+    logits = head_logits(hidden, head)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
+    losses += z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
     return 3 * (losses * WEIGHTS).sum()
 
 
-@pytest.mark.parametrize("slices", [1, 4])
-def test_value_and_gradients_are_those_of_the_whole(slices):
+@pytest.mark.parametrize(("slices", "z_loss"), [(1, 0.0), (4, 0.0), (4, 0.1)])
+def test_value_and_gradients_are_those_of_the_whole(slices, z_loss):
     """Times 3, so that a backward which forgets its cotangent is found."""
-    sliced = jax.jit(jax.value_and_grad(lambda h, w: 3 * weighted_cross_entropy(h, w, LABELS, WEIGHTS, slices), (0, 1)))
-    (value, found), (expected_value, expected) = sliced(HIDDEN, HEAD), jax.value_and_grad(plain, (0, 1))(HIDDEN, HEAD)
+
+    def loss(hidden, head):
+        return 3 * weighted_cross_entropy(hidden, head, LABELS, WEIGHTS, slices, z_loss)
+
+    value, found = jax.jit(jax.value_and_grad(loss, (0, 1)))(HIDDEN, HEAD)
+    expected_value, expected = jax.value_and_grad(plain, (0, 1))(HIDDEN, HEAD, z_loss)
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-    without_gradient = 3 * weighted_cross_entropy(HIDDEN, HEAD, LABELS, WEIGHTS, slices)
+    without_gradient = loss(HIDDEN, HEAD)
     np.testing.assert_allclose(without_gradient, expected_value, rtol=1e-5)
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, "float32")

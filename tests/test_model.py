@@ -88,7 +88,7 @@ def test_grouped_queries_equal_multi_head_with_tied_weights(small, tokens):
     assert_close(logits((full_structure, full, method), tokens), grouped, "float32")
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied_head": True}, {"heads": 4, "kv_heads": 1}])
+@pytest.mark.parametrize("changes", [{}, {"tied_head": True}, {"heads": 4, "kv_heads": 1}, {"qk_norm": True}])
 def test_parameter_count(changes):
     config = replace(MODEL, **changes)
     _, params, _ = jax.eval_shape(lambda: (0, *build(config, 1, 0)[1:]))
@@ -100,6 +100,28 @@ def test_tied_head_reads_the_embedding(tokens):
     assert "head" not in params
     hidden, *_ = model.assemble(graphdef, params, method).hidden(tokens, recipe=DENSE)
     assert_close(logits((graphdef, params, method), tokens), hidden @ params["embedding"].T, "float32")
+
+
+def test_documents_in_one_sequence_are_as_if_alone():
+    """Positions and attention begin anew at each start token, also where two follow each other."""
+    row = [3, 4, 7, 10, 11, 12, 7, 7, 13, 14]
+    packed = logits(build(replace(MODEL, document_start=7), 1, seed=0), jnp.asarray([row]))[0]
+    spans = [(0, 2), (2, 6), (6, 7), (7, 10)]
+    padded = [row[first:last] + [0] * (10 - last + first) for first, last in spans]
+    alone = logits(build(MODEL, 1, seed=0), jnp.asarray([*padded, row]))
+    for (first, last), expected in zip(spans, alone, strict=False):
+        assert_close(packed[first:last], expected[: last - first], "float32")
+    assert np.abs(packed[8:] - alone[-1, 8:]).max() > 1e-3
+
+
+def test_the_norm_takes_the_size_of_queries_and_keys_away(tokens):
+    graphdef, params, method = build(replace(MODEL, qk_norm=True, norm_epsilon=1e-9), 1, seed=0)
+    forward = jax.jit(lambda params: model.assemble(graphdef, params, method)(tokens, recipe=DENSE)[0])
+    attention = params["blocks"]["attention"]
+    for name, changes in (("qkv", False), ("query_scale", True)):
+        larger = attention[name].at[..., : 2 * MODEL.d_model].multiply(30.0)
+        changed = params | {"blocks": params["blocks"] | {"attention": attention | {name: larger}}}
+        assert (np.abs(forward(changed) - forward(params)).max() > 1e-4) == changes
 
 
 def test_rematerialisation_changes_no_gradient(small, tokens):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from train.config import LearningRate, Optimizer
-from train.optimizer import learning_rate, optimizer
+from train.optimizer import decay_mask, learning_rate, optimizer, updated_average
 
 STEPS = 200
 
@@ -82,3 +82,38 @@ def test_adamw_by_hand(clip):
     expected = adamw_by_hand(dict(params), gradients, config, 0.1)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_patterns_say_what_is_not_decayed():
+    params = {"embedding": 0, "final_scale": 0, "blocks": {"ffn": {"w1": 0, "w2": 0}, "ffn_scale": 0}}
+    assert decay_mask(Optimizer(), params) == {
+        "embedding": True,
+        "final_scale": False,
+        "blocks": {"ffn": {"w1": True, "w2": True}, "ffn_scale": False},
+    }
+    found = decay_mask(Optimizer(no_decay=["embedding", "*/w1"]), params)
+    assert [found["embedding"], found["blocks"]["ffn"]["w1"], found["final_scale"]] == [False, False, True]
+    with pytest.raises(ValueError, match=r"no_decay has 'embeding', which matches none of the parameters .*embedding"):
+        decay_mask(Optimizer(no_decay=["embeding"]), params)
+
+
+def test_the_first_moment_may_be_bfloat16():
+    params = {"w": jnp.ones(4)}
+    state = optimizer(Optimizer(first_moment_dtype="bfloat16", no_decay=()), optax.constant_schedule(0.1)).init(params)
+    (mu,), (nu,) = (
+        [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if f".{name}" in jax.tree_util.keystr(path)]
+        for name in ("mu", "nu")
+    )
+    assert (mu.dtype, nu.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_the_average_follows_its_formula():
+    rng = np.random.default_rng(0)
+    average = expected = rng.normal(size=5)
+    for step in range(60):
+        params = rng.normal(size=5)
+        average = updated_average(jnp.asarray(average, jnp.float32), params, jnp.int32(step), 0.8)
+        keep = min(0.8, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * params
+    np.testing.assert_allclose(average, expected, rtol=1e-5)
+    assert updated_average(None, params, jnp.int32(0), None) is None

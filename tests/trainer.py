@@ -58,13 +58,18 @@ def token_folder() -> Path:
 
 
 def run_config(
-    *, shape: dict[str, Any] | None = None, phases: Any = ((0, "dense"),), folder: Path | None = None, **train: Any
+    *,
+    shape: dict[str, Any] | None = None,
+    phases: Any = ((0, "dense"),),
+    data: Data | None = None,
+    optimizer: dict[str, Any] | None = None,
+    **train: Any,
 ) -> RunConfig:
-    """The small run with some fields of its model and of its training changed."""
+    """The small run with some fields of its model, its data, its optimizer and its training changed."""
     return RunConfig(
         model=replace(MODEL, **(shape or {})),
-        data=Data(str(folder or token_folder())),
-        optimizer=Optimizer(),
+        data=data or Data(str(token_folder())),
+        optimizer=Optimizer(**(optimizer or {})),
         learning_rate=LearningRate(peak=1e-2, warmup=2),
         phases=Phases(phases),
         train=replace(TRAIN, **train),
