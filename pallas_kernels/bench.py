@@ -30,7 +30,7 @@ from pallas_kernels.tuned import choose
 MAX_ERROR = 2e-3
 """Norm-wise relative error of a bf16 result: its own rounding is 1.7e-3."""
 
-_PAIRS = jnp.array([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]], jnp.int32)
+PAIRS = jnp.array([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]], jnp.int32)
 
 
 type Sizes = tuple[int, ...] | None
@@ -64,7 +64,7 @@ def operands(problem: Problem, seed: int | jax.Array) -> tuple[jax.Array, jax.Ar
     def normal(key, *shape):
         return jax.random.normal(key, shape, jnp.float32).astype(p.dtype)
 
-    positions = _PAIRS[jax.random.randint(keys[0], (p.m, p.k // 4), 0, len(_PAIRS))]
+    positions = PAIRS[jax.random.randint(keys[0], (p.m, p.k // 4), 0, len(PAIRS))]
     rows = p.k * (p.groups if p.mode == "rows" else 1)
     b = normal(keys[2], *((p.n, rows) if p.b_k_major else (rows, p.n)))
     return normal(keys[1], p.m // TILE, p.k // TILE, *SHAPE), pack_positions(positions), b
@@ -137,6 +137,11 @@ def time_case(name: str, problem: Problem, group_sizes, prepared: tuple[timing.R
     for rival, (rival_run, rival_count) in _rivals(name, problem, group_sizes).items():
         runs[rival], calls[rival] = rival_run, rival_count
     times = timing.race(runs, calls)
+    return rows_of("sparse24" if group_sizes is None else "grouped24", name, times, error)
+
+
+def rows_of(bench: str, case: str, times: dict[str, float], error: float, **more: float) -> list[dict]:
+    """A row of results for each kind of rival, the fastest of it. times: milliseconds of "ours" and of each rival."""
     best: dict[str, float] = {}
     for rival, ms in times.items():
         if rival != "ours":
@@ -145,8 +150,8 @@ def time_case(name: str, problem: Problem, group_sizes, prepared: tuple[timing.R
     gpu = device.current()
     return [
         {
-            "bench": "sparse24" if group_sizes is None else "grouped24",
-            "case": name,
+            "bench": bench,
+            "case": case,
             "ms": round(times["ours"], 4),
             "rival": rival,
             "rival_ms": round(ms, 4),
@@ -156,6 +161,7 @@ def time_case(name: str, problem: Problem, group_sizes, prepared: tuple[timing.R
             "jax": jax.__version__,
             "date": datetime.date.today().isoformat(),
         }
+        | more
         for rival, ms in best.items()
     ]
 

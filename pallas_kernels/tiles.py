@@ -22,6 +22,10 @@ GROUP_TABLE_BYTES = 2048
 """The contraction's sorted groups in shared memory: group, start and size of each, rounded up to 1 KiB."""
 LOAD_REGISTERS = 40
 """Registers of a loading thread."""
+GATHER_REGISTERS = 72
+"""... where it copies rows of B itself."""
+GATHER_TILE_N = (64, 128, 256)
+"""Columns of a tile whose rows of B are gathered: a warp copies whole rows (hopper/gather.py)."""
 STAGES_PER_CHUNK = 2
 """Stages multiplied between two chunks of the previous tile's result, where stores are deferred."""
 CHUNK_BYTES = 128
@@ -46,6 +50,7 @@ class Problem:
     dtype: str = "bfloat16"
     out_dtype: str = "bfloat16"
     epilogue: Epilogue = dataclasses.field(default_factory=Epilogue)
+    v: int = 0
 
     @property
     def out_shape(self) -> tuple[int, int]:
@@ -92,9 +97,17 @@ class TileConfig:
         return self.warpgroups_m * self.warpgroups_n
 
     @property
-    def compute_registers(self) -> int:
+    def gather_lag(self) -> int:
+        """Stages whose gathered rows are on their way while the next one is begun."""
+        return max(1, self.stages - 2)
+
+    def load_registers(self, problem: Problem) -> int:
+        """Registers that a loading thread keeps."""
+        return GATHER_REGISTERS if problem.v else LOAD_REGISTERS
+
+    def compute_registers(self, problem: Problem) -> int:
         """Registers a computing thread may use once the loading warpgroup has given its own away."""
-        return min(240, (512 - LOAD_REGISTERS) // self.warpgroups // 8 * 8)
+        return min(240, (512 - self.load_registers(problem)) // self.warpgroups // 8 * 8)
 
     def smem_bytes(self) -> int:
         a = self.tile_m * TILE_K  # half of the columns, two bytes each
@@ -127,6 +140,13 @@ class TileConfig:
             return f"{self.smem_bytes() + table} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"
         if problem.groups > MAX_GROUPS:
             return f"{problem.groups=}: at most {MAX_GROUPS} groups, one per thread of a warpgroup"
+        if problem.v and (problem.v % self.tile_m or self.tile_n not in GATHER_TILE_N):
+            return (
+                f"{self.tile_m=}, {self.tile_n=}, {problem.v=}: a tile that gathers lies in one block of v rows and "
+                f"has {', '.join(map(str, GATHER_TILE_N))} columns"
+            )
+        if problem.v and (problem.mode != "dense" or problem.b_k_major or problem.m % problem.v):
+            return f"{problem}: rows of B are gathered for whole blocks of v rows, without groups, from B [k, n]"
         if problem.mode == "rows" and problem.k % TILE_K:
             return f"{problem.k=} is no multiple of {TILE_K}: a step would reach into the next group's B"
         return None

@@ -13,10 +13,12 @@ _ARRAY_MODULES = [
     "mlp",
     "permutation",
     "phases",
+    "prune",
     "router",
     "sharded_ffn",
     "stats",
     "threshold",
+    "vnm",
 ]
 install_import_hook(["pallas_kernels", *(f"venom_jax.{name}" for name in _ARRAY_MODULES)], "beartype.beartype")
 

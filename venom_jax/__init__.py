@@ -9,11 +9,13 @@ y = mlp(x, recipe=Recipe.venom(experts=4, top_k=1))            # all six product
 
 from venom_jax import linen as linen
 from venom_jax import phases as phases
+from venom_jax import prune as prune
 from venom_jax import router as router
 from venom_jax import stats as stats
 from venom_jax.ffn import PackedWeights as PackedWeights
 from venom_jax.ffn import pack_weights as pack_weights
 from venom_jax.ffn import sparse_ffn as sparse_ffn
+from venom_jax.formats import VNM as VNM
 from venom_jax.formats import Sparse24 as Sparse24
 from venom_jax.mlp import Method as Method
 from venom_jax.mlp import SparseMLP as SparseMLP

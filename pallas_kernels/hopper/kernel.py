@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tile_order
-from pallas_kernels.hopper import wgmma_sp
+from pallas_kernels.hopper import gather, wgmma_sp
 from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, sort_groups
 from pallas_kernels.tiles import (
     GRANULE,
-    LOAD_REGISTERS,
     MAX_TILE,
     STAGES_PER_CHUNK,
     TILE_K,
@@ -33,7 +32,7 @@ SWIZZLE = 128
 _SWIZZLED = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
 _SWIZZLED_A = (plgpu.TilingTransform((8, TILE_K // 2)), plgpu.SwizzleTransform(TILE_K))
 """A given in rows lies in shared memory byte for byte as when it is given in tiles."""
-_LOADS = 3  # copies that fill a stage: values, metadata, B
+_LOADS = 3  # arrivals that fill a stage: values, metadata, B
 
 
 def matmul(
@@ -45,6 +44,7 @@ def matmul(
     config: TileConfig,
     num_sms: int,
     groups=None,
+    columns=None,
     operand=None,
     row_scale=None,
 ) -> jax.Array:
@@ -55,6 +55,8 @@ def matmul(
       metadata: uint32 [m / 64, k / 64, 128].
       b: [k, n], or [n, k] when `problem.b_k_major`; for rows' groups k runs over groups x k.
       groups: None, or int32 [G], the rows of each group.
+      columns: where `problem.v` is set, int32 [m / v, k]: the row of b [any, n] for each of the k columns of A, for
+        each block of v rows; zeros stand for a row that b does not have. n may then be any multiple of 8 in b.
       operand: an array of the output's shape for the epilogue.
       row_scale: f32 [rows of the output's m side].
     """
@@ -62,7 +64,7 @@ def matmul(
     operands = {"values": values, "metadata": jax.lax.bitcast_convert_type(metadata, jnp.int32), "b": b}
     if row_scale is not None:
         row_scale = jnp.pad(row_scale, (0, MAX_TILE))  # a tile at the edge reads scales it does not use
-    extra = {"groups": groups, "operand": operand, "row_scale": row_scale}
+    extra = {"groups": groups, "columns": columns, "operand": operand, "row_scale": row_scale}
     operands |= {name: array for name, array in extra.items() if array is not None}
     names = tuple(operands)
 
@@ -121,13 +123,16 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
 
     @pl.when(wg == config.warpgroups)
     def _load():
-        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        plgpu.set_max_registers(config.load_registers(problem), action="decrease")
         load = functools.partial(_load_tile, gmem, scratch, problem, config)
-        _for_each_tile(schedule, load, jnp.int32(0))
+        step = _for_each_tile(schedule, load, jnp.int32(0))
+        if problem.v:
+            for lag in range(config.gather_lag, 0, -1):
+                _announce(scratch, config, step, lag)
 
     @pl.when(wg < config.warpgroups)
     def _compute():
-        plgpu.set_max_registers(config.compute_registers, action="increase")
+        plgpu.set_max_registers(config.compute_registers(problem), action="increase")
         if _deferred(problem, config):
             store_chunk = functools.partial(_store_chunk, out_gmem, scratch, problem, config)
             compute = functools.partial(_compute_tile_deferred, scratch, problem, config, store_chunk)
@@ -160,7 +165,7 @@ def _for_each_tile(schedule: Schedule, visit, state):
 def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
     c = config
 
-    def load_stage(i, step):
+    def load_stage(i, step, copy_b):
         slot = lax.rem(step, c.stages)
 
         @pl.when(step >= c.stages)
@@ -168,23 +173,51 @@ def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, 
             plgpu.barrier_wait(scratch["emptied"].at[slot])
 
         row_tiles, a_tile = pl.ds(lax.div(tile.a_row, GRANULE), c.tile_m // GRANULE), lax.div(tile.a_k, TILE_K) + i
-        rows, columns = _span(tile.b_k + i * TILE_K, TILE_K), _span(tile.b_n, c.tile_n)
-        b_gmem = gmem["b"].at[columns, rows] if problem.b_k_major else gmem["b"].at[rows, columns]
         values_gmem = gmem["values"]
         if len(values_gmem.shape) == 2:
             stored = _span(a_tile * (TILE_K // 2), TILE_K // 2, TILE_K // 2)
             values_gmem = values_gmem.at[_span(tile.a_row, c.tile_m), stored]
         else:
             values_gmem = values_gmem.at[row_tiles, a_tile]
-        for source, name in (
-            (values_gmem, "values"),
-            (gmem["metadata"].at[row_tiles, a_tile], "metadata"),
-            (b_gmem, "b"),
-        ):
+        for source, name in ((values_gmem, "values"), (gmem["metadata"].at[row_tiles, a_tile], "metadata")):
             plgpu.copy_gmem_to_smem(source, scratch[name].at[slot], scratch["filled"].at[slot])
+        copy_b(slot)
         return step + 1
 
-    return lax.fori_loop(0, tile.steps, load_stage, step)
+    def load_dense(i, step):
+        def copy_box(slot):
+            rows, columns = _span(tile.b_k + i * TILE_K, TILE_K), _span(tile.b_n, c.tile_n)
+            b_gmem = gmem["b"].at[columns, rows] if problem.b_k_major else gmem["b"].at[rows, columns]
+            plgpu.copy_gmem_to_smem(b_gmem, scratch["b"].at[slot], scratch["filled"].at[slot])
+
+        return load_stage(i, step, copy_box)
+
+    def load_gathered(i, carry):
+        step, indices = carry
+        next_stage = jnp.minimum(i + 1, tile.steps - 1)
+        next_indices = gather.load_indices(gmem["columns"], block, next_stage * TILE_K)  # a stage ahead of its use
+
+        def copy_rows(slot):
+            gather.begin_copies(indices, gmem["b"], scratch["b"].at[slot], tile.b_n, transforms=_SWIZZLED)
+
+        step = load_stage(i, step, copy_rows)
+        _announce(scratch, c, step, c.gather_lag + 1, pending=c.gather_lag)
+        return step, next_indices
+
+    if not problem.v:
+        return lax.fori_loop(0, tile.steps, load_dense, step)
+    block = lax.div(tile.a_row, problem.v)
+    step, _ = lax.fori_loop(0, tile.steps, load_gathered, (step, gather.load_indices(gmem["columns"], block, 0)))
+    return step
+
+
+def _announce(scratch, config: TileConfig, step, lag: int, pending: int = 0):
+    """Tell the computing warpgroups of the gathered rows of stage `step - lag`, if there is one."""
+
+    @pl.when(step >= lag)
+    def _():
+        gather.wait_for_copies(pending)
+        plgpu.barrier_arrive(scratch["filled"].at[lax.rem(step - lag, config.stages)])
 
 
 def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):

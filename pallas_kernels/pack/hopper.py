@@ -16,6 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 
 from pallas_kernels import tile_order
+from pallas_kernels.hopper.mlir_words import Word, i32, to_value
 from pallas_kernels.pack import blocks
 from pallas_kernels.pack.blocks import Directions, Matrix
 from pallas_kernels.pack.words import Machine
@@ -114,158 +115,104 @@ def _as_signed(dtype):
     return jnp.int32 if dtype == jnp.uint32 else dtype
 
 
-class _Word:
-    """An i32 of MLIR with the operators of an unsigned integer."""
-
-    def __init__(self, value: ir.Value):
-        self.value = value
-
-    def _apply(self, operation: Callable, other: "_Word | int", *, reverse: bool = False) -> "_Word":
-        pair = (self.value, _value(other))
-        return _Word(operation(*(pair[::-1] if reverse else pair)))
-
-    def __and__(self, other):
-        return self._apply(arith.andi, other)
-
-    def __or__(self, other):
-        return self._apply(arith.ori, other)
-
-    def __xor__(self, other):
-        return self._apply(arith.xori, other)
-
-    def __add__(self, other):
-        return self._apply(arith.addi, other)
-
-    def __sub__(self, other):
-        return self._apply(arith.subi, other)
-
-    def __mul__(self, other):
-        return self._apply(arith.muli, other)
-
-    def __floordiv__(self, other):
-        return self._apply(arith.divui, other)
-
-    def __mod__(self, other):
-        return self._apply(arith.remui, other)
-
-    def __lshift__(self, other):
-        return self._apply(arith.shli, other)
-
-    def __rshift__(self, other):
-        return self._apply(arith.shrui, other)
-
-    def __invert__(self):
-        return self._apply(arith.xori, 0xFFFFFFFF)
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _value(word: _Word | int) -> ir.Value:
-    if isinstance(word, _Word):
-        return word.value
-    return arith.constant(_i32(), word - (1 << 32) if word >= 1 << 31 else word)
-
-
 class _MlirMachine(Machine):
     """`words.Machine` that emits the code of one thread."""
 
     def __init__(self, pointers: dict[str, ir.Value], ptx_type: str):
         self._pointers, self._type = pointers, ptx_type
-        self.block = _Word(arith.index_cast(_i32(), gpu.block_id(gpu.Dimension.x)))
-        self.thread = _Word(utils.thread_idx())
+        self.block = Word(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
+        self.thread = Word(utils.thread_idx())
 
-    def _ptx(self, code: str, *words: _Word | int, **options) -> _Word:
-        return _Word(utils.inline_ptx(code, *map(_value, words), result_types=_i32(), **options))
+    def _ptx(self, code: str, *words: Word | int, **options) -> Word:
+        return Word(utils.inline_ptx(code, *map(to_value, words), result_types=i32(), **options))
 
-    def _at(self, name: str, index: _Word, size: int) -> ir.Value:
+    def _at(self, name: str, index: Word, size: int) -> ir.Value:
         """A byte pointer; beyond 4 GiB too."""
         i64, i8 = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(8)
-        bytes_ = arith.muli(arith.extui(i64, _value(index)), arith.constant(i64, size))
+        bytes_ = arith.muli(arith.extui(i64, to_value(index)), arith.constant(i64, size))
         return utils.getelementptr(self._pointers[name], [bytes_], i8)
 
-    def _load_vector(self, pointer: ir.Value) -> list[_Word]:
-        vector = llvm.load(ir.VectorType.get((4,), _i32()), pointer, alignment=16)
-        return [_Word(llvm.extractelement(vector, _value(i))) for i in range(4)]
+    def _load_vector(self, pointer: ir.Value) -> list[Word]:
+        vector = llvm.load(ir.VectorType.get((4,), i32()), pointer, alignment=16)
+        return [Word(llvm.extractelement(vector, to_value(i))) for i in range(4)]
 
-    def _store_vector(self, pointer: ir.Value, words: list[_Word]) -> None:
-        vector = llvm.mlir_undef(ir.VectorType.get((4,), _i32()))
+    def _store_vector(self, pointer: ir.Value, words: list[Word]) -> None:
+        vector = llvm.mlir_undef(ir.VectorType.get((4,), i32()))
         for i, word in enumerate(words):
-            vector = llvm.insertelement(vector, word.value, _value(i))
+            vector = llvm.insertelement(vector, word.value, to_value(i))
         llvm.store(vector, pointer, alignment=16)
 
-    def load(self, name: str, piece: _Word) -> list[_Word]:
+    def load(self, name: str, piece: Word) -> list[Word]:
         return self._load_vector(self._at(name, piece, 16))
 
-    def store(self, name: str, piece: _Word, words: list[_Word]) -> None:
+    def store(self, name: str, piece: Word, words: list[Word]) -> None:
         self._store_vector(self._at(name, piece, 16), words)
 
-    def load_word(self, name: str, index: _Word) -> _Word:
-        return _Word(llvm.load(_i32(), self._at(name, index, 4), alignment=4))
+    def load_word(self, name: str, index: Word) -> Word:
+        return Word(llvm.load(i32(), self._at(name, index, 4), alignment=4))
 
-    def store_word(self, name: str, index: _Word, word: _Word) -> None:
+    def store_word(self, name: str, index: Word, word: Word) -> None:
         llvm.store(word.value, self._at(name, index, 4), alignment=4)
 
-    def store_shared(self, piece: _Word, words: list[_Word]) -> None:
+    def store_shared(self, piece: Word, words: list[Word]) -> None:
         self._store_vector(self._at("shared", piece, 16), words)
 
     def barrier(self) -> None:
         utils.warpgroup_barrier()
 
-    def load_transposed(self, piece: _Word) -> list[_Word]:
-        address = llvm.ptrtoint(_i32(), self._at("shared", piece, 16))
+    def load_transposed(self, piece: Word) -> list[Word]:
+        address = llvm.ptrtoint(i32(), self._at("shared", piece, 16))
         # A side effect, so that it stays behind the barrier.
         found = utils.inline_ptx(
             "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];",
             address,
-            result_types=[_i32()] * 4,
+            result_types=[i32()] * 4,
             has_side_effects=True,
             convergent=True,
         )
-        return [_Word(word) for word in found]
+        return [Word(word) for word in found]
 
-    def permute(self, first: _Word, second: _Word, selector: int) -> _Word:
+    def permute(self, first: Word, second: Word, selector: int) -> Word:
         return self._ptx("prmt.b32 $0, $1, $2, $3;", first, second, selector)
 
-    def relu(self, pair: _Word) -> _Word:
+    def relu(self, pair: Word) -> Word:
         return self._ptx(f"max.NaN.{self._type}x2 $0, $1, $2;", pair, 0)
 
-    def multiply(self, pair: _Word, other: _Word) -> _Word:
+    def multiply(self, pair: Word, other: Word) -> Word:
         return self._ptx(f"mul.{self._type}x2 $0, $1, $2;", pair, other)
 
-    def add(self, pair: _Word, other: _Word) -> _Word:
+    def add(self, pair: Word, other: Word) -> Word:
         return self._ptx(f"add.{self._type}x2 $0, $1, $2;", pair, other)
 
-    def warp_sum(self, word: _Word) -> _Word:
-        return _Word(utils.redux(word.value, _value(0xFFFFFFFF), nvvm.ReductionKind.ADD))
+    def warp_sum(self, word: Word) -> Word:
+        return Word(utils.redux(word.value, to_value(0xFFFFFFFF), nvvm.ReductionKind.ADD))
 
-    def minimum(self, a: _Word, b: _Word | int) -> _Word:
-        return _Word(arith.minui(_value(a), _value(b)))
+    def minimum(self, a: Word, b: Word | int) -> Word:
+        return Word(arith.minui(to_value(a), to_value(b)))
 
-    def maximum(self, a: _Word, b: _Word | int) -> _Word:
-        return _Word(arith.maxui(_value(a), _value(b)))
+    def maximum(self, a: Word, b: Word | int) -> Word:
+        return Word(arith.maxui(to_value(a), to_value(b)))
 
-    def greater(self, a: _Word, b: _Word) -> _Word:
-        return _Word(arith.extsi(_i32(), arith.cmpi(arith.CmpIPredicate.ugt, a.value, b.value)))
+    def greater(self, a: Word, b: Word) -> Word:
+        return Word(arith.extsi(i32(), arith.cmpi(arith.CmpIPredicate.ugt, a.value, b.value)))
 
-    def _f32(self, operation: Callable, a: _Word, b: _Word) -> _Word:
+    def _f32(self, operation: Callable, a: Word, b: Word) -> Word:
         f32 = ir.F32Type.get()
-        return _Word(arith.bitcast(_i32(), operation(*(arith.bitcast(f32, word.value) for word in (a, b)))))
+        return Word(arith.bitcast(i32(), operation(*(arith.bitcast(f32, word.value) for word in (a, b)))))
 
-    def subtract_f32(self, a: _Word, b: _Word) -> _Word:
+    def subtract_f32(self, a: Word, b: Word) -> Word:
         return self._f32(arith.subf, a, b)
 
-    def multiply_f32(self, a: _Word, b: _Word) -> _Word:
+    def multiply_f32(self, a: Word, b: Word) -> Word:
         return self._f32(arith.mulf, a, b)
 
-    def round_pair(self, low: _Word, high: _Word) -> _Word:
+    def round_pair(self, low: Word, high: Word) -> Word:
         f32 = ir.F32Type.get()
-        return _Word(
+        return Word(
             utils.inline_ptx(
                 f"cvt.rn.{self._type}x2.f32 $0, $1, $2;",
                 arith.bitcast(f32, high.value),
                 arith.bitcast(f32, low.value),
-                result_types=_i32(),
+                result_types=i32(),
             )
         )

@@ -1,0 +1,216 @@
+"""Time V:N:M products: python -m pallas_kernels.vnm.bench --json FILE [--cases WORD] [--search]
+
+Rows as in `pallas_kernels.bench`, under the same rules: a case is timed only after its result has passed the comparison
+with a product in f64, all rivals take turns. Rivals: the best dense product, the best of cuSPARSELt's search, and
+this project's plain 2:4 kernel (`sparse24`), a floor since every V:2:M matrix is a 2:4 matrix. More fields: `ideal` is
+M / 2, the dense product's work over the stored entries'; `share` is speedup / ideal, against dense only; `l2_ms` and
+`dram_ms` are the least times of the bytes that the tiles load from L2, and of all operands and the result once through
+memory.
+
+--search times the tiles of `_SEARCH` instead and prints the fastest for each case.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import bench, device, rivals, timing
+from pallas_kernels.hopper import kernel
+from pallas_kernels.metadata import pack_positions
+from pallas_kernels.sparse24 import bench_shapes as sparse_shapes
+from pallas_kernels.tile_order import SHAPE, TILE
+from pallas_kernels.tiles import TILE_K, Problem, TileConfig
+from pallas_kernels.vnm import hopper, reference
+from pallas_kernels.vnm.bench_shapes import Case, cases
+from pallas_kernels.vnm.shapes import KEPT
+
+L2_BYTES_PER_MS = 5.5e9
+"""What an H100's multiprocessors read from L2 together, about."""
+DRAM_BYTES_PER_MS = 3.0e9
+_RASTERS = ((1 << 10, 1), (1 << 10, 2), (16, 4), (8, 1 << 10))
+SHAPES = {
+    64: (TileConfig(64, 128, 1, 2, stages=5), TileConfig(64, 256, 1, 1, stages=4), TileConfig(64, 64, 1, 2, stages=8)),
+    128: (
+        TileConfig(64, 256, 2, 1, stages=4),
+        TileConfig(64, 256, 2, 1, stages=5, store_slots=1),
+        TileConfig(128, 128, 1, 2, stages=4),
+        TileConfig(128, 128, 1, 2, stages=5, store_slots=1, deferred=True),
+        TileConfig(64, 128, 2, 1, stages=6),
+        TileConfig(128, 128, 1, 1, stages=6),
+    ),
+    256: (TileConfig(128, 128, 2, 1, stages=5), TileConfig(64, 256, 2, 1, stages=4)),
+}
+_SEARCH = {
+    v: [
+        TileConfig(**(vars(shape) | {"raster_m": m, "raster_n": n}))
+        for shape, (m, n) in itertools.product(shapes, _RASTERS)
+    ]
+    for v, shapes in SHAPES.items()
+}
+
+
+def problem_of(case: Case) -> Problem:
+    sizes = case.stored
+    return hopper.problem_of(sizes.rows, case.n, sizes.columns, case.pattern_v)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def operands(case: Case, seed: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """values, metadata, columns and b: normal values, positions and columns uniformly random."""
+    sizes, keys = case.stored, jax.random.split(jax.random.key(seed), 4)
+
+    def normal(key, *shape):
+        return jax.random.normal(key, shape, jnp.float32).astype(jnp.bfloat16)
+
+    groups = case.k // case.pattern_m
+    draws = jax.random.uniform(keys[0], (sizes.blocks, groups, case.pattern_m))
+    chosen = jnp.sort(jax.lax.top_k(draws, KEPT)[1], axis=-1) + jnp.arange(groups)[:, None] * case.pattern_m
+    chosen = chosen.reshape(sizes.blocks, -1).astype(jnp.int32)
+    padding = ((0, 0), (0, sizes.columns - chosen.shape[1]))
+    columns = jnp.pad(chosen, padding, constant_values=case.k)
+    positions = bench.PAIRS[jax.random.randint(keys[1], (sizes.rows, sizes.columns // 4), 0, len(bench.PAIRS))]
+    values = normal(keys[2], sizes.rows // TILE, sizes.columns // TILE, *SHAPE)
+    return values, pack_positions(positions), columns, normal(keys[3], case.k, case.n)
+
+
+def argument_sets(case: Case) -> list[tuple]:
+    """As many as make Python's launches invisible."""
+    work = 2 * case.m * case.n * case.stored.columns
+    return [operands(case, seed) for seed in range(min(8, max(2, math.ceil(1e12 / work))))]
+
+
+def relative_error(arguments: tuple, out: jax.Array) -> float:
+    """||out - A B|| / ||A B|| with the product in f64."""
+    with jax.enable_x64(True):
+        return float(_relative_error(*arguments, out))
+
+
+@jax.jit
+def _relative_error(values, metadata, columns, b, out):
+    a = reference.to_dense(values, metadata, columns, b.shape[0]).astype(jnp.float64)
+    wanted = a @ b.astype(jnp.float64)
+    return jnp.linalg.norm(out.astype(jnp.float64) - wanted) / jnp.linalg.norm(wanted)
+
+
+def launch(case: Case, config: TileConfig | None = None):
+    """The kernel as a function of values, metadata, columns and b."""
+    problem = problem_of(case)
+
+    def call(values, metadata, columns, b):
+        return kernel.matmul(
+            values,
+            metadata,
+            b,
+            problem=problem,
+            config=config or hopper.choose(problem),
+            num_sms=device.sm_count(),
+            columns=columns,
+        )
+
+    return call
+
+
+def prepare(
+    case: Case, config: TileConfig | None = None, sets: list[tuple] | None = None
+) -> tuple[timing.Run, int, float]:
+    """Compile a case and check it: its run, the calls in it, and its relative error.
+
+    Raises:
+      RuntimeError: the kernel's result is wrong; nothing is to be timed.
+    """
+    sets = sets or argument_sets(case)
+    run = timing.repeated(launch(case, config), sets)
+    error = relative_error(sets[0], run()[0])
+    if not error <= bench.MAX_ERROR:
+        raise RuntimeError(f"{case.name}: relative error {error:.2e} exceeds {bench.MAX_ERROR:.0e}; not timed")
+    return run, len(sets), error
+
+
+@functools.cache
+def _plain_24(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
+    """This project's 2:4 kernel on a matrix of the same size."""
+    problem = sparse_shapes.cases().get(f"{m}x{n}x{k} b=nmajor", Problem(m, n, k))
+    sets = [(*arguments, None) for arguments in bench.argument_sets(problem)]
+    return {"sparse24 nmajor": (timing.repeated(bench.launch(problem, bench.choose(problem)), sets), len(sets))}
+
+
+def least_times(case: Case) -> dict[str, float]:
+    """l2_ms and dram_ms, see the module."""
+    p = problem_of(case)
+    c = hopper.choose(p)
+    tiles = -(-p.m // c.tile_m) * -(-p.n // c.tile_n)
+    stage = TILE_K * c.tile_n * 2 + c.tile_m * TILE_K + c.tile_m * TILE_K // 8
+    once = 2 * p.k * p.m // 2 + p.k * p.m // 8 + 2 * case.k * case.n + 2 * p.m * p.n
+    return {
+        "l2_ms": round(tiles * (p.k // TILE_K) * stage / L2_BYTES_PER_MS, 4),
+        "dram_ms": round(once / DRAM_BYTES_PER_MS, 4),
+    }
+
+
+def time_case(case: Case, prepared: tuple[timing.Run, int, float]) -> list[dict]:
+    """The rows of one case."""
+    run, count, error = prepared
+    m, n, k = case.m, case.n, case.k
+    runs, calls = {"ours": run}, {"ours": count}
+    for rival, (rival_run, rival_count) in (
+        rivals.dense(m, n, k) | rivals.cusparselt(m, n, k) | _plain_24(m, n, k)
+    ).items():
+        runs[rival], calls[rival] = rival_run, rival_count
+    ideal = case.pattern_m / 2
+    rows = bench.rows_of("vnm", case.name, timing.race(runs, calls), error, ideal=ideal, **least_times(case))
+    for row in rows:
+        if row["rival"] == "dense":
+            row["share"] = round(row["speedup"] / ideal, 3)
+    return rows
+
+
+def search(case: Case) -> dict[TileConfig, float]:
+    """Milliseconds of each tile that compiles and is right, fastest first."""
+    tiles = [tile for tile in _SEARCH[case.pattern_v] if tile.violation(problem_of(case)) is None]
+    sets = argument_sets(case)
+    built = timing.build({tile: functools.partial(prepare, case, tile, sets) for tile in tiles}, at_once=4)
+    good = {tile: found for tile, found in built.items() if not isinstance(found, Exception)}
+    for tile, found in built.items():
+        if isinstance(found, Exception):
+            print(f"  {tile}: {str(found)[:200]}", flush=True)
+    times = timing.race({t: f[0] for t, f in good.items()}, {t: f[1] for t, f in good.items()}, rounds=3)
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="the file of results; needed unless --search")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--search", action="store_true", help="time the tiles instead")
+    arguments = parser.parse_args()
+    if arguments.json is None and not arguments.search:
+        parser.error("give --json FILE, or --search")
+    if not device.hopper_available():
+        raise SystemExit("the benchmark needs a Hopper GPU")
+    wanted = {name: case for name, case in cases().items() if arguments.cases in name}
+    rows, failures = [], []
+    for name, case in wanted.items():
+        if arguments.search:
+            print(name, *(f"  {ms:.4f} ms {tile}" for tile, ms in list(search(case).items())[:6]), sep="\n", flush=True)
+            continue
+        try:
+            found = time_case(case, prepare(case))
+        except Exception as error:  # the other cases are worth timing all the same
+            failures.append(error)
+            print(f"{name}: {error!r}"[:500], flush=True)
+            continue
+        rows += found
+        print(*(f"{name}: {r['ms']:.4f} ms, {r['speedup']:.2f}x {r['rival']}" for r in found), sep="\n", flush=True)
+        with open(arguments.json, "w") as file:
+            file.write("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    if failures:
+        raise SystemExit("\n".join(f"not timed: {failure!r}" for failure in failures))
+
+
+if __name__ == "__main__":
+    main()
