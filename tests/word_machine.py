@@ -8,17 +8,25 @@ import numpy as np
 
 from pallas_kernels.pack.blocks import Matrix
 from pallas_kernels.pack.words import Machine
+from pallas_kernels.permute import machine as permute
 
 THREADS = 128
 
 
 def run(body: Callable[..., None], matrix: Matrix, dtype: str, arrays: dict, out: dict, *, shared: int) -> dict:
     """What hopper._launch does: run `body` for each block; the outputs by name."""
+    return run_blocks(body, matrix.blocks, dtype, arrays, out, shared=shared)
+
+
+def run_blocks(
+    body: Callable[..., None], blocks: int, dtype: str, arrays: dict, out: dict, *, shared: int, machine=None
+) -> dict:
+    """What hopper.launch does."""
     memory = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint32) for name, array in arrays.items()}
     # A word that is never written stays recognisable.
     written = {name: np.full(_words(t), 0xDEADBEEF, np.uint32) for name, t in out.items()}
     with np.errstate(all="ignore"):
-        body(NumpyMachine(matrix.blocks, memory | written, dtype, shared))
+        body((machine or NumpyMachine)(blocks, memory | written, dtype, shared))
     return {name: written[name].view(t.dtype).reshape(t.shape) for name, t in out.items()}
 
 
@@ -102,3 +110,76 @@ class NumpyMachine(Machine):
 
     def round_pair(self, low, high):
         return np.stack([x.view(np.float32).astype(self._dtype) for x in (low, high)], -1).view(np.uint32)[..., 0]
+
+
+class NumpyPermuteMachine(NumpyMachine, permute.Machine):
+    """With shared memory in words, and what lanes of a warp do together."""
+
+    def load_word(self, name, index):
+        if name != "shared":
+            return super().load_word(name, index)
+        return self._shared_words()[self.block, index]
+
+    def store_word(self, name, index, word):
+        if name != "shared":
+            super().store_word(name, index, word)
+        else:
+            self._shared_words()[self.block, index] = word
+
+    def store_word_if(self, name, index, word, mask):
+        chosen, index, word = (np.broadcast_to(x, self.thread.shape) for x in (mask != 0, index, word))
+        if name != "shared":
+            self._memory[name][index[chosen]] = word[chosen]
+        else:
+            self._shared_words()[self.block[chosen], index[chosen]] = word[chosen]
+
+    def _shared_words(self):
+        return self._shared.reshape(len(self._shared), -1)
+
+    def equal_lanes(self, word):
+        lanes = word.reshape(-1, 32)
+        bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
+        equal = np.where(lanes[:, :, None] == lanes[:, None, :], bits, np.uint32(0))
+        return equal.sum(-1, dtype=np.uint32).reshape(word.shape)
+
+    def count_ones(self, word):
+        return np.bitwise_count(word).astype(np.uint32)
+
+    def widen(self, pair):
+        halves = np.ascontiguousarray(pair).view(self._dtype).astype(np.float32).view(np.uint32)
+        return halves[..., 0::2], halves[..., 1::2]
+
+    def _f32(self, operation, *words):
+        return operation(*(np.ascontiguousarray(word).view(np.float32) for word in words)).view(np.uint32)
+
+    def add_f32(self, a, b):
+        return self._f32(np.add, a, b)
+
+    def multiply_f32(self, a, b):
+        return self._f32(np.multiply, a, b)
+
+    def divide_f32(self, a, b):
+        return self._f32(np.divide, a, b)
+
+    def root_f32(self, a):
+        return self._f32(np.sqrt, a)
+
+    def mma(self, a, b, sums):
+        left = np.concatenate([self._rows(a[0], a[2]), self._rows(a[1], a[3])], 1)
+        product = left @ self._rows(b[0], b[1]).swapaxes(1, 2)  # warp, 16 rows, 8 columns
+        out = []
+        for i, word in enumerate(sums):
+            mine = product[:, i // 2 * 8 : i // 2 * 8 + 8, i % 2 :: 2].reshape(self.thread.shape)  # warp, g, t
+            out.append((np.ascontiguousarray(word).view(np.float32) + mine).astype(np.float32).view(np.uint32))
+        return out
+
+    def _rows(self, low, high):
+        """Pairs of lane 4 g + t at k = 2 t and 2 t + 8 -> f64 [warp, g, k]."""
+        halves = [np.ascontiguousarray(w).view(self._dtype).reshape(-1, 8, 8).astype(np.float64) for w in (low, high)]
+        return np.concatenate(halves, 2)
+
+    def loop(self, count, initial, body):
+        state = initial
+        for i in range(count):
+            state = body(self.thread * 0 + i, list(state))
+        return state

@@ -197,7 +197,7 @@ _sparse.defvjp(_forward, _backward)
 
 
 def _packed_forward(recipe, kernels, x, w1, w2, beta, packed, route):
-    grouping = rows_of_kernels(recipe, route, x.shape[0])
+    grouping = rows_of_kernels(recipe, route, x.shape[0], kernels)
     if packed is None and recipe.weights:
         packed = pack_weights(w1, w2, beta, dtype=x.dtype, implementation=kernels)
     sparse_w1 = packed.w1 if packed is not None and "y1" in recipe.weights else None
@@ -226,19 +226,20 @@ def _thresholded(w, beta, gemm: WeightGemm, dtype) -> Array:
     return (beta[WEIGHT_GEMMS.index(gemm)] * s).astype(dtype)
 
 
-def rows_in_groups(recipe: Recipe, route, tokens: int) -> Grouping | None:
+def rows_in_groups(recipe: Recipe, route, tokens: int, kernels: Kernels = "reference") -> Grouping | None:
     """The order of rows that the recipe needs; None is the batch as it comes."""
     if route is None:
         if recipe.wgrad == "dense":
             return None
         route = jnp.zeros((tokens, 1), jnp.int32)
-    return group_tokens(route, recipe.experts, align=recipe.v, order=recipe.token_order, blocks=recipe.token_blocks)
+    options = {"order": recipe.token_order, "blocks": recipe.token_blocks, "implementation": kernels}
+    return group_tokens(route, recipe.experts, align=recipe.v, **options)
 
 
-def rows_of_kernels(recipe: Recipe, route, tokens: int) -> Grouping | None:
+def rows_of_kernels(recipe: Recipe, route, tokens: int, kernels: Kernels) -> Grouping | None:
     """As `rows_in_groups`, for the packed form, which interleaves a batch itself where that is all there is to do."""
     in_batch_order = route is None and recipe.token_order == "interleaved" and recipe.token_blocks == 1
-    return None if in_batch_order else rows_in_groups(recipe, route, tokens)
+    return None if in_batch_order else rows_in_groups(recipe, route, tokens, kernels)
 
 
 def _hidden(recipe: Recipe, grouping: Grouping | None, tokens, w) -> Array:

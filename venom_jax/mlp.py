@@ -112,7 +112,10 @@ class SparseMLP(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         route, load = None, jnp.zeros(self.max_experts, jnp.float32)
         if recipe.routed:
-            route = router.route(tokens, w1, recipe, bias=self.bias[...], key=key, axis=axis)
+            options: dict[str, Any] = {"bias": self.bias[...], "key": key, "axis": axis}
+            # "hopper" is about products; a router that has no kernel runs beside them.
+            scoring = "reference" if implementation == "reference" else None
+            route = router.route(tokens, w1, recipe, implementation=scoring, **options)
             load = router.load(route, self.max_experts)
         apply = sparse_ffn if axis is None else functools.partial(sharded_sparse_ffn, axis=axis)
         y, density = apply(

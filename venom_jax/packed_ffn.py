@@ -81,8 +81,7 @@ class TokenRows:
     def leave(self, rows: Array, dtype: Any) -> Array:
         """Rows [R, D] -> [T, D], the copies of a token summed in f32."""
         if self.grouping is not None:
-            one_copy = self.recipe.top_k == 1  # nothing to sum: a gather, and no f32 in memory
-            return self.grouping.undo(rows if one_copy else rows.astype(jnp.float32)).astype(dtype)
+            return self.grouping.undo(rows).astype(dtype)
         return rows[: self.tokens].astype(dtype)
 
     def hidden(self, rows: Array, sparse: Sparse24 | None, dense: Array) -> Array:

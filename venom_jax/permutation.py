@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.array_types import Array, Float, Int
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.permute import api as permute
 from venom_jax.pattern import TokenOrder
 
 
@@ -29,6 +31,7 @@ class Grouping:
       group_sizes: [G] rows of each group, padding included: multiples of `align`. G = experts * blocks.
       align: the multiple.
       blocks: groups per expert.
+      implementation: of `apply` and `undo`.
     """
 
     token_of_row: Any  # no shape annotations here: transformations rebuild pytrees around batched or absent leaves
@@ -36,6 +39,7 @@ class Grouping:
     group_sizes: Any
     align: int = dataclasses.field(metadata={"static": True})
     blocks: int = dataclasses.field(metadata={"static": True})
+    implementation: Implementation = dataclasses.field(default="reference", metadata={"static": True})
 
     @property
     def expert_sizes(self) -> Int[Array, "E"]:
@@ -55,23 +59,14 @@ class Grouping:
 
     def apply(self, tokens: Float[Array, "T D"]) -> Float[Array, "R D"]:
         """rows[r] = tokens[token_of_row[r]], zero in padding rows."""
-        return tokens.at[self.token_of_row].get(mode="fill", fill_value=0)
+        return permute.gather_rows(tokens, self.token_of_row, implementation=self.implementation)
 
     def undo(self, rows: Float[Array, "R D"]) -> Float[Array, "T D"]:
-        """tokens[t] = sum over the copies of token t of its rows, always in the same order.
+        """tokens[t] = sum over the copies of token t of its rows, always in the same order, in f32, rounded once.
 
         With one copy a token, `undo(apply(x)) == x`; with k copies it is k x.
         """
-        copies = rows[self.row_of_slot]
-        total = copies[:, 0]
-        for slot in range(1, copies.shape[1]):
-            total = total + copies[:, slot]
-        return total
-
-
-def max_rows(tokens: int, top_k: int, groups: int, align: int) -> int:
-    """The most rows that `groups` groups of tokens * top_k copies can take, each padded to `align`."""
-    return (tokens * top_k + groups * (align - 1)) // align * align
+        return permute.sum_copies(rows, self.row_of_slot, implementation=self.implementation)
 
 
 def group_tokens(
@@ -81,6 +76,7 @@ def group_tokens(
     align: int,
     order: TokenOrder = "interleaved",
     blocks: int = 1,
+    implementation: Implementation = "reference",
 ) -> Grouping:
     """Sort tokens into groups by expert; no host synchronisation, static shapes.
 
@@ -89,29 +85,19 @@ def group_tokens(
       align: rows a group is padded to, a multiple of 4.
       order: rows within a group, see the module's docstring; `natural` keeps batch order.
       blocks: form groups inside this many equal blocks of the batch.
+      implementation: of the sort, and of the grouping's `apply` and `undo`. Each gives the same bits.
 
     Raises:
       ValueError: T is not divisible by `blocks`, or `align` is no multiple of 4.
+      NotImplementedError: the implementation does not run on this device.
     """
-    tokens, top_k = routed.shape
+    tokens = routed.shape[0]
     if tokens % blocks:
         raise ValueError(f"{tokens} tokens do not split into token_blocks = {blocks} equal blocks.")
-    if align % 4:
-        raise ValueError(f"groups of rows are padded to {align=}, which is no multiple of 4.")
-    groups = experts * blocks
-    block = jnp.arange(tokens, dtype=jnp.int32) // (tokens // blocks) if blocks > 1 else 0
-    group = (routed * blocks + jnp.broadcast_to(jnp.asarray(block), (tokens,))[:, None]).reshape(-1)
-    copies = jnp.argsort(group, stable=True).astype(jnp.int32)  # copies of tokens, by group and then by batch position
-    group = group[copies]
-    ends = jnp.searchsorted(group, jnp.arange(groups), side="right").astype(jnp.int32)
-    counts = jnp.diff(ends, prepend=0)
-    sizes = (counts + align - 1) // align * align
-    rank = jnp.arange(tokens * top_k, dtype=jnp.int32) - (ends - counts)[group]
-    if order == "interleaved":
-        quarter = jnp.maximum(sizes[group] // 4, 1)
-        rank = rank % quarter * 4 + rank // quarter
-    row = (jnp.cumsum(sizes) - sizes)[group] + rank
-    empty = jnp.full(max_rows(tokens, top_k, groups, align), tokens, jnp.int32)
-    token_of_row = empty.at[row].set(copies // top_k, unique_indices=True)
-    row_of_slot = jnp.zeros(tokens * top_k, jnp.int32).at[copies].set(row, unique_indices=True)
-    return Grouping(token_of_row, row_of_slot.reshape(tokens, top_k), sizes, align, blocks)
+    group = routed
+    if blocks > 1:
+        group = routed * blocks + jnp.arange(tokens, dtype=jnp.int32)[:, None] // (tokens // blocks)
+    found = permute.sort_into_groups(
+        group, experts * blocks, align=align, interleaved=order == "interleaved", implementation=implementation
+    )
+    return Grouping(*found, align, blocks, implementation)

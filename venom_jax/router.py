@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.array_types import Array, Float, Int
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.permute import api as permute
+from pallas_kernels.permute import reference as permute_reference
 from venom_jax.pattern import Recipe
 
 _EPSILON = 1e-12
@@ -105,19 +108,16 @@ def scores(
 
     axis: inside `jax.shard_map`, the mesh axis over whose devices W1 is cut along F, so that each holds a part.
     """
-    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    x = jax.lax.stop_gradient(x)
     match recipe.router:
         case "random":
             return jax.random.normal(jax.random.key(0) if key is None else key, (x.shape[0], recipe.experts))
         case "oracle":
             whole = jax.lax.stop_gradient(w1 if axis is None else jax.lax.all_gather(w1, axis, axis=1, tiled=True))
-            hidden = jnp.square(jax.nn.relu(x @ whole.astype(jnp.float32)))
+            hidden = jnp.square(jax.nn.relu(x.astype(jnp.float32) @ whole.astype(jnp.float32)))
             return hidden.reshape(x.shape[0], recipe.experts, -1).sum(axis=-1)
-        case "dot":
-            return jnp.dot(x, expert_means(w1, recipe.experts, normalise=False, axis=axis).T, precision="highest")
-        case "cosine":
-            x = x / (jnp.linalg.norm(x, axis=1, keepdims=True) + _EPSILON)
-            return jnp.dot(x, expert_means(w1, recipe.experts, axis=axis).T, precision="highest")
+        case "dot" | "cosine":
+            return permute_reference.score_experts(x, _means(w1, recipe, axis), cosine=recipe.router == "cosine")
 
 
 def route(
@@ -128,26 +128,41 @@ def route(
     bias: Float[Array, "E_max"] | None = None,
     key: Array | None = None,
     axis: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Int[Array, "T k"]:
     """The top-k experts of each token in ascending order; ties go to the lower expert.
 
     Args:
       bias: balance bias, added to the scores for this choice only; longer arrays are cut to E.
       key, axis: as in `scores`.
+      implementation: "reference"; "hopper", the kernel that scores and chooses reading x once, for the routers `cosine`
+        and `dot`; None takes it where `pallas_kernels.permute.api.choose_experts` says. Its scores differ from the
+        reference's in their last bits.
+
+    Raises:
+      NotImplementedError: the named implementation does not run here, or not this router.
 
     Source: arXiv 2602.06183, algorithm 3; bias: auxiliary-loss-free balancing, arXiv 2408.15664.
     """
-    score = scores(x, w1, recipe, key=key, axis=axis)
-    if bias is not None:
-        score = score + jax.lax.stop_gradient(bias[: recipe.experts])
-    _, chosen = jax.lax.top_k(score, recipe.top_k)
-    return jnp.sort(chosen, axis=1).astype(jnp.int32)
+    bias = None if bias is None else jax.lax.stop_gradient(bias[: recipe.experts])
+    if recipe.router in ("cosine", "dot"):
+        x, cosine = jax.lax.stop_gradient(x), recipe.router == "cosine"
+        return permute.choose_experts(
+            x, _means(w1, recipe, axis), bias, recipe.top_k, cosine=cosine, implementation=implementation
+        )
+    if implementation == "hopper":
+        raise NotImplementedError(f"no kernel scores with router = {recipe.router!r}; use implementation=None.")
+    return permute_reference.choose_top(scores(x, w1, recipe, key=key, axis=axis), bias, recipe.top_k)
+
+
+def _means(w1: Float[Array, "D F"], recipe: Recipe, axis: str | None) -> Float[Array, "E D"]:
+    return expert_means(w1, recipe.experts, normalise=recipe.router == "cosine", axis=axis)
 
 
 def load(routed: Int[Array, "T k"], max_experts: int) -> Float[Array, "E_max"]:
     """How many tokens each expert got."""
-    counts = jnp.zeros(max_experts, jnp.float32).at[routed.reshape(-1)].add(1.0)
-    return jax.lax.stop_gradient(counts)
+    chosen = routed.reshape(-1, 1) == jnp.arange(max_experts)  # compared and summed: a scatter would add one by one
+    return jax.lax.stop_gradient(jnp.sum(chosen, axis=0, dtype=jnp.float32))
 
 
 def updated_bias(

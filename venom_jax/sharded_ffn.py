@@ -119,7 +119,7 @@ def _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
     sparse_w1 = _gather_packed(packed.w1, axis) if packed is not None and "y1" in recipe.weights else None
     # Where the packed operand stands in, the dense one is not read.
     whole_w1 = w1 if sparse_w1 is not None else _gather_master(w1, axis, _COLUMNS, x.dtype)
-    grouping = rows_of_kernels(recipe, route, x.shape[0])
+    grouping = rows_of_kernels(recipe, route, x.shape[0], kernels)
     whole_w2 = _gather_master(w2, axis, _ROWS, x.dtype)
     y3, density, saved = packed_ffn.forward(recipe, kernels, x, whole_w1, whole_w2, sparse_w1, grouping)
     return (y3, density), (x, w1, w2, beta, packed, saved)

@@ -80,7 +80,24 @@ def _launch(
     body: Callable[..., None], matrix: Matrix, dtype, arrays: dict, out: dict[str, Any], *, shared: int
 ) -> dict[str, jax.Array]:
     """Run `body` in one block for each 64 x 64 part; `shared` buffers of 8 KiB."""
-    names = (*arrays, *out)
+    return launch(body, matrix.blocks, dtype, arrays, out, shared=shared)
+
+
+def launch(
+    body: Callable[..., None],
+    blocks: int,
+    dtype,
+    arrays: dict,
+    out: dict[str, Any],
+    *,
+    shared: int,
+    machine: "type[MlirMachine] | None" = None,
+) -> dict[str, jax.Array]:
+    """Run `body` of a machine in `blocks` blocks of 128 threads, with `shared` times 8 KiB of shared memory.
+
+    Under `jax.vmap` the grid has one more axis: `plgpu.kernel` hands every block its own part of the arrays.
+    """
+    names, machine = (*arrays, *out), machine or MlirMachine
 
     def kernel(*refs):
         *gmem, shared_smem = refs
@@ -88,7 +105,7 @@ def _launch(
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def thread(_, *memrefs):
             pointers = dict(zip((*names, "shared"), map(utils.memref_ptr, memrefs), strict=True))
-            body(_MlirMachine(pointers, _PTX_TYPE[jnp.dtype(dtype).name]))
+            body(machine(pointers, _PTX_TYPE[jnp.dtype(dtype).name]))
 
         thread(*gmem, shared_smem)
 
@@ -98,7 +115,7 @@ def _launch(
         kernel,
         out_type=tuple(signed.values()),
         scratch_types=[plgpu.SMEM((max(shared, 1) * _SHARED_BYTES // 4,), jnp.int32)],
-        grid=(matrix.blocks,),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=1,
         thread_name="wg",
@@ -115,7 +132,7 @@ def _as_signed(dtype):
     return jnp.int32 if dtype == jnp.uint32 else dtype
 
 
-class _MlirMachine(Machine):
+class MlirMachine(Machine):
     """`words.Machine` that emits the code of one thread."""
 
     def __init__(self, pointers: dict[str, ir.Value], ptx_type: str):
@@ -193,8 +210,8 @@ class _MlirMachine(Machine):
     def maximum(self, a: Word, b: Word | int) -> Word:
         return Word(arith.maxui(to_value(a), to_value(b)))
 
-    def greater(self, a: Word, b: Word) -> Word:
-        return Word(arith.extsi(i32(), arith.cmpi(arith.CmpIPredicate.ugt, a.value, b.value)))
+    def greater(self, a: Word | int, b: Word | int) -> Word:
+        return Word(arith.extsi(i32(), arith.cmpi(arith.CmpIPredicate.ugt, to_value(a), to_value(b))))
 
     def _f32(self, operation: Callable, a: Word, b: Word) -> Word:
         f32 = ir.F32Type.get()
