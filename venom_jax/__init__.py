@@ -23,3 +23,6 @@ from venom_jax.pattern import Pattern as Pattern
 from venom_jax.pattern import Recipe as Recipe
 from venom_jax.permutation import group_tokens as group_tokens
 from venom_jax.stats import FFNStats as FFNStats
+from venom_jax.vnm import VNMLinear as VNMLinear
+from venom_jax.vnm import vnm_linear as vnm_linear
+from venom_jax.vnm import vnm_matmul as vnm_matmul

@@ -148,6 +148,13 @@ class VNM:
         rows, columns = self.shape
         return vnm.to_dense(self.values, self.metadata, self.columns, columns)[:rows]
 
+    def take(self, dense: Float[Array, "R C"]) -> "VNM":
+        """The entries of another matrix of this shape at the places that are stored here."""
+        padded = jnp.pad(dense, ((0, self.columns.shape[0] * self.pattern.v - dense.shape[0]), (0, 0)))
+        compressed = vnm.gather_columns(padded, self.columns)
+        values = to_tiles(pack.take24(compressed, hardware.unpack_positions(self.metadata)))
+        return dataclasses.replace(self, values=values)
+
     def mask(self) -> Array:
         """True where an entry is stored, bool [R, C]; exactly n of each m in a row."""
         ones = jnp.ones_like(self.values)
