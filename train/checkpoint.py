@@ -95,13 +95,18 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def check(self, wanted: dict[str, Any]) -> None:
-        """Raises ValueError, naming what differs, if the newest checkpoint cannot be continued by this run."""
-        if self.latest is not None:
-            _check_same_run(self.workdir, self._metadata()["fingerprint"], wanted, self.latest)
+    def reload(self) -> None:
+        """Looks again which checkpoints there are."""
+        self._checkpointer.reload()
 
-    def _metadata(self) -> dict[str, Any]:
-        metadata = self._checkpointer.metadata(self.latest).custom_metadata
+    def check(self, wanted: dict[str, Any], step: int | None = None) -> None:
+        """Raises ValueError, naming what differs, if the newest checkpoint (or a step's) is not one to continue."""
+        step = self.latest if step is None else step
+        if step is not None:
+            _check_same_run(self.workdir, self._metadata(step)["fingerprint"], wanted, step)
+
+    def _metadata(self, step: int | None) -> dict[str, Any]:
+        metadata = self._checkpointer.metadata(step).custom_metadata
         if not isinstance(metadata, dict) or "fingerprint" not in metadata:
             raise ValueError(f"{self.workdir / 'checkpoints'} holds checkpoints that train.main did not write")
         if metadata.get("format", FORMAT) != FORMAT:  # the first ones did not say it
@@ -182,7 +187,7 @@ class Checkpoints:
 
         ``state`` gives shapes and dtypes.
         """
-        metadata = self._metadata()
+        metadata = self._metadata(self.latest)
         wanted = {"state": _abstract(state), "data": iterator}
         if metadata["masks"]:
             ffn = state.params["blocks"]["ffn"]

@@ -361,6 +361,15 @@ def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[s
     return config
 
 
+def changed_bindings(old: str, new: str) -> tuple[str, ...]:
+    """What differs between the texts of two configurations, as `Train.steps = 12 -> 20`; None for what is not bound."""
+    before, after = (
+        dict(re.findall(r"^([\w/.]+) = (.+)$", text.replace("\\\n", " "), flags=re.MULTILINE)) for text in (old, new)
+    )
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return tuple(f"{name} = {before.get(name)} -> {after.get(name)}" for name in names)
+
+
 def find_config(name: str) -> str:
     """The path of a file named from the working directory or from the package.  Raises ValueError if there is none."""
     for path in (Path(name), CONFIG_ROOT / name):

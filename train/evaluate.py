@@ -26,6 +26,7 @@ from train.likelihood import Scorer, score_text
 from train.schedule import Phase
 from train.state import TrainState, abstract_state
 from train.step import make_eval_step
+from train.workdir import local_path
 from venom_jax import Recipe, phases
 
 CONFIG_FILE = "config.gin"  # in the workdir: the bindings of the run
@@ -120,9 +121,10 @@ class Restored(NamedTuple):
 
 def split_source(source: str | Path) -> tuple[Path, int | None]:
     """`WORKDIR@STEP` as a folder and a step, `WORKDIR` with None for its newest."""
+    path = local_path(source)
     found = re.fullmatch(r"(.+)@(\d+)", str(source))
-    if found is None or Path(source).is_dir():
-        return Path(source), None
+    if found is None or path.is_dir():
+        return path, None
     return Path(found[1]), int(found[2])
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train import checkpoint, evaluate, model
+from train.branch import branch
 from train.command import print_warning
-from train.config import RunConfig
+from train.config import RunConfig, changed_bindings
 from train.data import train_iterator
 from train.generate import sample_text
 from train.guard import Watch
@@ -45,14 +46,23 @@ class Run:
     lock: WorkdirLock
     profile_steps: range = range(0)
     params: dict | None = None  # to start from, where there is no checkpoint to continue
+    changed: tuple[str, ...] = ()  # bindings that are not those of the last start
 
 
-def prepare(config: RunConfig, workdir: Path, profile_steps: str | None = None, init_from: str | None = None) -> Run:
+def prepare(
+    config: RunConfig,
+    workdir: Path,
+    profile_steps: str | None = None,
+    init_from: str | None = None,
+    init_state: bool = False,
+) -> Run:
     """Opens and checks all that a run needs.  Raises ValueError or NotImplementedError with what to change.
 
     profile_steps: 'START:STOP', the steps to trace.  init_from: what a new run takes its weights from, see
-    ``load_params``; a run with a checkpoint goes on from that.
+    ``load_params``, or with init_state everything, see ``branch``; a run with a checkpoint goes on from that.
     """
+    if init_state and init_from is None:
+        raise ValueError("--init_state says what to take from --init_from=WORKDIR@STEP, which is missing")
     profiled = parse_steps(profile_steps, config.train.steps)
     resolve_implementation(config.train.implementation)
     learning_rate(config.learning_rate, config.train.steps)
@@ -65,17 +75,22 @@ def prepare(config: RunConfig, workdir: Path, profile_steps: str | None = None, 
             print_warning(line)
         checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every)
         fingerprint = checkpoint.fingerprint(config, identity(train_data))
+        if init_state and checkpoints.latest is None:
+            branch(str(init_from), workdir, fingerprint)
+            checkpoints.reload()
         checkpoints.check(fingerprint)
         read_starts(workdir)  # refuses a damaged record now and not after the first steps
         starting = checkpoints.latest is None
         if starting:
             verify(config)
         params = load_params(init_from, config.model) if starting and init_from is not None else None
-        (workdir / evaluate.CONFIG_FILE).write_text(config.text)
+        saved = workdir / evaluate.CONFIG_FILE
+        changed = changed_bindings(saved.read_text(), config.text) if saved.exists() else ()
+        saved.write_text(config.text)
     except BaseException:
         lock.release()
         raise
-    return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, lock, profiled, params)
+    return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, lock, profiled, params, changed)
 
 
 def train(run: Run) -> int:
@@ -109,6 +124,8 @@ def train(run: Run) -> int:
     with run.lock, StopRequest() as stop, checkpoints, profiler, logger:
         if start:
             logger.say(f"continuing {run.workdir} from step {start}, {all_phases[phase_index].label}")
+            for line in run.changed:
+                logger.say(f"changed binding: {line}")
         else:
             logger.begin_phase(0, 0, report)
         for step in range(start, settings.steps):

@@ -15,6 +15,7 @@ from train.checkpoint import CheckpointError
 from train.command import keep_compiled_programs, print_error
 from train.config import load_config
 from train.guard import BadStepError
+from train.workdir import local_path
 
 
 def run(
@@ -26,7 +27,7 @@ def run(
         if dry_run:
             print(report.plan(config))
             return 0
-        prepared = loop.prepare(config, Path(workdir), **options)
+        prepared = loop.prepare(config, local_path(workdir), **options)
     except (ValueError, NotImplementedError) as error:
         print_error(str(error))
         return 2
@@ -48,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     if values.workdir is None and not values.dry_run:
         print_error("give --workdir=FOLDER, or --dry_run")
         return 2
-    options: dict[str, Any] = {name: values[name].value for name in ("dry_run", "init_from", "profile_steps")}
+    names = ("dry_run", "init_from", "init_state", "profile_steps")
+    options: dict[str, Any] = {name: values[name].value for name in names}
     return run(values.gin_file, values.gin_bindings, values.workdir, **options)
 
 
@@ -57,6 +59,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("gin_bindings", [], "single bindings, applied after the files")
     flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plot")
     flags.DEFINE_string("init_from", None, "start with the weights of WORKDIR[@STEP] or of a Hugging Face folder")
+    flags.DEFINE_boolean("init_state", False, "with --init_from=WORKDIR[@STEP]: its whole state, to go on from there")
     flags.DEFINE_string("profile_steps", None, "START:STOP: write a profiler's trace of these steps into the workdir")
     flags.DEFINE_boolean("dry_run", False, "print parameters, FLOPs and phases, and stop")
     app.run(main)

@@ -15,6 +15,7 @@ from jaxtyping import Int32, Integer
 from train.config import Data, RunConfig
 from train.data import SPLITS, TokenDataset, open_dataset, verify_shards, window_order
 from train.tokenizer import Tokenizer
+from train.workdir import local_path
 
 SYNTHETIC_WINDOWS = {"train": 1 << 40, "val": 256}
 
@@ -144,6 +145,8 @@ def open_split(config: RunConfig, split: str) -> Dataset:
       ValueError: a folder that cannot be used, or folders written by different tokenizers.
     """
     data = config.data
+    for folder in folders(data):
+        local_path(folder)
     if data.synthetic:
         return Synthetic(split, config.model.vocab_size)
     if data.folder is not None:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -15,6 +16,20 @@ LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
 DAMAGED = "damaged"
+
+
+def local_path(text: str | Path) -> Path:
+    """A path of the file system.
+
+    Raises:
+      ValueError: an address such as gs://bucket/run.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*://", str(text)):
+        raise ValueError(
+            f"{str(text)!r} is no path: a run locks, checks and appends to files, which object storage does not do; "
+            "mount it as a folder, or give a local one and copy its finished checkpoints"
+        )
+    return Path(text)
 
 
 def claim_workdir(workdir: Path) -> None:
@@ -80,6 +95,14 @@ def write_checksums(workdir: Path, step: int) -> None:
             path.unlink()
 
 
+def copy_checksums(source: Path, workdir: Path, step: int) -> None:
+    """For a checkpoint that is copied to another workdir; one without recorded checksums stays without."""
+    recorded = source / CHECKSUMS / f"{step}.json"
+    if recorded.exists():
+        (workdir / CHECKSUMS).mkdir(exist_ok=True)
+        shutil.copyfile(recorded, workdir / CHECKSUMS / recorded.name)
+
+
 def set_aside_damaged(workdir: Path) -> list[str]:
     """Moves damaged checkpoints newer than the newest sound one to `damaged/`; returns a line about each.
 
@@ -95,7 +118,7 @@ def set_aside_damaged(workdir: Path) -> list[str]:
     steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
     found = []
     for step in steps:
-        if (what := _damage(workdir, step)) is None:
+        if (what := damage(workdir, step)) is None:
             break
         found.append((step, what))
     if found and len(found) == len(steps):
@@ -124,8 +147,8 @@ def _sums(folder: Path) -> dict[str, list]:
     return sums
 
 
-def _damage(workdir: Path, step: int) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def damage(workdir: Path, step: int) -> str | None:
+    """What is wrong with a checkpoint, or None; one without recorded checksums is taken to be sound."""
     recorded = workdir / CHECKSUMS / f"{step}.json"
     if not recorded.exists():
         return None
