@@ -16,7 +16,7 @@ import zstandard
 from train import encode
 from train import prepare as prepare_module
 from train.data import open_dataset
-from train.documents import TXT_DOCUMENT_CHARS, find_files, read_documents
+from train.documents import TXT_DOCUMENT_CHARS, Field, find_files, read_documents
 from train.prepare import prepare
 from train.tokenizer import train_bpe
 
@@ -139,7 +139,7 @@ def test_a_large_vocabulary_takes_four_bytes(jsonl, prepared, tmp_path):
 
 def test_other_text_field(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"".join(json_lines(TEXTS, "content")))
-    assert list(read_documents(tmp_path / "a.jsonl", "content")) == TEXTS
+    assert list(read_documents(tmp_path / "a.jsonl", Field("content"))) == TEXTS
 
 
 def test_a_long_txt_file_becomes_several_documents_cut_at_line_ends(tmp_path):
@@ -156,6 +156,8 @@ def test_byte_order_marks_blank_lines_and_empty_documents_are_left_out(tmp_path)
     (tmp_path / "b.jsonl").write_bytes(b'\n{"text": ""}\n{"text": "  "}\n{"text": "x"}\n\n')
     assert list(read_documents(tmp_path / "a.txt")) == ["hello"]
     assert list(read_documents(tmp_path / "b.jsonl")) == ["x"]
+    manifest = prepare([tmp_path], tmp_path / "out", vocab_size=300, validation_fraction=0, progress=False)
+    assert manifest["skipped"] == {"documents": 0, "empty": 2, "examples": []}
 
 
 def test_progress_counts_the_bytes_of_the_file(tmp_path):
@@ -182,7 +184,7 @@ def test_find_files_takes_paths_patterns_and_folders_once_each_in_order(tmp_path
         (b'{"text": "a"}\n\xff\xfe\xfd\n', r"line 2: not valid JSON"),
         (b'{"text": "a"}\n[1]\n', r"line 2: expected a JSON object, found list"),
         (b'{"body": "a"}\n', r"line 1: no field 'text'; the fields are \['body'\].*--text_field"),
-        (b'{"text": 3}\n', r"line 1: field 'text' should be a string, found int"),
+        (b'{"text": 3}\n', r"line 1: field 'text' should be a string, found int .--skip_broken leaves such"),
         (b"", r"the input holds no t"),
     ],
 )
@@ -214,13 +216,24 @@ def test_broken_documents_are_skipped_and_counted_when_asked(tmp_path, monkeypat
     assert open_dataset(out[broken]).documents == 3 * len(TEXTS)
     np.testing.assert_array_equal(tokens_of(open_dataset(out[broken])), tokens_of(open_dataset(out[whole])))
     skipped = {folder: json.loads((out[folder] / "manifest.json").read_text())["skipped"] for folder in out}
-    assert skipped[whole] == {"documents": 0, "examples": []}
+    assert skipped[whole] == {"documents": 0, "empty": 0, "examples": []}
     assert skipped[broken]["documents"] == 5
     assert [example.split(":")[0].split("/")[-1] for example in skipped[broken]["examples"]] == [
         "a.jsonl, line 1",
         "a.jsonl, line 7",
         f"a.jsonl, line {len(TEXTS) + 3}",
     ]
+
+
+def test_a_document_that_is_too_long_is_broken(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["short enough", "x" * 101, "also short"])
+    write_parquet(tmp_path / "b.parquet", ["x" * 102])
+    options = {"vocab_size": 300, "validation_fraction": 0, "max_document_chars": 100, "progress": False}
+    for name, where in (("a.jsonl", "line 2: a document of 101"), ("b.parquet", "row 1: a document of 102")):
+        with pytest.raises(ValueError, match=rf"{name}, {where} characters, more than 100; .*--max_document_chars"):
+            prepare([tmp_path / name], tmp_path / "out", **options)
+    manifest = prepare([tmp_path], tmp_path / "out", skip_broken=True, **options)
+    assert (manifest["splits"]["train"]["documents"], manifest["skipped"]["documents"]) == (2, 2)
 
 
 def test_nothing_but_broken_documents_is_an_error_that_shows_one(jsonl, prepared, tmp_path):
@@ -243,9 +256,9 @@ def test_broken_parquet_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, TEXTS)
     with pytest.raises(ValueError, match=r"no column 'body'; the columns are \['text', 'id'\].*--text_field"):
-        list(read_documents(path, "body"))
+        list(read_documents(path, Field("body")))
     with pytest.raises(ValueError, match=r"row 1: field 'id' should be a string, found int"):
-        list(read_documents(path, "id"))
+        list(read_documents(path, Field("id")))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"a\.parquet: broken parquet file"):
         list(read_documents(path))

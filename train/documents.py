@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,15 +17,35 @@ SUFFIXES = (".jsonl.zst", ".jsonl.zstd", ".jsonl", ".parquet", ".txt")
 # A longer .txt file is cut at line ends into several documents: memory stays bounded, and a corpus that is a
 # single file can still be divided into a training and a held-out part.
 TXT_DOCUMENT_CHARS = 1 << 18
+# A document is encoded in one piece: a longer one, most likely a file taken for a line, would take many GB.
+MAX_DOCUMENT_CHARS = 1 << 26
 
 
 class BrokenDocumentError(ValueError):
     """One document that cannot be read, in a file that goes on behind it."""
 
 
+class Field(NamedTuple):
+    """Which field (`.jsonl`) or column (`.parquet`) holds the text, and how long it may be."""
+
+    name: str = "text"
+    max_chars: int = MAX_DOCUMENT_CHARS
+
+    def checked(self, text: object, where: str) -> str:
+        """The text.  Raises BrokenDocumentError if it is none, or too long."""
+        if not isinstance(text, str):
+            raise BrokenDocumentError(f"{where}: field {self.name!r} should be a string, found {type(text).__name__}")
+        if len(text) > self.max_chars:
+            raise BrokenDocumentError(
+                f"{where}: a document of {len(text):,} characters, more than {self.max_chars:,}; divide it, or raise "
+                "--max_document_chars"
+            )
+        return text
+
+
 def raise_broken(error: BrokenDocumentError) -> None:
     """What to do with a broken document, if nothing else is said."""
-    raise error
+    raise BrokenDocumentError(f"{error} (--skip_broken leaves such documents out and counts them)") from error
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -58,37 +78,42 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
 
 def read_documents(
     path: str | Path,
-    text_field: str = "text",
+    field: Field = Field(),  # noqa: B008 (it is immutable)
     on_bytes: Callable[[int], object] = lambda n: None,
     on_broken: Callable[[BrokenDocumentError], object] = raise_broken,
+    on_empty: Callable[[], object] = lambda: None,
 ) -> Iterator[str]:
-    """The documents of one file, in order; empty ones are left out.
+    """The documents of one file, in order; those without a visible character are left out.
 
     Args:
       path: the file; its suffix says how to read it.
-      text_field: field (`.jsonl`) or column (`.parquet`) that holds the text.
+      field: where `.jsonl` and `.parquet` hold the text.
       on_bytes: called with the number of bytes of the file consumed since the last call, for a progress bar.
-      on_broken: called with what is wrong with a line or row (no JSON, no text field, no string); if it returns, the
-        document is left out. A file that cannot be read on, or is no UTF-8 text as a whole, is an error in any case.
+      on_broken: called with what is wrong with a line or row (no JSON, no text field, no string, too long); if it
+        returns, the document is left out. A file that cannot be read on, or is no UTF-8 text as a whole, is an error in
+        any case.
+      on_empty: called for each document that is left out because there is nothing to see in it.
 
     Raises:
       ValueError: anything wrong with the content, naming the file and the line or row.
     """
     path = Path(path)
     if path.name.endswith(".parquet"):
-        documents = _parquet(path, text_field, on_bytes, on_broken)
+        documents = _parquet(path, field, on_bytes, on_broken)
     elif path.name.endswith(".txt"):
         documents = _txt(path, on_bytes)
     else:
-        documents = _jsonl(path, text_field, on_bytes, on_broken)
+        documents = _jsonl(path, field, on_bytes, on_broken)
     for text in documents:
         if text and not text.isspace():
             yield text
+        else:
+            on_empty()
 
 
 def _jsonl(
     path: Path,
-    text_field: str,
+    field: Field,
     on_bytes: Callable[[int], object],
     on_broken: Callable[[BrokenDocumentError], object],
 ) -> Iterator[str]:
@@ -104,7 +129,7 @@ def _jsonl(
                 if line.isspace():
                     continue
                 try:
-                    text = _text_of(line, text_field, f"{path}, line {number}")
+                    text = _text_of(line, field, f"{path}, line {number}")
                 except BrokenDocumentError as error:
                     on_broken(error)
                     continue
@@ -113,47 +138,41 @@ def _jsonl(
             raise ValueError(f"{path}: broken compressed data after line {number}: {error}") from error
 
 
-def _text_of(line: bytes, text_field: str, where: str) -> str:
+def _text_of(line: bytes, field: Field, where: str) -> str:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BrokenDocumentError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise BrokenDocumentError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    if text_field not in record:
+    if field.name not in record:
         raise BrokenDocumentError(
-            f"{where}: no field {text_field!r}; the fields are {sorted(record)}, choose one with --text_field"
+            f"{where}: no field {field.name!r}; the fields are {sorted(record)}, choose one with --text_field"
         )
-    return _checked(record[text_field], text_field, where)
-
-
-def _checked(text: object, text_field: str, where: str) -> str:
-    if not isinstance(text, str):
-        raise BrokenDocumentError(f"{where}: field {text_field!r} should be a string, found {type(text).__name__}")
-    return text
+    return field.checked(record[field.name], where)
 
 
 def _parquet(
     path: Path,
-    text_field: str,
+    field: Field,
     on_bytes: Callable[[int], object],
     on_broken: Callable[[BrokenDocumentError], object],
 ) -> Iterator[str]:
     row = 0
     try:
         with pq.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
+            if field.name not in file.schema_arrow.names:
                 raise ValueError(
-                    f"{path}: no column {text_field!r}; the columns are {file.schema_arrow.names}, choose "
+                    f"{path}: no column {field.name!r}; the columns are {file.schema_arrow.names}, choose "
                     "one with --text_field"
                 )
             groups = file.metadata.num_row_groups
             for group in range(groups):
-                for batch in file.iter_batches(1024, row_groups=[group], columns=[text_field]):
+                for batch in file.iter_batches(1024, row_groups=[group], columns=[field.name]):
                     for value in batch.column(0).to_pylist():
                         row += 1
                         try:
-                            text = _checked(value, text_field, f"{path}, row {row}")
+                            text = field.checked(value, f"{path}, row {row}")
                         except BrokenDocumentError as error:
                             on_broken(error)
                             continue

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from train import data
-from train.documents import BrokenDocumentError, raise_broken, read_documents
+from train.documents import BrokenDocumentError, Field, raise_broken, read_documents
 from train.tokenizer import load_tokenizer
 
 UNIT_BYTES = 1 << 26  # of input: a few seconds to a minute of work
@@ -70,7 +70,7 @@ class Encoder:
       folder: where the token files and records go.
       tokenizer: a `tokenizer.json`.
       eos_token: the token put behind each document.
-      text_field: field or column with the text.
+      field: where the text is.
       held_out: share of the training documents that goes to "val", chosen by a hash of the text.
       shard_tokens: most tokens in one file.
       skip_broken: leave broken documents out and count them, instead of stopping at the first.
@@ -79,7 +79,7 @@ class Encoder:
     folder: Path
     tokenizer: Path
     eos_token: str
-    text_field: str
+    field: Field
     held_out: float
     shard_tokens: int
     skip_broken: bool
@@ -95,7 +95,7 @@ class Encoder:
         dtype = data.token_dtype(tokenizer.vocab_size)
         writers = {s: _ShardWriter(self.folder, f"{unit.index:05d}-{s}", dtype, self.shard_tokens) for s in data.SPLITS}
         skipped: list[str] = []
-        count = 0
+        count = empty = 0
 
         def skip(error: BrokenDocumentError) -> None:
             nonlocal count
@@ -103,15 +103,19 @@ class Encoder:
             if len(skipped) < EXAMPLES:
                 skipped.append(str(error))
 
+        def count_empty() -> None:
+            nonlocal empty
+            empty += 1
+
         try:
-            for batch in _batches(self.documents(unit.files, on_bytes, skip)):
+            for batch in _batches(self.documents(unit.files, on_bytes, skip, count_empty)):
                 for (split, text), ids in zip(batch, tokenizer.encode_batch([t for _, t in batch]), strict=True):
                     writers[split].add(ids, tokenizer.eos_id, len(text.encode(errors="replace")))
         finally:
             for writer in writers.values():
                 writer.close()
         record = {split: writer.summary() for split, writer in writers.items()}
-        record["skipped"] = {"documents": count, "examples": skipped}
+        record["skipped"] = {"documents": count, "empty": empty, "examples": skipped}
         write_atomically(self._record_path(unit), json.dumps(record))
 
     def documents(
@@ -119,11 +123,12 @@ class Encoder:
         files: Iterable[tuple[Path, str]],
         on_bytes: OnBytes,
         skip: Callable[[BrokenDocumentError], object] = lambda error: None,
+        on_empty: Callable[[], object] = lambda: None,
     ) -> Iterator[tuple[str, str]]:
-        """(split, text) of every document; `skip` hears of those left out, if `skip_broken` allows it."""
+        """(split, text) of every document; `skip` hears of broken ones left out, if `skip_broken` allows it."""
         on_broken = skip if self.skip_broken else raise_broken
         for path, split in files:
-            for text in read_documents(path, self.text_field, on_bytes, on_broken):
+            for text in read_documents(path, self.field, on_bytes, on_broken, on_empty):
                 yield ("val" if split == "train" and _is_held_out(text, self.held_out) else split), text
 
     def _record_path(self, unit: Unit) -> Path:

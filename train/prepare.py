@@ -22,7 +22,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from train import data
-from train.documents import find_files
+from train.documents import MAX_DOCUMENT_CHARS, Field, find_files
 from train.encode import EXAMPLES, Encoder, Unit, encode_units, units_of, write_atomically
 from train.tokenizer import END_OF_DOCUMENT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
 
@@ -44,6 +44,7 @@ def prepare(
     validation: Sequence[str | Path] = (),
     validation_fraction: float | None = None,
     text_field: str = "text",
+    max_document_chars: int = MAX_DOCUMENT_CHARS,
     shard_tokens: int = SHARD_TOKENS,
     skip_broken: bool = False,
     processes: int = 1,
@@ -62,6 +63,7 @@ def prepare(
       validation_fraction: without `validation`, the share of documents held out, chosen by a hash of the text
         (default 0.01): the same document always falls on the same side. 0 holds nothing out.
       text_field: field or column with the text.
+      max_document_chars: a longer document counts as broken.
       shard_tokens: most tokens in one file.
       skip_broken: leave documents out that cannot be read, and count them in the manifest; by default the first
         one is an error. A file that is broken as a whole is an error in any case.
@@ -81,8 +83,8 @@ def prepare(
         raise ValueError(f"{vocab_size=} is too small: a byte-level BPE needs at least {MIN_VOCAB_SIZE}")
     if validation and validation_fraction is not None:
         raise ValueError("give validation files or a validation fraction, not both")
-    if shard_tokens < 1:
-        raise ValueError(f"{shard_tokens=} must be at least 1")
+    if shard_tokens < 1 or max_document_chars < 1:
+        raise ValueError(f"{shard_tokens=} and {max_document_chars=} must be at least 1")
     if processes < 1:
         raise ValueError(f"{processes=} must be at least 1")
     fraction = DEFAULT_VALIDATION_FRACTION if validation_fraction is None else validation_fraction
@@ -104,6 +106,7 @@ def prepare(
         "eos_token": eos_token,
         "held_out": 0 if validation else fraction,
         "text_field": text_field,
+        "max_document_chars": max_document_chars,
         "shard_tokens": shard_tokens,
         "skip_broken": skip_broken,
     }
@@ -113,7 +116,7 @@ def prepare(
         folder=output / UNFINISHED,
         tokenizer=tokenizer_path,
         eos_token=given.eos_token if given else END_OF_DOCUMENT,
-        text_field=text_field,
+        field=Field(text_field, max_document_chars),
         held_out=settings["held_out"],
         shard_tokens=shard_tokens,
         skip_broken=skip_broken,
@@ -202,16 +205,18 @@ def _gather(encoder: Encoder, units: Sequence[Unit], split: str) -> dict[str, An
 
 
 def _skipped(encoder: Encoder, units: Sequence[Unit]) -> dict[str, Any]:
-    """How many documents were left out as broken, and what was wrong with the first of them."""
+    """How many documents were left out as broken and as empty, and what was wrong with the first of the broken ones."""
     records = [record["skipped"] for unit in units if (record := encoder.record(unit))]
     examples = [example for record in records for example in record["examples"]]
-    return {"documents": sum(record["documents"] for record in records), "examples": examples[:EXAMPLES]}
+    counts = {kind: sum(record[kind] for record in records) for kind in ("documents", "empty")}
+    return counts | {"examples": examples[:EXAMPLES]}
 
 
 def _skipped_message(skipped: dict[str, Any]) -> str:
-    if not skipped["documents"]:
-        return ""
-    return f"; {skipped['documents']:,} broken documents were skipped, the first: {skipped['examples'][0]}"
+    text = f"; {skipped['empty']:,} empty documents were left out" if skipped["empty"] else ""
+    if skipped["documents"]:
+        text += f"; {skipped['documents']:,} broken documents were skipped, the first: {skipped['examples'][0]}"
+    return text
 
 
 def _finish(output: Path, tokenizer: Tokenizer, contents: dict[str, Any], skipped: dict[str, Any]) -> dict[str, Any]:
@@ -249,6 +254,7 @@ def main(argv: Sequence[str]) -> int:
             validation=values.validation,
             validation_fraction=values.validation_fraction,
             text_field=values.text_field,
+            max_document_chars=values.max_document_chars,
             shard_tokens=values.shard_tokens,
             skip_broken=values.skip_broken,
             processes=values.processes,
@@ -281,6 +287,7 @@ def define_flags() -> None:
         "validation_fraction", None, f"share of documents held out (default {DEFAULT_VALIDATION_FRACTION})"
     )
     flags.DEFINE_string("text_field", "text", "field (.jsonl) or column (.parquet) with the text")
+    flags.DEFINE_integer("max_document_chars", MAX_DOCUMENT_CHARS, "a longer document counts as broken")
     flags.DEFINE_integer("shard_tokens", SHARD_TOKENS, "most tokens in one file")
     flags.DEFINE_boolean("skip_broken", False, "leave broken documents out and count them, instead of stopping")
     flags.DEFINE_integer("processes", os.cpu_count() or 1, "how many encode side by side (default: one per core)")
