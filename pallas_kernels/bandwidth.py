@@ -1,0 +1,258 @@
+"""Time what moves data against a copy of as many bytes: python -m pallas_kernels.bandwidth --json FILE [--cases WORD]
+
+Packing (rows `bench` = "pack") and permutation ("permute"): the Mosaic kernels, the same operation in jnp as XLA
+compiles it, through jax-triton where that is installed and has it, and XLA's copy of the bytes that the operation must
+move, half read and half written. A case is timed only after the kernels' results have passed the comparison with jnp:
+to the bit, but for the choice of experts, where a hundredth of the tokens may differ by the order of a sum. All rivals of
+a case take turns. `copies` is ms / the copy's ms; --table also writes a Markdown table.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import device, timing
+from pallas_kernels.pack import api as pack
+from pallas_kernels.permute import api as permute
+from pallas_kernels.permute import reference
+from pallas_kernels.triton import api as triton
+
+TOKENS = 16384
+SIZES = ((2048, 8192), (4096, 16384))
+"""(D, F)."""
+ROUTES = ((4, 1), (4, 2), (16, 4))
+"""(E, k)."""
+_SETS = 4
+"""Argument sets that take turns, so that the L2 cache holds no operand from call to call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation: `forms` by name ("hopper", "jnp", "triton"), arguments for a seed, and the bytes it must move."""
+
+    bench: str
+    forms: dict[str, Callable[..., Any]]
+    arguments: Callable[[int], tuple]
+    exact: bool = True
+
+
+def cases() -> dict[str, Case]:
+    """Every case by name."""
+    return _packing() | _permutation()
+
+
+def _forms(function: Callable[..., Any], other: Callable[..., Any] | None = None) -> dict[str, Callable[..., Any]]:
+    found: dict[str, Callable[..., Any]] = {
+        "hopper": functools.partial(function, implementation="hopper"),
+        "jnp": functools.partial(function, implementation="reference"),
+    }
+    if other is not None:
+        found["triton"] = other
+    return found
+
+
+def _normal(seed: Any, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def _packing() -> dict[str, Case]:
+    found = {}
+    for d_model, d_ffn in SIZES:
+        y = functools.partial(lambda d_ffn, seed: (_normal(seed, TOKENS, d_ffn),), d_ffn)
+        for interleaved in (True, False):
+            options = {"interleaved": interleaved}
+            forms = _forms(
+                functools.partial(pack.pack_activations, features=True, tokens=True, **options),
+                functools.partial(triton.pack_activations, **options),
+            )
+            forms = {form: functools.partial(_without_repeats, function) for form, function in forms.items()}
+            order = "interleaved" if interleaved else "consecutive"
+            found[f"activations both ways {order} F={d_ffn}"] = Case("pack", forms, y)
+        for dtype in (jnp.bfloat16, jnp.float32):
+            for name, axis in (("W1", 0), ("W2", 1)):
+                shape = (d_model, d_ffn) if axis == 0 else (d_ffn, d_model)
+                options = {"axis": axis, "dtype": jnp.bfloat16}
+                function = functools.partial(pack.pack_thresholded, **options)
+                other = functools.partial(triton.pack_thresholded, **options)
+                weight = functools.partial(
+                    lambda shape, dtype, seed: (_normal(seed, *shape, dtype=dtype), jnp.float32(1.5)), shape, dtype
+                )
+                label = f"{name} {jnp.dtype(dtype).name} D={d_model} F={d_ffn}"
+                found[label] = Case("pack", _forms(function, other), weight)
+    return found
+
+
+def _without_repeats(function: Callable[..., pack.PackedActivations], y: jax.Array) -> tuple:
+    """The positions that a and its square share only once: a program that gives them twice copies them."""
+    packed = function(y)
+    assert packed.squared is not None
+    return packed.features, packed.squared.values, packed.tokens, packed.positives
+
+
+def _permutation() -> dict[str, Case]:
+    found = {}
+    for experts, top_k in ROUTES:
+        route = f"E={experts} k={top_k}"
+        sort = functools.partial(permute.sort_into_groups, groups=experts, align=64, interleaved=True)
+        found[f"sort {route}"] = Case("permute", _forms(sort), lambda seed, e=experts, k=top_k: (_routes(seed, e, k),))
+        for d_model, _ in SIZES:
+            where = functools.partial(_grouped, experts, top_k, d_model)
+            label = f"{route} D={d_model}"
+            found[f"gather {label}"] = Case(
+                "permute", _forms(permute.gather_rows, triton.gather_rows), lambda seed, w=where: w(seed)[:2]
+            )
+            found[f"sum {label}"] = Case(
+                "permute", _forms(permute.sum_copies, triton.sum_copies), lambda seed, w=where: w(seed)[2:]
+            )
+            choose = functools.partial(permute.choose_experts, bias=None, top_k=top_k, cosine=True)
+            scored = functools.partial(
+                lambda d, e, seed: (_normal(seed, TOKENS, d), _normal(99, e, d, dtype=jnp.float32) / d**0.5),
+                d_model,
+                experts,
+            )
+            found[f"choose {label}"] = Case("permute", _forms(choose), scored, exact=False)
+    return found
+
+
+def _routes(seed: Any, experts: int, top_k: int) -> jax.Array:
+    """Random experts, ascending: uneven loads, the first a third as full as the last."""
+    bias = jnp.linspace(-1.0, 0.0, experts)
+    noise = jax.random.gumbel(jax.random.key(seed), (TOKENS, experts)) + bias
+    return jnp.sort(jax.lax.top_k(noise, top_k)[1], axis=1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _grouped(experts: int, top_k: int, d_model: int, seed: Any) -> tuple[jax.Array, ...]:
+    """Tokens and token_of_row, rows and row_of_slot."""
+    where = reference.sort_into_groups(_routes(seed, experts, top_k), experts, align=64, interleaved=True)
+    rows = where.token_of_row.shape[0]
+    return (
+        _normal(seed, TOKENS, d_model),
+        where.token_of_row,
+        _normal(seed + 1, rows, d_model),
+        where.row_of_slot,
+    )
+
+
+def check(name: str, case: Case, form: str, arguments: tuple) -> None:
+    """Raise RuntimeError unless `form` gives what jnp gives."""
+    expected = jax.tree.leaves(jax.jit(case.forms["jnp"])(*arguments))
+    for out, ref in zip(jax.tree.leaves(jax.jit(case.forms[form])(*arguments)), expected, strict=True):
+        different = np.mean(np.asarray(out) != np.asarray(ref))
+        if out.shape != ref.shape or different > (0 if case.exact else 1e-2):
+            raise RuntimeError(f"{name}: {form} differs from jnp in {different:.1%} of {out.shape}; not timed")
+
+
+def moved(case: Case, arguments: tuple) -> int:
+    """Bytes of the arguments and of the results, once each."""
+    leaves = jax.tree.leaves((arguments, jax.eval_shape(case.forms["jnp"], *arguments)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _copy(words: jax.Array) -> jax.Array:
+    return words ^ 1
+
+
+def prepare(name: str, case: Case) -> tuple[dict[str, timing.Run], int]:
+    """Check and compile the forms of a case and the copy; and the bytes.
+
+    Raises:
+      RuntimeError: the kernel's result is wrong.
+    """
+    sets = [case.arguments(seed) for seed in range(_SETS)]
+    runs: dict[str, timing.Run] = {}
+    for form, function in case.forms.items():
+        try:
+            check(name, case, form, sets[0])
+        except (ImportError, RuntimeError) as error:
+            if form == "hopper":
+                raise
+            print(f"{name}: {form}: {error}", flush=True)
+            continue
+        runs[form] = timing.repeated(function, sets)
+    bytes_ = moved(case, sets[0])
+    runs["copy"] = timing.repeated(_copy, [(jnp.full(bytes_ // 8, seed, jnp.uint32),) for seed in range(_SETS)])
+    return runs, bytes_
+
+
+def measure(name: str, case: Case, runs: dict[str, timing.Run], bytes_: int) -> list[dict]:
+    """The rows of one case: one for each rival."""
+    times = timing.race(runs, dict.fromkeys(runs, _SETS), rounds=5, seconds=0.01)
+    gpu = device.current()
+    ours = times.pop("hopper")
+    return [
+        {
+            "bench": case.bench,
+            "case": name,
+            "ms": round(ours, 4),
+            "rival": rival,
+            "rival_ms": round(ms, 4),
+            "speedup": round(ms / ours, 3),
+            "copies": round(ours / times["copy"], 3),
+            "bytes": bytes_,
+            "relerr": 0.0,
+            "device": gpu.name if gpu else "none",
+            "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        for rival, ms in times.items()
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    """One line for each case."""
+    lines = ["| bench | case | MB | ms | copies | jnp, ms | Triton, ms |", "|---|---|---|---|---|---|---|"]
+    by_case: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["rival"]] = row
+    for name, rivals in by_case.items():
+        row = rivals["copy"]
+        others = " | ".join(f"{rivals[r]['rival_ms']:.3f}" if r in rivals else "" for r in ("jnp", "triton"))
+        lines.append(
+            f"| {row['bench']} | {name} | {row['bytes'] / 1e6:.0f} | {row['ms']:.3f} | {row['copies']:.2f} | {others} |"
+        )
+    first = rows[0]
+    head = f"Generated by `python -m pallas_kernels.bandwidth`: {first['device']}, jax {first['jax']}, {first['date']}."
+    return head + "\n\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True, help="the file of results")
+    parser.add_argument("--table", help="also write them as a Markdown table")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    arguments = parser.parse_args()
+    if not device.hopper_available():
+        raise SystemExit("the benchmark needs a Hopper GPU")
+    wanted = {name: case for name, case in cases().items() if arguments.cases in name}
+    rows, failures = [], []
+    for batch in itertools.batched(wanted.items(), 6):  # the operands of all cases together would fill the memory
+        prepared = timing.build({name: functools.partial(prepare, name, case) for name, case in batch}, at_once=6)
+        for name, case in batch:
+            ready = prepared[name]
+            if isinstance(ready, Exception):
+                failures.append(f"{name}: {ready!r}")
+                continue
+            found = measure(name, case, *ready)
+            rows += found
+            print(*(f"{name}: {r['ms']:.4f} ms, {r['speedup']:.2f}x {r['rival']}" for r in found), sep="\n", flush=True)
+            with open(arguments.json, "w") as file:
+                file.write("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    if arguments.table and rows:
+        with open(arguments.table, "w") as file:
+            file.write(table(rows))
+    if failures:
+        raise SystemExit("\n".join(f"not timed: {failure}" for failure in failures))
+
+
+if __name__ == "__main__":
+    main()
