@@ -26,8 +26,6 @@ GATHER_REGISTERS = 72
 """... where it copies rows of B itself."""
 GATHER_TILE_N = (64, 128, 256)
 """Columns of a tile whose rows of B are gathered: a warp copies whole rows (hopper/gather.py)."""
-STAGES_PER_CHUNK = 2
-"""Stages multiplied between two chunks of the previous tile's result, where stores are deferred."""
 CHUNK_BYTES = 128
 """Bytes of a row of an output chunk: the widest swizzle of the copy engine."""
 

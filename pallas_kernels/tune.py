@@ -14,18 +14,19 @@ from pallas_kernels import bench, device, timing, tuned
 from pallas_kernels.tiles import Problem, TileConfig
 
 LARGE = (
-    TileConfig(64, 256, stages=4, store_slots=2, raster_m=8),
+    TileConfig(64, 256, stages=5, store_slots=1, raster_m=8),
+    TileConfig(64, 256, stages=5, store_slots=1, raster_m=16, raster_n=16),
     TileConfig(64, 256, stages=5, store_slots=1, raster_m=8, deferred=True),
     TileConfig(64, 256, stages=5, store_slots=1, raster_m=16, raster_n=16, deferred=True),
     TileConfig(128, 192, stages=4, store_slots=2, raster_m=8, raster_n=16),
-    TileConfig(128, 128, stages=5, store_slots=2, raster_m=8, raster_n=16),
     TileConfig(128, 128, stages=6, store_slots=1, raster_m=8, raster_n=16, deferred=True),
 )
 """Tiles for outputs that give every multiprocessor several of them; docs/log.md lists what else was tried."""
 
 SMALL = (
-    TileConfig(64, 128, stages=6, store_slots=2),
-    TileConfig(64, 64, stages=6, store_slots=1),
+    TileConfig(64, 128, stages=8, store_slots=1),
+    TileConfig(64, 128, stages=8, store_slots=1, deferred=True),
+    TileConfig(64, 64, stages=10, store_slots=1),
 )
 """Tiles for the rest."""
 

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tile_order
-from pallas_kernels.hopper import gather, wgmma_sp
+from pallas_kernels.hopper import gather, main_loop, ring
 from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, sort_groups
 from pallas_kernels.tiles import (
     GRANULE,
     MAX_TILE,
-    STAGES_PER_CHUNK,
     TILE_K,
     Problem,
     TileConfig,
@@ -32,7 +31,6 @@ SWIZZLE = 128
 _SWIZZLED = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
 _SWIZZLED_A = (plgpu.TilingTransform((8, TILE_K // 2)), plgpu.SwizzleTransform(TILE_K))
 """A given in rows lies in shared memory byte for byte as when it is given in tiles."""
-_LOADS = 3  # arrivals that fill a stage: values, metadata, B
 
 
 def matmul(
@@ -107,8 +105,7 @@ def _scratch(problem: Problem, config: TileConfig, *, in_rows: bool) -> dict:
         "metadata": plgpu.SMEM((stages, c.tile_m // GRANULE, 128), jnp.int32),
         "b": plgpu.SMEM((stages, *b_shape), dtype, transforms=_SWIZZLED),
         "chunks": plgpu.SMEM((c.warpgroups, c.store_slots, *chunk), out_dtype, transforms=chunk_tiling),
-        "filled": plgpu.Barrier(num_arrivals=_LOADS, num_barriers=stages),
-        "emptied": plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=stages),
+        "ring": ring.barriers(stages),
         "operand_filled": plgpu.Barrier(num_barriers=c.warpgroups * c.store_slots),
     }
 
@@ -119,6 +116,7 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
         groups = scratch["groups"]
         sort_groups(gmem["groups"], groups, problem.k)
     schedule = Schedule(problem, config, groups)
+    ring.initialize(scratch["ring"], config.stages, config.warpgroups, gathers=bool(problem.v))
     wg = lax.axis_index("wg")
 
     @pl.when(wg == config.warpgroups)
@@ -134,11 +132,10 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
     def _compute():
         plgpu.set_max_registers(config.compute_registers(problem), action="increase")
         if _deferred(problem, config):
-            store_chunk = functools.partial(_store_chunk, out_gmem, scratch, problem, config)
-            compute = functools.partial(_compute_tile_deferred, scratch, problem, config, store_chunk)
+            compute = functools.partial(_compute_tile_deferred, out_gmem, scratch, problem, config)
             _, kept = _for_each_tile(schedule, compute, (jnp.int32(0), _nothing_kept(problem, config)))
             for chunk in range(len(_chunks(problem, config))):
-                store_chunk(kept, chunk)
+                _store_chunk(out_gmem, scratch, problem, config, kept, chunk)
         else:
             compute = functools.partial(_compute_tile, gmem, out_gmem, scratch, problem, config)
             _for_each_tile(schedule, compute, jnp.int32(0))
@@ -163,50 +160,49 @@ def _for_each_tile(schedule: Schedule, visit, state):
 
 
 def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
-    c = config
+    c, in_rows = config, len(gmem["values"].shape) == 2
+    row_tile, a_tile = lax.div(tile.a_row, GRANULE), lax.div(tile.a_k, TILE_K)
 
-    def load_stage(i, step, copy_b):
-        slot = lax.rem(step, c.stages)
+    def packed(i, row_tile, a_tile):
+        return ring.span(row_tile, c.tile_m // GRANULE), ring.at(ring.add(a_tile, i))
 
-        @pl.when(step >= c.stages)
-        def _():
-            plgpu.barrier_wait(scratch["emptied"].at[slot])
+    def rows_of_a(i, row_tile, a_tile):
+        stored = ring.multiply(ring.add(a_tile, i), TILE_K // 2)
+        return ring.span(ring.multiply(row_tile, GRANULE), c.tile_m), ring.span(stored, TILE_K // 2)
 
-        row_tiles, a_tile = pl.ds(lax.div(tile.a_row, GRANULE), c.tile_m // GRANULE), lax.div(tile.a_k, TILE_K) + i
-        values_gmem = gmem["values"]
-        if len(values_gmem.shape) == 2:
-            stored = _span(a_tile * (TILE_K // 2), TILE_K // 2, TILE_K // 2)
-            values_gmem = values_gmem.at[_span(tile.a_row, c.tile_m), stored]
-        else:
-            values_gmem = values_gmem.at[row_tiles, a_tile]
-        for source, name in ((values_gmem, "values"), (gmem["metadata"].at[row_tiles, a_tile], "metadata")):
-            plgpu.copy_gmem_to_smem(source, scratch[name].at[slot], scratch["filled"].at[slot])
-        copy_b(slot)
-        return step + 1
+    def b_of(i, k, n):
+        rows, columns = ring.span(ring.add(k, ring.multiply(i, TILE_K)), TILE_K), ring.span(n, c.tile_n)
+        return (columns, rows) if problem.b_k_major else (rows, columns)
 
-    def load_dense(i, step):
-        def copy_box(slot):
-            rows, columns = _span(tile.b_k + i * TILE_K, TILE_K), _span(tile.b_n, c.tile_n)
-            b_gmem = gmem["b"].at[columns, rows] if problem.b_k_major else gmem["b"].at[rows, columns]
-            plgpu.copy_gmem_to_smem(b_gmem, scratch["b"].at[slot], scratch["filled"].at[slot])
+    from_a = [
+        ring.Copy(
+            gmem["values"],
+            scratch["values"],
+            _SWIZZLED_A if in_rows else (),
+            rows_of_a if in_rows else packed,
+            (row_tile, a_tile),
+        ),
+        ring.Copy(gmem["metadata"], scratch["metadata"], (), packed, (row_tile, a_tile)),
+    ]
+    if not problem.v:
+        from_b = ring.Copy(gmem["b"], scratch["b"], _SWIZZLED, b_of, (tile.b_k, tile.b_n))
+        ring.load_stages([*from_a, from_b], scratch["ring"], c.stages, tile.steps, step)
+        return step + tile.steps
 
-        return load_stage(i, step, copy_box)
+    block = lax.div(tile.a_row, problem.v)
 
     def load_gathered(i, carry):
         step, indices = carry
         next_stage = jnp.minimum(i + 1, tile.steps - 1)
         next_indices = gather.load_indices(gmem["columns"], block, next_stage * TILE_K)  # a stage ahead of its use
+        ring.await_emptied(scratch["ring"], c.stages, step)
+        stage = [copy._replace(scalars=(row_tile, a_tile + i)) for copy in from_a]
+        ring.load_stages(stage, scratch["ring"], c.stages, 1, step)
+        b_smem = scratch["b"].at[lax.rem(step, c.stages)]
+        gather.begin_copies(indices, gmem["b"], b_smem, tile.b_n, transforms=_SWIZZLED)
+        _announce(scratch, c, step + 1, c.gather_lag + 1, pending=c.gather_lag)
+        return step + 1, next_indices
 
-        def copy_rows(slot):
-            gather.begin_copies(indices, gmem["b"], scratch["b"].at[slot], tile.b_n, transforms=_SWIZZLED)
-
-        step = load_stage(i, step, copy_rows)
-        _announce(scratch, c, step, c.gather_lag + 1, pending=c.gather_lag)
-        return step, next_indices
-
-    if not problem.v:
-        return lax.fori_loop(0, tile.steps, load_dense, step)
-    block = lax.div(tile.a_row, problem.v)
     step, _ = lax.fori_loop(0, tile.steps, load_gathered, (step, gather.load_indices(gmem["columns"], block, 0)))
     return step
 
@@ -217,14 +213,14 @@ def _announce(scratch, config: TileConfig, step, lag: int, pending: int = 0):
     @pl.when(step >= lag)
     def _():
         gather.wait_for_copies(pending)
-        plgpu.barrier_arrive(scratch["filled"].at[lax.rem(step - lag, config.stages)])
+        ring.arrive_filled(scratch["ring"], config.stages, step - lag)
 
 
 def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
-    acc, step = _multiply_stages(_zeros(config), scratch, problem, config, 0, tile.steps, step)
+    acc = _multiply(scratch, problem, config, tile.steps, step)
     wg, m, n = _part_of_tile(config)
     _store(acc, gmem, out_gmem, scratch, problem, config, tile, wg, m, n)
-    return step
+    return step + tile.steps
 
 
 class _Kept(NamedTuple):
@@ -248,20 +244,14 @@ def _nothing_kept(problem: Problem, config: TileConfig) -> _Kept:
     return _Kept(_zeros(config).astype(problem.out_dtype), nowhere, nowhere, nowhere, nowhere)
 
 
-def _compute_tile_deferred(scratch, problem: Problem, config: TileConfig, store_chunk, tile: Tile, state):
-    """Multiply a tile; between its first stages, store what is kept of the tile before."""
+def _compute_tile_deferred(out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
+    """Multiply a tile; behind its first products, store what is kept of the tile before."""
     step, kept = state
-    acc, done = _zeros(config), jnp.int32(0)
-    for chunk in range(len(_chunks(problem, config))):
-        until = jnp.minimum((chunk + 1) * STAGES_PER_CHUNK, tile.steps)
-        acc, step = _multiply_stages(acc, scratch, problem, config, done, until, step)
-        store_chunk(kept, chunk)
-        done = until
-    acc, step = _multiply_stages(acc, scratch, problem, config, done, tile.steps, step)
+    acc = _multiply(scratch, problem, config, tile.steps, step, kept, out_gmem)
     _, m, n = _part_of_tile(config)
     rounded = _activate(acc, problem).astype(problem.out_dtype)
     where = (jnp.int32(i) for i in (tile.out_m + m, tile.out_n + n, tile.m_end, tile.n_end))
-    return step, _Kept(rounded, *where)
+    return step + tile.steps, _Kept(rounded, *where)
 
 
 def _store_chunk(out_gmem, scratch, problem: Problem, config: TileConfig, kept: _Kept, chunk: int):
@@ -300,27 +290,43 @@ def _zeros(config: TileConfig):
     return plgpu.layout_cast(jnp.zeros((config.warpgroup_m, config.warpgroup_n), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def _multiply_stages(acc, scratch, problem: Problem, config: TileConfig, first, end, step):
-    """acc and the stage counter after the tile's stages first <= i < end."""
-    c = config
-    _, m, n = _part_of_tile(config)
+def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: _Kept | None = None, out_gmem=None):
+    """This warpgroup's part of a tile of `steps` stages from the ring's `step` on; stores what is `kept` meanwhile."""
+    c, in_rows = config, len(scratch["values"].shape) == 3
+    wg, m, n = _part_of_tile(config)
+    row_tiles = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE)
+    values = scratch["values"].at[:, _span(m, c.warpgroup_m)] if in_rows else scratch["values"].at[:, row_tiles]
+    b = scratch["b"]
+    if c.tile_n > c.warpgroup_n:
+        columns = _span(n, c.warpgroup_n)
+        b = b.at[:, columns] if problem.b_k_major else b.at[:, :, columns]
+    shape, count = (c.warpgroup_m, c.warpgroup_n), len(main_loop.Stages._fields)
+    types = [plgpu.RefType(_SWIZZLED_A if in_rows else ()), plgpu.RefType(), plgpu.RefType(_SWIZZLED), plgpu.RefType()]
+    operands = [values, scratch["metadata"].at[:, row_tiles], b, scratch["ring"]]
+    scalars = [step, jnp.int32(steps)]
+    if kept is not None:
+        types += [plgpu.Layout.WGMMA, plgpu.RefType(_SWIZZLED), plgpu.RefType()]
+        operands += [kept.values, scratch["chunks"].at[wg], out_gmem]
+        scalars += kept[1:]
 
-    def multiply_stage(_, carry):
-        acc, step = carry
-        slot = lax.rem(step, c.stages)
-        plgpu.barrier_wait(scratch["filled"].at[slot])
-        b_smem, values_smem = scratch["b"].at[slot], scratch["values"].at[slot]
-        if c.tile_n > c.warpgroup_n:
-            columns = _span(n, c.warpgroup_n)
-            b_smem = b_smem.at[columns] if problem.b_k_major else b_smem.at[:, columns]
-        row_tiles = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE)
-        rows = _span(m, c.warpgroup_m)
-        values_smem = values_smem.at[rows] if len(values_smem.shape) == 2 else values_smem.at[row_tiles]
-        acc = _multiply(acc, values_smem, scratch["metadata"].at[slot].at[row_tiles], b_smem, problem)
-        plgpu.barrier_arrive(scratch["emptied"].at[slot])
-        return acc, step + 1
+    @plgpu.inline_mgpu(
+        arg_types=(*types, *(ring.SCALAR,) * len(scalars)),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    def multiply(launch, *arguments):
+        stages, stored = main_loop.Stages(*arguments[:count]), arguments[count : len(operands)]
+        step, steps, *place = (scalar.registers.item() for scalar in arguments[len(operands) :])
+        deferred = None
+        if stored:
+            rounded, chunks, out = stored
+            # Private, but the only way to a description of the output for PTX of our own.
+            descriptor = launch._get_tma_desc(out, (), None, (GRANULE, chunk_columns(problem.out_dtype)), SWIZZLE, None)
+            deferred = main_loop.Deferred(rounded, tuple(place), chunks, descriptor, problem.transpose_out)
+        return main_loop.multiply(
+            shape, stages, step, steps, deferred, b_k_major=problem.b_k_major, dtype=problem.dtype
+        )
 
-    return lax.fori_loop(first, end, multiply_stage, (acc, step))
+    return multiply(*operands, *scalars)
 
 
 def _activate(part, problem: Problem):
@@ -331,32 +337,6 @@ def _activate(part, problem: Problem):
     if e.activation is not None:
         part = jnp.maximum(part, 0.0)
     return part * part if e.activation == "relu2" else part
-
-
-def _multiply(acc, values_smem, metadata_smem, b_smem, problem: Problem):
-    values_transforms = _SWIZZLED_A if len(values_smem.shape) == 2 else ()
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.Layout.WGMMA,
-            plgpu.RefType(values_transforms),
-            plgpu.RefType(),
-            plgpu.RefType(_SWIZZLED),
-        ),
-        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
-    def multiply(_, acc, values, metadata, b):
-        return wgmma_sp.multiply(
-            acc,
-            values,
-            metadata,
-            b,
-            b_swizzle=SWIZZLE,
-            b_k_major=problem.b_k_major,
-            dtype=problem.dtype,
-        )
-
-    return multiply(acc, values_smem, metadata_smem, b_smem)
 
 
 def _store(acc, gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, wg, m, n):

@@ -16,7 +16,11 @@ FOLDER = pathlib.Path(__file__).parent
 _H100 = "nvidia_h100_80gb_hbm3"
 _KIND = ("mode", "b_k_major", "transpose_out")
 _SIZES = ("m", "n", "k", "groups")
-_FALLBACK = (TileConfig(), TileConfig(warpgroup_n=128, stages=4), TileConfig(warpgroup_n=64, stages=4, store_slots=1))
+_FALLBACK = (
+    TileConfig(stages=5, store_slots=1, deferred=True),
+    TileConfig(warpgroup_n=128, stages=4),
+    TileConfig(warpgroup_n=64, stages=4, store_slots=1),
+)
 
 
 def choose(problem: Problem) -> TileConfig:

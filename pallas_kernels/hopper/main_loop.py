@@ -1,0 +1,364 @@
+"""A warpgroup's products over the stages of a tile, and meanwhile the stores of the tile before, as one block of PTX.
+
+The products are `wgmma.mma_async.sp`, on Hopper's sparse tensor cores; Pallas has no sparse MMA for Hopper. The code
+runs inside `plgpu.inline_mgpu`, below Pallas's arrays: results are FragmentedArrays in registers, operands tiled and
+swizzled views of shared memory.
+
+The accumulators belong to the tensor core while products are in flight. As values of the compiler they may move, and a
+register that it copies keeps an old sum (docs/log.md); inside one block they are registers and stay what they are. So
+a stage's products are issued while those of the stage before still run: the barrier and the metadata of the next stage,
+the release of the last one and the stores of the tile before all pass behind products.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import mma_utils, utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.tiles import CHUNK_BYTES, GRANULE, TILE_K
+
+_MMA_M = 64
+"""Rows of one instruction."""
+_MMA_K = 32
+"""Logical columns of A, and rows of B, of one instruction."""
+
+# A tile of A in shared memory: 64 rows of 64 bytes, swizzled over 64 bytes (tile_order.py).
+_ROW_BYTES = 64
+_TILE_BYTES = _MMA_M * _ROW_BYTES
+
+_PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
+_CHUNK_SIZE = GRANULE * CHUNK_BYTES
+_CHUNK_COLUMNS = CHUNK_BYTES // 2
+
+
+class Stages(NamedTuple):
+    """The ring as this warpgroup sees it, all in shared memory."""
+
+    a: Any
+    """[S, m / 64, 8, 256] stored values tile by tile (tile_order.py), or the same bytes as [S, m, 32]."""
+    metadata: Any
+    """int32 [S, m / 64, 128]: one word per thread."""
+    b: Any
+    """[S, 64, n], or [S, n, 64] where B is k-major, tiled (8, 64) and swizzled over 128 bytes."""
+    barriers: Any
+    """`ring.barriers`."""
+
+
+class Deferred(NamedTuple):
+    """A finished tile's part of this warpgroup, to be stored chunk by chunk behind the products of the next."""
+
+    values: fa.FragmentedArray
+    """[m, n] of 16 bits in WGMMA layout."""
+    place: tuple
+    """i32: row and column of its first entry in the output, and the row and column it ends before."""
+    chunks: Any
+    """Shared memory of this warpgroup, [slots, 64, 64] or its transposed tiles."""
+    descriptor: Any
+    """The copy engine's description of the output in boxes of 64 x 64."""
+    transposed: bool
+
+
+def multiply(
+    shape: tuple[int, int],
+    stages: Stages,
+    step,
+    steps,
+    deferred: Deferred | None = None,
+    *,
+    b_k_major: bool,
+    dtype: str,
+):
+    """The sum over the products of `steps` stages of the ring from step `step` on, f32 [m, n] in WGMMA layout.
+
+    Args:
+      shape: [m, n], m a multiple of 64, n of 8 and at most 256.
+      step, steps: i32.
+      deferred: what to store meanwhile.
+      dtype: "bfloat16" or "float16", of both operands.
+    """
+    ring_size, (row_tiles, n) = ir.MemRefType(stages.a.type).shape[0], (shape[0] // _MMA_M, shape[1])
+    a_base, b_base, b_offsets, b_transposed = _descriptors(stages, n, b_k_major)
+    thread = arith.remui(utils.thread_idx(), _i32(utils.WARPGROUP_SIZE))
+    inputs = {
+        "a": a_base,
+        "b": b_base,
+        "words": arith.addi(_address(stages.metadata), arith.muli(thread, _i32(4))),
+        "barriers": _address(stages.barriers),
+        "slot": arith.remui(step, _i32(ring_size)),
+        "parity": arith.andi(arith.divui(step, _i32(ring_size)), _i32(1)),
+        "steps": steps,
+        "thread": thread,
+    }
+    chunks, slots, kept = 0, 1, []
+    if deferred is not None:
+        inputs |= dict(zip(("m", "n", "m_end", "n_end"), deferred.place, strict=True))
+        inputs |= {
+            "lane": _lane_address(deferred, thread),
+            "chunk": _address(deferred.chunks),
+            "descriptor": deferred.descriptor,
+            "warpgroup": utils.warpgroup_barrier_idx(sync=False),
+        }
+        kept = [utils.bitcast(register, ir.IntegerType.get_signless(32)) for register in deferred.values.registers.flat]
+        slots = ir.MemRefType(deferred.chunks.type).shape[0]
+        chunks = row_tiles * n // _CHUNK_COLUMNS
+    count = row_tiles * n // 2
+    first_kept = count + len(inputs)
+    program = _Program(
+        names={name: f"${count + i}" for i, name in enumerate(inputs)},
+        strides={
+            "a": mma_utils.encode_addr(_stage_bytes(stages.a)),
+            "b": mma_utils.encode_addr(_stage_bytes(stages.b)),
+            "words": _stage_bytes(stages.metadata),
+        },
+        ring_size=ring_size,
+        row_tiles=row_tiles,
+        n=n,
+        b_offsets=b_offsets,
+        b_transposed=b_transposed,
+        ptx_type=_PTX_TYPE[dtype],
+        chunks=chunks,
+        slots=slots,
+        kept=[f"${first_kept + i}" for i in range(len(kept))],
+        out_transposed=deferred is not None and deferred.transposed,
+    )
+    register = ir.VectorType.get((1,), ir.F32Type.get())
+    operands: list[Any] = [*inputs.values(), *kept]
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([register] * count),
+        operands,
+        program.text(),
+        ",".join(["=f"] * count + [_constraint(operand) for operand in operands]),
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    assert isinstance(result, ir.Value)
+    registers = np.array([llvm.extractvalue(register, result, [i]) for i in range(count)], dtype=object)
+    layout = fa.WGMMA_LAYOUT_ACC_32BIT
+    registers = registers.reshape(layout.registers_shape(shape))
+    return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None).to_layout(fa.WGMMA_LAYOUT)
+
+
+class _Program(NamedTuple):
+    """What the text of the block depends on."""
+
+    names: dict[str, str]
+    """The operand of each input."""
+    strides: dict[str, int]
+    """From stage to stage: of the descriptors, and of the metadata in bytes."""
+    ring_size: int
+    row_tiles: int
+    n: int
+    b_offsets: list[int]
+    """Bytes from the stage's B to that of each instruction."""
+    b_transposed: bool
+    ptx_type: str
+    chunks: int = 0
+    slots: int = 1
+    kept: list[str] = []  # noqa: RUF012
+    """Operands that hold the deferred tile: for each 64 rows and 8 columns two words, rows g and g + 8."""
+    out_transposed: bool = False
+
+    def text(self) -> str:
+        """The first stages store a chunk each; then two stages that differ in the registers of metadata, in a loop."""
+        words = [f"{name}{row}" for name in ("even", "odd") for row in range(self.row_tiles)]
+        lines = [
+            "{",
+            ".reg .pred last, done, leads, begun;",
+            ".reg .b32 left, slot, parity, before, barrier, address;",
+            ".reg .b64 a_desc, b_desc, slot64;",
+            f".reg .b32 {', '.join(words)};",
+            *(f"mov.f32 ${i}, 0f00000000;" for i in range(self.row_tiles * self.n // 2)),
+            f"mov.b32 left, {self.names['steps']};",
+            f"mov.b32 slot, {self.names['slot']};",
+            f"mov.b32 parity, {self.names['parity']};",
+            "mov.b32 before, slot;",
+            f"setp.eq.u32 leads, {self.names['thread']}, 0;",
+            "setp.ne.b32 begun, left, left;",
+            "setp.le.s32 done, left, 0;",
+            "@done bra EMPTY;",
+            *self._await_stage("even", "FIRST"),
+        ]
+        for i in range(self.chunks):
+            lines += self._stage(i % 2, f"CHUNK_{i}", f"END_{i + 1}", self._store(i))
+        lines += [
+            "LOOP:",
+            *self._stage(self.chunks % 2, "LOOP_1", f"END_{self.chunks}", []),
+            *self._stage((self.chunks + 1) % 2, "LOOP_2", f"END_{self.chunks}", []),
+            "bra LOOP;",
+        ]
+        for i in range(1, self.chunks):
+            lines += [f"END_{i}:", *self._store(i)]
+        lines += [
+            f"END_{self.chunks}:",
+            "wgmma.wait_group.sync.aligned 0;",
+            *self._give_back("leads"),
+            "bra DONE;",
+            "EMPTY:",
+            *(line for i in range(self.chunks) for line in self._store(i)),
+            "DONE:",
+            "}",
+        ]
+        return "\n".join(lines)
+
+    def _await_stage(self, word: str, label: str) -> list[str]:
+        return [
+            f"mad.lo.u32 barrier, slot, 8, {self.names['barriers']};",
+            f"WAIT_{label}:",
+            "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [barrier], parity;",
+            f"@!done bra WAIT_{label};",
+            f"mad.lo.u32 address, slot, {self.strides['words']}, {self.names['words']};",
+            *(f"ld.shared.b32 {word}{row}, [address + {row * 512}];" for row in range(self.row_tiles)),
+        ]
+
+    def _products(self, word: str) -> list[str]:
+        count = self.n // 2
+        found = [
+            "cvt.u64.u32 slot64, slot;",
+            f"mad.lo.u64 a_desc, slot64, {self.strides['a']}, {self.names['a']};",
+            f"mad.lo.u64 b_desc, slot64, {self.strides['b']}, {self.names['b']};",
+            "wgmma.fence.sync.aligned;",
+        ]
+        for half, b_offset in enumerate(self.b_offsets):
+            for row in range(self.row_tiles):
+                a_offset = mma_utils.encode_addr(
+                    row * _TILE_BYTES + half * _MMA_K
+                )  # half of the columns, two bytes each
+                outputs = ",".join(f"${row * count + i}" for i in range(count))
+                found += [
+                    "{",
+                    ".reg .b64 a, b;",
+                    f"add.u64 a, a_desc, {a_offset};",
+                    f"add.u64 b, b_desc, {mma_utils.encode_addr(b_offset)};",
+                    f"wgmma.mma_async.sp.sync.aligned.m{_MMA_M}n{self.n}k{_MMA_K}.f32.{self.ptx_type}.{self.ptx_type} "
+                    f"{{{outputs}}}, a, b, {word}{row}, {half}, 1, 1, 1, 0, {int(self.b_transposed)};",
+                    "}",
+                ]
+        return [*found, "wgmma.commit_group.sync.aligned;"]
+
+    def _give_back(self, predicate: str) -> list[str]:
+        return [
+            f"mad.lo.u32 barrier, before, 8, {self.names['barriers']};",
+            f"@{predicate} mbarrier.arrive.release.cta.shared::cta.b64 _, [barrier + {8 * self.ring_size}];",
+        ]
+
+    def _stage(self, odd: int, label: str, end: str, meanwhile: list[str]) -> list[str]:
+        word, other = ("odd", "even") if odd else ("even", "odd")
+        return [
+            *self._products(word),
+            "wgmma.wait_group.sync.aligned 1;",
+            "and.pred begun, begun, leads;",
+            *self._give_back("begun"),
+            "setp.eq.b32 begun, left, left;",
+            *meanwhile,
+            "mov.b32 before, slot;",
+            "add.u32 slot, slot, 1;",
+            f"setp.eq.u32 last, slot, {self.ring_size};",
+            "@last xor.b32 parity, parity, 1;",
+            "@last mov.b32 slot, 0;",
+            "sub.s32 left, left, 1;",
+            "setp.eq.s32 done, left, 0;",
+            f"@done bra {end};",
+            *self._await_stage(other, label),
+        ]
+
+    def _store(self, chunk: int) -> list[str]:
+        """Chunk number `chunk` of the deferred tile into shared memory, and off to the output."""
+        per_row = self.n // _CHUNK_COLUMNS
+        i, j = chunk // per_row, chunk % per_row
+        slot = chunk % self.slots * _CHUNK_SIZE
+        step = "add.u32 to, to, 2048;" if self.out_transposed else None
+        first = i * self.n // 4 + j * _CHUNK_COLUMNS // 4
+        matrices = []
+        for q in range(4):
+            words = ", ".join(self.kept[first + 4 * q : first + 4 * q + 4])
+            kind = ".trans" if self.out_transposed else ""
+            if q:
+                # Not transposed, two blocks of columns on, another piece of the same swizzled row.
+                matrices.append(step or f"xor.b32 to, to, {32 * (q ^ (q - 1))};")
+            matrices.append(f"stmatrix.sync.aligned.m8n8.x4{kind}.shared.b16 [to], {{{words}}};")
+        box = f"[{self.names['descriptor']}, {'{row, col}' if self.out_transposed else '{col, row}'}]"
+        return [
+            "{",
+            ".reg .pred owned;",
+            ".reg .b32 row, col, to;",
+            f"add.s32 row, {self.names['m']}, {i * GRANULE};",
+            f"add.s32 col, {self.names['n']}, {j * _CHUNK_COLUMNS};",
+            f"setp.lt.s32 owned, row, {self.names['m_end']};",
+            f"setp.lt.and.s32 owned, col, {self.names['n_end']}, owned;",
+            "and.pred owned, owned, leads;",
+            f"@leads cp.async.bulk.wait_group.read {self.slots - 1};",
+            f"bar.sync {self.names['warpgroup']}, {utils.WARPGROUP_SIZE};",
+            f"add.u32 to, {self.names['lane']}, {slot};",
+            *matrices,
+            "fence.proxy.async.shared::cta;",
+            f"bar.sync {self.names['warpgroup']}, {utils.WARPGROUP_SIZE};",
+            f"add.u32 to, {self.names['chunk']}, {slot};",
+            f"@owned cp.async.bulk.tensor.2d.global.shared::cta.bulk_group {box}, [to];",
+            "@leads cp.async.bulk.commit_group;",
+            "}",
+        ]
+
+
+def _lane_address(deferred: Deferred, thread):
+    """Where this thread's row of the first `stmatrix` of a chunk lies: row l % 8 of matrix l / 8.
+
+    The matrices are 8 rows (g, then g + 8 of the warp's 16) of 8 columns, then the same rows of the next 8 columns. A
+    chunk's rows have 128 bytes, piece p of row r at p xor (r mod 8).
+    """
+    lane, warp = arith.remui(thread, _i32(32)), arith.divui(thread, _i32(32))
+    row_in_matrix, low = arith.andi(lane, _i32(7)), arith.andi(arith.shrui(lane, _i32(3)), _i32(1))
+    high = arith.shrui(lane, _i32(4))
+    if deferred.transposed:
+        row = arith.addi(arith.muli(high, _i32(8)), row_in_matrix)
+        piece = arith.addi(arith.muli(warp, _i32(2)), low)
+    else:
+        row = arith.addi(arith.muli(warp, _i32(16)), arith.addi(arith.muli(low, _i32(8)), row_in_matrix))
+        piece = high
+    swizzled = arith.muli(arith.xori(piece, row_in_matrix), _i32(16))
+    offset = arith.addi(arith.muli(row, _i32(CHUNK_BYTES)), swizzled)
+    return arith.addi(_address(deferred.chunks), offset)
+
+
+def _descriptors(stages: Stages, n: int, b_k_major: bool):
+    """Descriptors of the first stage's A and B, the bytes to B of each instruction, and whether B is transposed."""
+    a, b = utils.memref_slice(stages.a, 0), utils.memref_slice(stages.b, 0)
+    if b_k_major:
+        b = utils.memref_transpose(b, (1, 0, 3, 2))
+    (k, _), _ = mma_utils.tiled_memref_shape(b)
+    if k != TILE_K:
+        raise ValueError(f"a stage holds {TILE_K} columns of A; b has {k} rows")
+    b_tile = CHUNK_BYTES // 2  # elements of 16 bits in a swizzled row
+    (b_base, b_strides), (_, b_tile_stride), b_fastest = mma_utils.create_descriptor(
+        b, swizzle=CHUNK_BYTES, large_tile=(b_tile, b_tile), group_size=(b_tile, n), logical_k_major=True
+    )
+    if b_strides[0]:
+        raise NotImplementedError("B must be tiled like its swizzle")
+    (b_stride,) = b_strides[1]
+    # The first offset has no meaning where rows are as long as the swizzle; the second leads to the next eight rows.
+    a_base = mma_utils.encode_descriptor(
+        a, leading_byte_offset=0, stride_byte_offset=8 * _ROW_BYTES, swizzle=_ROW_BYTES
+    )
+    offsets = [row // b_tile * b_tile_stride + row % b_tile // 16 * b_stride for row in range(0, k, _MMA_K)]
+    return a_base, b_base, offsets, b_fastest != mma_utils.Dim.K
+
+
+def _i32(value: int):
+    return arith.constant(ir.IntegerType.get_signless(32), value)
+
+
+def _constraint(value: ir.Value) -> str:
+    return "r" if value.type == ir.IntegerType.get_signless(32) else "l"
+
+
+def _address(smem):
+    """The address of shared memory as 32 bits."""
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(smem))
+
+
+def _stage_bytes(smem) -> int:
+    type_ = ir.MemRefType(smem.type)
+    strides, _ = type_.get_strides_and_offset()
+    return strides[0] * utils.bitwidth(type_.element_type) // 8

@@ -1,0 +1,164 @@
+"""The ring of stages in shared memory: one thread fills it, the computing warpgroups empty it.
+
+A stage is one step of 64 columns of A with their metadata and the 64 rows of B. Each stage has two barriers in shared
+memory, `filled` and `emptied`. Pallas's own barriers count every thread of a warpgroup, 128 arrivals for each copy and
+each release; these count one, the thread that acts for all, as the tensor core's own completion orders the rest.
+
+Steps are counted over all tiles of a block: step s uses stage s mod S for the (s div S)-th time.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import launch_context, utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, nvvm, scf
+
+_BARRIER_WORDS = 2  # a barrier is 64 bits, the shared memory of 32
+_WAIT_TICKS = 10_000_000
+SCALAR = plgpu.Layout.WG_SPLAT
+
+
+def barriers(stages: int):
+    """Scratch memory for the barriers of a ring."""
+    return plgpu.SMEM((2 * stages * _BARRIER_WORDS,), jnp.int32)
+
+
+def initialize(barriers_smem, stages: int, consumers: int, *, gathers: bool) -> None:
+    """Set the barriers up; every thread of the block must come here.
+
+    Where the loading warpgroup gathers, each of its threads copies and arrives, beside the one that starts boxes.
+    """
+    loaders = 1 + utils.WARPGROUP_SIZE * gathers
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def init(_, words):
+        first = utils.single_thread_predicate(utils.ThreadSubset.BLOCK)
+        for i in range(2 * stages):
+            count = _i32(loaders if i < stages else consumers)
+            nvvm.mbarrier_init(barrier(words, stages, _i32(i)).get_ptr(), count, predicate=first)
+        nvvm.fence_mbarrier_init()
+        gpu.barrier()
+
+    init(barriers_smem)
+
+
+def barrier(words, stages: int, index) -> utils.BarrierRef:
+    """Barrier `index` of the ring: filled 0 .. S - 1, then emptied."""
+    no_phases: Any = None  # parities come from the step
+    return utils.BarrierRef(utils.memref_ptr(words), index, no_phases, 1)
+
+
+def await_emptied(barriers_smem, stages: int, step) -> None:
+    """Wait, in every thread, until the stage of a step may be filled."""
+    _at_step(barriers_smem, step, lambda words, step: _await_emptied(words, stages, step))
+
+
+def arrive_filled(barriers_smem, stages: int, step) -> None:
+    """Say, from each thread of the loading warpgroup, that its part of a step's stage is there."""
+    _at_step(barriers_smem, step, lambda words, step: barrier(words, stages, arith.remui(step, _i32(stages))).arrive())
+
+
+def _at_step(barriers_smem, step, act) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
+    def run(_, words, step):
+        act(words, step.registers.item())
+
+    run(barriers_smem, jnp.int32(step))
+
+
+def _await_emptied(words, stages: int, step) -> None:
+    slot, turn = arith.remui(step, _i32(stages)), arith.divui(step, _i32(stages))
+    # The first time round this waits for the phase before the first, which counts as over.
+    parity = arith.xori(arith.andi(turn, _i32(1)), _i32(1))
+    emptied = barrier(words, stages, arith.addi(slot, _i32(stages)))
+    nvvm.mbarrier_try_wait_parity(emptied.get_ptr(), parity, _i32(_WAIT_TICKS))
+
+
+class Copy(NamedTuple):
+    """One operand's part of every stage."""
+
+    gmem: Any
+    smem: Any
+    """[S, ...], one slice for each stage."""
+    transforms: tuple
+    """How smem is tiled and swizzled."""
+    slice_of: Callable[..., tuple]
+    """(i, *scalars) -> the slice of gmem that stage i of the tile takes: of words, by `at` and `span`."""
+    scalars: tuple
+
+
+def load_stages(copies: list[Copy], barriers_smem, stages: int, steps, step) -> None:
+    """Fill the stages of one tile, `steps` of them from step `step` on; returns when all copies are under way."""
+    scalars = [value for copy in copies for value in copy.scalars]
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            *(plgpu.RefType() for _ in copies),
+            *(plgpu.RefType(copy.transforms) for copy in copies),
+            plgpu.RefType(),
+            *(SCALAR,) * (2 + len(scalars)),
+        )
+    )
+    def load(launch, *args):
+        sources, smems = args[: len(copies)], args[len(copies) : 2 * len(copies)]
+        words, *values = args[2 * len(copies) :]
+        steps_, step_, *flat = (value.registers.item() for value in values)
+        size = sum(math.prod(smem.type.shape[1:]) * utils.bitwidth(smem.type.element_type) // 8 for smem in smems)
+        with utils.when(utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)):
+            loop = scf.ForOp(_i32(0), steps_, _i32(1))
+            with ir.InsertionPoint(loop.body):
+                now, rest = arith.addi(step_, loop.induction_variable), iter(flat)
+                _await_emptied(words, stages, now)
+                slot = arith.remui(now, _i32(stages))
+                filled = barrier(words, stages, slot)
+                nvvm.mbarrier_arrive_expect_tx(filled.get_ptr(), _i32(size))
+                for copy, source, smem in zip(copies, sources, smems, strict=True):
+                    launch.async_copy(
+                        src_ref=source,
+                        dst_ref=utils.memref_slice(smem, at(slot)),
+                        gmem_slice=copy.slice_of(loop.induction_variable, *itertools.islice(rest, len(copy.scalars))),
+                        gmem_transform=_tiling(copy.transforms),
+                        swizzle=_swizzle(copy.transforms),
+                        barrier=filled,
+                        arrive=False,
+                        predicate=None,
+                    )
+                scf.yield_([])
+
+    scalars = [jnp.int32(value) for value in (steps, step, *scalars)]
+    load(*(copy.gmem for copy in copies), *(copy.smem for copy in copies), barriers_smem, *scalars)
+
+
+def at(word):
+    """A word as an index."""
+    return arith.index_cast(ir.IndexType.get(), word)
+
+
+def span(start, size: int) -> utils.DynamicSlice:
+    """A slice from a word on."""
+    return utils.DynamicSlice(at(start), size)
+
+
+def add(a, b):
+    return arith.addi(a, b)
+
+
+def multiply(word, by: int):
+    return arith.muli(word, _i32(by))
+
+
+def _i32(value: int):
+    return arith.constant(ir.IntegerType.get_signless(32), value)
+
+
+def _tiling(transforms: tuple) -> tuple:
+    return tuple(launch_context.TileTransform(t.tiling) for t in transforms if isinstance(t, plgpu.TilingTransform))
+
+
+def _swizzle(transforms: tuple) -> int | None:
+    return next((t.swizzle for t in transforms if isinstance(t, plgpu.SwizzleTransform)), None)
