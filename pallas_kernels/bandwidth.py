@@ -3,8 +3,8 @@
 Packing (rows `bench` = "pack") and permutation ("permute"): the Mosaic kernels, the same operation in jnp as XLA
 compiles it, through jax-triton where that is installed and has it, and XLA's copy of the bytes that the operation must
 move, half read and half written. A case is timed only after the kernels' results have passed the comparison with jnp:
-to the bit, but for the choice of experts, where a hundredth of the tokens may differ by the order of a sum. All rivals of
-a case take turns. `copies` is ms / the copy's ms; --table also writes a Markdown table.
+to the bit, but for the choice of experts, where a hundredth of the tokens may differ by the order of a sum. All rivals
+of a case take turns. `copies` is ms / the copy's ms; --table also writes a Markdown table.
 """
 
 import argparse
