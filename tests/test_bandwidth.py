@@ -28,12 +28,9 @@ def test_cases_run_and_count_their_bytes(small):
     shapes = {name: jax.eval_shape(functools.partial(case.arguments, 0)) for name, case in small.items()}
     rows = shapes["gather E=4 k=2 D=128"][1].shape[0]
     assert bandwidth.moved(gather, shapes["gather E=4 k=2 D=128"]) == 256 * 128 * 2 + rows * 4 + rows * 128 * 2
-    dense = 256 * 64 * 2
+    packing, dense = shapes["activations both ways interleaved F=64"], 256 * 64 * 2
     # y; a and its square along features and a along tokens at half, two sets of positions at a sixteenth; a count
-    assert (
-        bandwidth.moved(both, shapes["activations both ways interleaved F=64"])
-        == dense + 3 * dense // 2 + 2 * dense // 16 + 4
-    )
+    assert bandwidth.moved(both, packing) == dense + 3 * dense // 2 + 2 * dense // 16 + 4
     assert all(bandwidth.moved(case, shapes[name]) > 0 for name, case in small.items())
 
 
