@@ -50,13 +50,17 @@ class Evaluator:
         """
         recipe = self._config.schedule.phases[phase_index].recipe
         params = self._bake(state.params, state.method, recipe) if recipe.weights else state.params
-        values = self._figures(params, state.method, Recipe.dense(), "")
+        values = self.dense(params, state.method)
         if sparse and not recipe.is_dense:
             values |= self._figures(state.params, state.method, recipe, "_sparse")
         if state.ema is not None:
             ema = self._bake(state.ema, state.method, recipe) if recipe.weights else state.ema
             values |= self._figures(ema, state.method, Recipe.dense(), "_ema")
         return values
+
+    def dense(self, params: dict, method: dict) -> dict[str, float]:
+        """The dense model's figures for these parameters, taken as they are."""
+        return self._figures(params, method, Recipe.dense(), "")
 
     def _figures(self, params: dict, method: dict, recipe: Recipe, suffix: str) -> dict[str, float]:
         losses = {name: self._loss(params, method, recipe, data) for name, _, data in self._parts}

@@ -70,14 +70,33 @@ def export(workdir: str, output: Path, dtype: str, *, ema: bool = False) -> str:
     Raises:
       ValueError: no such checkpoint, its tokenizer is gone, or ``output`` holds files already.
     """
+    check_output(output)
+    run = evaluate.restore(workdir, ema=ema)
+    write(run, run.dense_params(), output, dtype)
+    text = f"step {run.step}{', averaged weights,' if ema else ''} as ArceeForCausalLM, {dtype}, in {output}"
+    if not run.phase.recipe.is_dense:
+        baked = ", its thresholded weights baked into it" if run.phase.recipe.weights else ""
+        text += f". The checkpoint stands inside a sparse phase ({run.phase.label}): the exported model is dense{baked}"
+    return text
+
+
+def check_output(output: Path) -> None:
+    """Raise ValueError unless ``output`` is a new or an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; give --output a new one")
-    run = evaluate.restore(workdir, ema=ema)
+
+
+def write(run: evaluate.Restored, params: dict, output: Path, dtype: str) -> None:
+    """Writes the dense model with these parameters and the run's shape and tokenizer.
+
+    Raises:
+      ValueError: the run's tokenizer is gone, or ``output`` cannot be written.
+    """
     dataset = open_split(run.config, "train")
     try:
         write_folder(
             output,
-            run.dense_params(),
+            params,
             run.config.model,
             seq_len=run.config.train.seq_len,
             tokenizer=dataset.tokenizer,
@@ -86,11 +105,6 @@ def export(workdir: str, output: Path, dtype: str, *, ema: bool = False) -> str:
         )
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror}; give --output another folder") from error
-    text = f"step {run.step}{', averaged weights,' if ema else ''} as ArceeForCausalLM, {dtype}, in {output}"
-    if not run.phase.recipe.is_dense:
-        baked = ", its thresholded weights baked into it" if run.phase.recipe.weights else ""
-        text += f". The checkpoint stands inside a sparse phase ({run.phase.label}): the exported model is dense{baked}"
-    return text
 
 
 @program
