@@ -14,7 +14,7 @@ import pytest
 from tests.trainer import gin_bindings, run_config
 from train.config import CONFIG_ROOT, Data, LearningRate, Model, Optimizer, Phases, Train, load_config
 from train.report import plan
-from venom_jax import Recipe
+from venom_jax import LayerRecipes, Recipe
 
 CONFIGS = CONFIG_ROOT / "configs"
 FILES = sorted(CONFIGS.rglob("*.gin"))
@@ -96,6 +96,17 @@ def test_presets_take_options_through_their_scope():
     assert config.max_experts == 16
 
 
+def test_layers_may_have_recipes_of_their_own():
+    schedule = "Phases.schedule = [(0, 'dense'), (0.1, [(0, 'all24'), (0.5, 'upper')])]"
+    upper = ["upper/Recipe.preset = 'venom'", "upper/Recipe.top_k = 2", "upper/Recipe.shared = 1"]
+    config = load_config(["configs/size/tiny.gin"], [*DATA, schedule, *upper])
+    found = config.schedule.phases[1]
+    assert found.recipe == LayerRecipes(((0, Recipe.all24()), (2, Recipe.venom(4, 2, shared=1))))
+    assert found.label == "all24, upper E=4 k=2 from layer 2"
+    assert config.max_experts == 4
+    assert "all24, upper E=4 k=2 from layer 2, executes" in plan(config)
+
+
 def test_python_configs_ignore_gin():
     load_config(["configs/size/tiny.gin"], [*DATA, "Optimizer.b1 = 0.5"])
     assert Optimizer().b1 == 0.9
@@ -115,6 +126,14 @@ def test_python_configs_ignore_gin():
         ("Phases.schedule = [(0, @d/Recipe())]", "'d' is none of the presets"),
         ("Phases.schedule = [(0, 3)]", "has the entry (0, 3)"),
         ("Phases.schedule = []", "must be a list"),
+        ("Phases.schedule = [(0, [(0, 'dense'), (9, 'act24')])]", "between 0 and Model.layers=4"),
+        ("Phases.schedule = [(0, [(0, 'dense'), (4, 'act24')])]", "from layer 4 on, but the stack has 4 layers"),
+        ("Phases.schedule = [(0, [(1, 'dense')])]", "the layers [1]; they must start at 0"),
+        ("Phases.schedule = [(0, [('dense', 0)])]", "or a list of (first layer, one of these)"),
+        ("venom/Recipe.shared = 1", "shared = 1 must be a whole number from 0 to below top_k = 1"),
+        ("venom/Recipe.clustering = 'best'", "use one of 'kmeans', 'coactivation'"),
+        ("LearningRate.rewarm = -1", "LearningRate.rewarm=-1 must be at least 0"),
+        ("Phases.rescale = 1", "Phases.rescale=1 must be bool"),
         ("Model.layers = 2 * 3", "Model.layers = 2 * 3"),
         ("venom/Recipe.router = 'best'", "use one of 'cosine'"),
         ("Data.folder = @missing()", "missing"),

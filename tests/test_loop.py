@@ -4,14 +4,16 @@ import json
 import signal
 from dataclasses import replace
 
+import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.trainer import records, run_config, three_phases
+from tests.trainer import records, run_config, run_to_end, three_phases
 from train import loop
-from train.config import LearningRate
+from train.config import LearningRate, Phases
 from train.guard import BadStepError
 from train.metrics import cut_metrics, read_metrics
+from venom_jax import Recipe
 
 VENOM = "act24+w24 E=4 k=1"
 
@@ -89,6 +91,30 @@ def test_tensorboard_reads_the_same_numbers(finished):
     expected = {record["step"]: record["loss"] for record in records(finished, "train")}
     assert found == pytest.approx(expected)
     assert len(events.Scalars("eval/val_bits_per_byte_sparse")) == 1
+
+
+def test_layers_shared_experts_and_a_soft_landing_in_one_run(tmp_path):
+    """Layer 0 does not route, layer 1 has a shared expert; W2 shrinks and the learning rate rises as routing ends."""
+    upper = Recipe.venom(4, 2, shared=1, clustering="coactivation", balance_rate=0.01)
+    schedule = ((0, "dense"), (2, ((0, Recipe.act24()), (1, upper))), (4, "dense"))
+    config = run_config(steps=6, diagnosis_every=4, eval_every=6, checkpoint_every=6, sample_tokens=0)
+    rate = LearningRate(1e-2, warmup=1, rewarm=2)
+    assert run_to_end(replace(config, phases=Phases(schedule, rescale=True), learning_rate=rate), tmp_path) == 0
+    reports = [record["report"] for record in records(tmp_path, "phase")]
+    assert [report.get("clustered_experts") for report in reports] == [None, 4, None]
+    assert ["rescaled_w2" in report for report in reports] == [False, False, True]
+    assert reports[2]["baked_w1"] == 1
+    assert 0 < reports[2]["rescaled_w2"] < 1
+    train = records(tmp_path, "train")
+    assert [record.get("load_mean") for record in train] == [None] * 2 + [pytest.approx(1 / 3)] * 2 + [None] * 2
+    schedule = optax.warmup_cosine_decay_schedule(0, 1e-2, 1, 6, 5e-4)
+    assert [record["lr"] / schedule(step) for step, record in enumerate(train) if step] == pytest.approx(
+        [1, 0.5, 1, 0.5, 1]
+    )
+    (diagnosis,) = records(tmp_path, "diagnosis")
+    below, above = diagnosis["layers"]["kept_router"]
+    assert below == 1
+    assert above < 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.helpers import assert_close
 from tests.trainer import MODEL, build
 from train import model
-from venom_jax import Recipe
+from venom_jax import LayerRecipes, Recipe
 
 DENSE = Recipe.dense()
 
@@ -145,6 +146,32 @@ def test_statistics_have_one_structure_for_every_recipe(small, tokens):
         _, stats = jax.eval_shape(lambda r=recipe: model.assemble(graphdef, params, method)(tokens, recipe=r))
         assert stats.density.shape == (MODEL.layers,)
         assert stats.load.shape == (MODEL.layers, 4)
+
+
+def test_each_layer_runs_its_own_recipe(small, tokens):
+    """As the blocks one after the other; statistics in the order of the layers, operations the layers' mean."""
+    graphdef, params, method = small
+    lower, upper = Recipe.act24(), Recipe.venom(4, 1)
+    mixed = LayerRecipes(((0, lower), (1, upper)))
+
+    def by_hand(params, method):
+        built = model.assemble(graphdef, params, method)
+        graph, blocks = nnx.split(built.blocks)
+        x, stats = built.embedding[...][tokens], []
+        for layer, recipe in enumerate((lower, upper)):
+            block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], blocks))
+            x, (found, _) = block(x, recipe, None, None, None)
+            stats.append(found)
+        x = model.rms_norm(x, built.final_scale[...], MODEL.norm_epsilon)
+        return built.logits(x), jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
+
+    def found(params, method):
+        return model.assemble(graphdef, params, method)(tokens, recipe=mixed)
+
+    for one, other in zip(*(jax.tree.leaves(jax.jit(f)(params, method)) for f in (found, by_hand)), strict=True):
+        assert_close(one, other)
+    flops = [model.flops_per_token(MODEL, 16, recipe) for recipe in (lower, upper, mixed)]
+    assert flops[2] == pytest.approx((flops[0] + flops[1]) / 2)
 
 
 def test_flops_of_one_forward_agree_with_xla(tokens):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from train.config import LearningRate, Optimizer
-from train.optimizer import decay_mask, learning_rate, optimizer, updated_average
+from train.optimizer import decay_mask, learning_rate, optimizer, rewarmed, updated_average
 
 STEPS = 200
 
@@ -35,6 +35,16 @@ def test_wsd_warms_up_holds_and_decays():
     schedule = learning_rate(LearningRate(peak=1.0, kind="wsd", warmup=20, decay=50, final_fraction=0.2), STEPS)
     found = schedule(jnp.asarray([0, 10, 20, 100, 150, 175, 200]))
     np.testing.assert_allclose(found, [0, 0.5, 1, 1, 1, 0.6, 0.2], rtol=1e-6)
+
+
+def test_rewarming_rises_anew_after_each_switch():
+    base = learning_rate(LearningRate(peak=1e-3, warmup=10), STEPS)
+    schedule = rewarmed(base, (50, 53, 120), 5)
+    shares = {49: 1, 50: 0.2, 51: 0.4, 52: 0.6, 53: 0.2, 54: 0.4, 57: 1, 58: 1, 120: 0.2, 123: 0.8, 124: 1, 199: 1}
+    for step, share in shares.items():
+        np.testing.assert_allclose(schedule(step), share * base(step), rtol=1e-6)
+    assert rewarmed(base, (50,), 0) is base
+    assert rewarmed(base, (), 5) is base
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from flax import nnx
 
 from pallas_kernels.pack import reference as pack
 from tests.helpers import assert_close
-from venom_jax import Method, Recipe, SparseMLP, phases, stats
+from venom_jax import LayerRecipes, Method, Recipe, SparseMLP, phases, stats
 from venom_jax.threshold import optimal_scale
 
 DENSE, ALL24, VENOM = Recipe(), Recipe.all24(), Recipe.venom(4, 1)
@@ -216,3 +216,53 @@ def test_diagnosis_against_numpy():
     best = (a**2).reshape(128, 4, 16).sum(-1).argmax(1)
     own = np.repeat(best[:, None] == np.arange(4), 16, axis=1)
     np.testing.assert_allclose(routed["kept_oracle"], ((a * own) ** 4).sum() / (a**4).sum(), rtol=1e-4)
+
+
+def test_recipes_of_layers_are_each_layers_own_transition(model):
+    """Every leaf of a layer, in every tree, is what a transition of the whole stack to that layer's recipe gives."""
+    _, params, method = model
+    state = optax.adam(1e-2).init(params)
+    state = jax.tree.map(lambda leaf: leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), state)
+    mixed, later = LayerRecipes(((0, ALL24), (1, VENOM))), LayerRecipes(((0, DENSE), (1, Recipe.venom(2, 1))))
+
+    def run(first, second):
+        there = phases.transition(params, method, [state], DENSE, first, seed=3, averages=[params])
+        grown = jax.tree.map(lambda w: w * 1.5, there.params)
+        return there, phases.transition(grown, there.method, there.trees, first, second, seed=4, averages=[params])
+
+    found = run(mixed, later)
+    for layer, (first, second) in enumerate([(ALL24, DENSE), (VENOM, Recipe.venom(2, 1))]):
+        for out, expected in zip(found, run(first, second), strict=True):
+            pairs = zip(leaves(out[:4]).items(), leaves(expected[:4]).items(), strict=True)
+            for (path, value), (same, wanted) in pairs:
+                assert path == same
+                if value.ndim:
+                    np.testing.assert_array_equal(value[layer], wanted[layer], err_msg=str(path))
+    assert found[0].report["clustered_experts"] == 4
+    assert found[1].report["baked_w1"] == 1
+    assert found[1].report["clustered_experts"] == 2
+
+
+def test_recipes_of_layers_bake_and_balance_by_layer(model):
+    _, params, method = model
+    mixed = LayerRecipes(((0, Recipe(weights=("y1",))), (1, Recipe(experts=4, balance_rate=0.5))))
+    _, method, *_ = phases.transition(params, method, [], DENSE, mixed, seed=0)
+    baked, plain = (leaves(phases.bake(params, method, r))["tower", "w1"] for r in (mixed, Recipe(weights=("y1",))))
+    np.testing.assert_array_equal(baked[0], plain[0])
+    np.testing.assert_array_equal(baked[1], leaves(params)["tower", "w1"][1])
+    loads = jnp.array([[5.0, 1, 1, 1], [5.0, 1, 1, 1]])
+    bias = leaves(phases.update_bias(method, loads, mixed))["tower", "bias"]
+    np.testing.assert_array_equal(bias, [[0, 0, 0, 0], [-0.5, 0.5, 0.5, 0.5]])
+
+
+def test_recipes_of_layers_need_one_stack_and_layers_in_order(model):
+    _, params, method = model
+    one = LayerRecipes(((0, VENOM),))
+    one_params, one_method = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (params, method))
+    with pytest.raises(ValueError, match=r"one FFN with a leading axis of layers, found 1 with w1 \(16, 64\)"):
+        phases.transition(one_params, one_method, [], DENSE, one, seed=0)
+    with pytest.raises(ValueError, match="from layer 5 on, but the stack has 2 layers"):
+        phases.transition(params, method, [], DENSE, LayerRecipes(((0, DENSE), (5, VENOM))), seed=0)
+    for starts in ((), ((1, DENSE),), ((0, DENSE), (0, VENOM))):
+        with pytest.raises(ValueError, match="must start at 0 and increase"):
+            LayerRecipes(starts)

@@ -3,9 +3,10 @@
 import pytest
 
 from train.schedule import PhaseSchedule, label, resolve_step
-from venom_jax import Recipe
+from venom_jax import LayerRecipes, Recipe
 
 DENSE, VENOM = Recipe.dense(), Recipe.venom()
+UPPER = LayerRecipes(((0, Recipe.act24()), (4, VENOM)))
 
 
 def build(*entries, steps=1000):
@@ -62,7 +63,16 @@ def test_resolve_step_names_what_it_resolves():
         (None, Recipe(weights=("y1",)), "w24"),
         (None, Recipe(experts=2), "routed E=2 k=1"),
         ("act24", Recipe.act24(), "act24"),
+        ("act24/venom", UPPER, "act24, venom E=4 k=1 from layer 4"),
+        (None, UPPER, "act24, act24+w24 E=4 k=1 from layer 4"),
     ],
 )
 def test_label(name, recipe, expected):
     assert label(name, recipe) == expected
+
+
+def test_reroutings_are_where_experts_or_top_k_of_a_layer_change():
+    layers = LayerRecipes(((0, DENSE), (4, Recipe.act24())))
+    steps = [DENSE, layers, VENOM, Recipe.venom(weights=()), Recipe.venom(4, 2), UPPER, Recipe.act24(), DENSE]
+    schedule = build(*((10 * i, recipe) for i, recipe in enumerate(steps)))
+    assert schedule.reroutings == (20, 40, 50, 60)

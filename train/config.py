@@ -17,7 +17,7 @@ import gin
 
 import configs
 from train.schedule import PhaseSchedule, resolve_step
-from venom_jax import Recipe
+from venom_jax import LayerRecipes, Recipe, StackRecipe
 from venom_jax.dispatch import Implementation
 
 CONFIG_ROOT = Path(configs.__path__[0]).parent
@@ -169,9 +169,11 @@ class LearningRate:
     warmup: int | float = 100  # optimizer steps, or a fraction of Train.steps in (0, 1)
     final_fraction: float = 0.05
     decay: int | float = 0.2  # wsd: steps, or fraction of Train.steps, of the last decay
+    rewarm: int = 0  # steps of a linear rise from 0 after each change of experts or top_k; 0: none
 
     def __post_init__(self):
         _check_types(self)
+        _at_least(self, 0, "rewarm")
         if self.peak <= 0:
             raise ValueError(f"LearningRate.peak={self.peak} must be positive")
         if not 0 <= self.final_fraction <= 1:
@@ -188,6 +190,8 @@ def recipe(
     token_blocks: int | None = None,
     experts: int | None = None,
     top_k: int | None = None,
+    shared: int | None = None,
+    clustering: str | None = None,
     router: str | None = None,
     hidden: str | None = None,
     balance_rate: float | None = None,
@@ -222,30 +226,61 @@ class Phases:
     """What runs when: a list of (start, recipe).
 
     start: optimizer step as an int, or a fraction of Train.steps as a float in (0, 1).
-    recipe: a preset's name, the scope of ``scope/Recipe.*`` bindings, or a reference such as ``@late/Recipe()``.
+    recipe: a preset's name, the scope of ``scope/Recipe.*`` bindings, or a reference such as ``@late/Recipe()``; or a
+      list of (layer, one of these), where layer, the first that runs it, is a number or a fraction of Model.layers.
     """
 
     schedule: Any = ((0, "dense"),)
+    rescale: bool = False  # where a token computes more neurons from a phase on, scale W2 so that outputs change least
 
     def __post_init__(self):
+        _check_types(self)
         entries = self.schedule
         if not isinstance(entries, list | tuple) or not entries:
             raise ValueError(f"Phases.schedule={entries!r} must be a list of (start, recipe)")
         for entry in entries:
-            good = isinstance(entry, list | tuple) and len(entry) == 2
-            if not good or not _matches(entry[0], int | float) or not isinstance(entry[1], str | Recipe):
+            if not _is_pair(entry) or not (_is_one(entry[1]) or _are_layers(entry[1])):
                 raise ValueError(
                     f"Phases.schedule has the entry {entry!r}; it must be (start, recipe) with start a step or a "
-                    "fraction of Train.steps, and recipe a name or a reference such as @venom/Recipe()"
+                    "fraction of Train.steps, and recipe a name, a reference such as @venom/Recipe(), or a list of "
+                    "(first layer, one of these)"
                 )
 
-    def resolve(self, steps: int) -> PhaseSchedule:
+    @property
+    def names(self) -> set[str]:
+        """The scopes of the recipes that are named."""
+        recipes = [what for _, entry in self.schedule for _, what in ([(0, entry)] if _is_one(entry) else entry)]
+        return {what for what in recipes if isinstance(what, str)}
+
+    def resolve(self, steps: int, layers: int) -> PhaseSchedule:
         """Starts as steps, names as recipes; raises ValueError where they are out of order."""
-        entries = [
-            (start, what, named_recipe(what)) if isinstance(what, str) else (start, None, what)
-            for start, what in self.schedule
-        ]
+        entries: list[tuple[int | float, str | None, StackRecipe]] = []
+        for start, what in self.schedule:
+            if _is_one(what):
+                entries.append((start, what if isinstance(what, str) else None, _build(what)))
+                continue
+            first = [resolve_step(layer, layers, "a layer in Phases.schedule", of="Model.layers") for layer, _ in what]
+            recipe = LayerRecipes(tuple(zip(first, [_build(one) for _, one in what], strict=True)))
+            recipe.parts(layers)  # refuses a part beyond the last layer
+            named = all(isinstance(one, str) for _, one in what)
+            entries.append((start, "/".join(one for _, one in what) if named else None, recipe))
         return PhaseSchedule.build(entries, steps)
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and _matches(entry[0], int | float)
+
+
+def _is_one(what: Any) -> bool:
+    return isinstance(what, str | Recipe)
+
+
+def _are_layers(what: Any) -> bool:
+    return isinstance(what, list | tuple) and len(what) > 0 and all(_is_pair(p) and _is_one(p[1]) for p in what)
+
+
+def _build(what: str | Recipe) -> Recipe:
+    return named_recipe(what) if isinstance(what, str) else what
 
 
 @gin.register
@@ -331,7 +366,7 @@ class RunConfig:
     schedule: PhaseSchedule = field(init=False)
 
     def __post_init__(self):
-        schedule = self.phases.resolve(self.train.steps)
+        schedule = self.phases.resolve(self.train.steps, self.model.layers)
         for phase in schedule.phases:
             phase.recipe.check(self.model.d_model, self.model.d_ffn)
         object.__setattr__(self, "schedule", schedule)
@@ -405,7 +440,7 @@ MACROS = {"DENSE_UNTIL", "SPARSE_UNTIL"}  # configs/base.gin gives them to the r
 def _check_unused(config: RunConfig) -> None:
     """gin accepts any scope and any macro; a misspelt one would be ignored in silence."""
     schedule = config.phases.schedule
-    scopes = set(PRESETS) | {what for _, what in schedule if isinstance(what, str)}
+    scopes = set(PRESETS) | config.phases.names
     scopes |= set(re.findall(r"@([\w/]+)/Recipe\(\)", config.text))
     for scope in re.findall(r"^([\w/]+)/Recipe\.\w+ =", config.text, flags=re.MULTILINE):
         if scope not in scopes:

@@ -27,7 +27,7 @@ from train.schedule import Phase
 from train.state import TrainState, abstract_state
 from train.step import make_eval_step
 from train.workdir import local_path
-from venom_jax import Recipe, phases
+from venom_jax import Recipe, StackRecipe, phases
 
 CONFIG_FILE = "config.gin"  # in the workdir: the bindings of the run
 
@@ -62,7 +62,7 @@ class Evaluator:
         """The dense model's figures for these parameters, taken as they are."""
         return self._figures(params, method, Recipe.dense(), "")
 
-    def _figures(self, params: dict, method: dict, recipe: Recipe, suffix: str) -> dict[str, float]:
+    def _figures(self, params: dict, method: dict, recipe: StackRecipe, suffix: str) -> dict[str, float]:
         losses = {name: self._loss(params, method, recipe, data) for name, _, data in self._parts}
         loss = math.fsum(share * losses[name] for name, share, _ in self._parts)
         size = math.fsum(share * data.bytes_per_token for _, share, data in self._parts)
@@ -71,7 +71,7 @@ class Evaluator:
             values |= {f"val_loss{suffix}/{name}": one for name, one in losses.items()}
         return values
 
-    def _loss(self, params: dict, method: dict, recipe: Recipe, dataset: Windows) -> float:
+    def _loss(self, params: dict, method: dict, recipe: StackRecipe, dataset: Windows) -> float:
         train = self._config.train
         batches = eval_batches(
             dataset,

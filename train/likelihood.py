@@ -19,7 +19,7 @@ from train.config import RunConfig
 from train.documents import SUFFIXES, read_documents
 from train.model import assemble
 from train.tokenizer import Tokenizer
-from venom_jax import Recipe
+from venom_jax import StackRecipe
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its continuation
 SHORTENINGS = 4  # batches are as long as a training sequence, half, a quarter or an eighth of it
@@ -32,7 +32,7 @@ class Scorer:
     A batch has as many tokens as a microbatch of the training: short sequences, more rows.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, config: RunConfig, params: dict, method: dict, recipe: Recipe):
+    def __init__(self, graphdef: nnx.GraphDef, config: RunConfig, params: dict, method: dict, recipe: StackRecipe):
         train = config.train
         self.max_length = train.seq_len
         self._tokens = train.batch_size // train.accumulation * train.seq_len
@@ -85,7 +85,7 @@ def _make_score(graphdef: nnx.GraphDef, config: RunConfig):
 
     @partial(jax.jit, static_argnames="recipe")
     def score(
-        params: dict, method: dict, tokens: Int[Array, "B S+1"], *, recipe: Recipe
+        params: dict, method: dict, tokens: Int[Array, "B S+1"], *, recipe: StackRecipe
     ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
         decoder = assemble(graphdef, params, method)
         # A fixed key: the score must not depend on when it is asked for, also with the random router.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from train import checkpoint, evaluate, model
@@ -27,9 +28,9 @@ from train.run_info import read_starts, record_start
 from train.run_report import write_report
 from train.sources import Dataset, identity, open_data, verify
 from train.state import TrainState, abstract_state, first_average, initial_state, place
-from train.step import make_diagnosis, make_train_step
+from train.step import make_diagnosis, make_ffn_inputs, make_train_step
 from train.workdir import WorkdirLock, claim_workdir, set_aside_damaged
-from venom_jax import Recipe, phases
+from venom_jax import Recipe, StackRecipe, calibrate, phases
 from venom_jax.dispatch import resolve_implementation
 
 
@@ -194,13 +195,16 @@ def switch_phase(state: TrainState, config: RunConfig, index: int) -> tuple[Trai
     return enter_phase(state, config, config.schedule.phases[int(state.phase)].recipe, index)
 
 
-def enter_phase(state: TrainState, config: RunConfig, old: Recipe, index: int) -> tuple[TrainState, dict[str, float]]:
+def enter_phase(
+    state: TrainState, config: RunConfig, old: StackRecipe, index: int
+) -> tuple[TrainState, dict[str, float]]:
     """The state at the start of phase ``index``: clustered, scaled or baked as the change from ``old`` needs."""
     new = config.schedule.phases[index].recipe
     averages = [] if state.ema is None else [state.ema]
-    out = phases.transition(
-        state.params, state.method, [state.opt_state], old, new, seed=config.train.seed, averages=averages
-    )
+    options: dict[str, Any] = {"seed": config.train.seed, "rescale": config.phases.rescale}
+    if calibrate.needs_inputs(old, new, config.model.layers, rescale=config.phases.rescale):
+        options["inputs"] = {("blocks", "ffn"): sample_ffn_inputs(state, config, old)}
+    out = phases.transition(state.params, state.method, [state.opt_state], old, new, averages=averages, **options)
     changed = replace(
         state,
         params=out.params,
@@ -210,6 +214,16 @@ def enter_phase(state: TrainState, config: RunConfig, old: Recipe, index: int) -
         ema=out.averages[0] if averages else None,
     )
     return place(changed), out.report
+
+
+def sample_ffn_inputs(state: TrainState, config: RunConfig, recipe: StackRecipe) -> jax.Array:
+    """What every FFN reads [L, T, D] in one microbatch of windows spread evenly over the data, the same each time."""
+    train, dataset = config.train, open_data(config)[0]
+    rows = train.batch_size // train.accumulation
+    last = dataset.num_windows(train.seq_len) - 1
+    tokens = dataset.windows(np.linspace(0, last, rows).astype(np.int64), train.seq_len)
+    ffn_inputs = make_ffn_inputs(model.structure(config.model, config.max_experts), config)
+    return ffn_inputs(state.params, state.method, tokens, recipe=recipe)
 
 
 def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) -> None:

@@ -6,6 +6,8 @@ h head size, V vocabulary, E experts.  The layers are stacked (every parameter h
 """
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from train.config import Model
 from train.cross_entropy import head_logits
-from venom_jax import FFNStats, Method, PackedWeights, Recipe, SparseMLP
+from venom_jax import FFNStats, Method, PackedWeights, Recipe, SparseMLP, StackRecipe
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import pack_weights
 from venom_jax.packed_ffn import FFN_RESIDUALS
@@ -189,7 +191,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B S"],
         *,
-        recipe: Recipe,
+        recipe: StackRecipe,
         dtype: Any = jnp.float32,
         key: PRNGKeyArray | None = None,
         packed: PackedWeights | None = None,
@@ -206,17 +208,22 @@ class Decoder(nnx.Module):
         start = self.config.document_start
         documents = None if start is None else find_documents(tokens, start)
 
-        def layer(x, scanned):
+        def layer(recipe, x, scanned):
             state, layer_key, layer_packed = scanned
             block = nnx.merge(graphdef, state)
             x, (stats, ffn_input) = block(x, recipe, layer_key, layer_packed, implementation, documents)
             return x, (stats, ffn_input if keep_ffn_inputs else None)
 
-        if remat != "none":
-            # Inside a scan the loop already keeps XLA from undoing the recomputation.
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
         x = self.embedding[...].astype(dtype)[tokens]
-        x, (stats, ffn_inputs) = jax.lax.scan(layer, x, (stacked, keys, packed))
+        found = []
+        for first, end, part in recipe.parts(self.config.layers):
+            run = partial(layer, part)
+            if remat != "none":
+                # Inside a scan the loop already keeps XLA from undoing the recomputation.
+                run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            x, reported = jax.lax.scan(run, x, take_layers((stacked, keys, packed), first, end))
+            found.append(reported)
+        stats, ffn_inputs = join_layers(found)
         return rms_norm(x, self.final_scale[...], self.config.norm_epsilon), stats, ffn_inputs
 
     def head_weight(self) -> Float[Array, "D V"]:
@@ -228,11 +235,21 @@ class Decoder(nnx.Module):
         return head_logits(hidden, self.head_weight())
 
     def __call__(
-        self, tokens: Int[Array, "B S"], *, recipe: Recipe, **options: Any
+        self, tokens: Int[Array, "B S"], *, recipe: StackRecipe, **options: Any
     ) -> tuple[Float[Array, "B S V"], FFNStats]:
         """Logits and the statistics of every layer; options as in ``hidden``."""
         hidden, stats, _ = self.hidden(tokens, recipe=recipe, **options)
         return self.logits(hidden), stats
+
+
+def take_layers(tree: Any, first: int, end: int) -> Any:
+    """The layers [first, end) of stacked arrays."""
+    return jax.tree.map(lambda leaf: leaf if (first, end) == (0, leaf.shape[0]) else leaf[first:end], tree)
+
+
+def join_layers(parts: Sequence[Any]) -> Any:
+    """Parts of stacked arrays as one stack."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def initial(config: Model, max_experts: int, key: PRNGKeyArray) -> tuple[dict, dict]:
@@ -253,7 +270,7 @@ def assemble(graphdef: nnx.GraphDef, params: dict, method: dict) -> Decoder:
     return nnx.merge(graphdef, nnx.State(params), nnx.State(method))
 
 
-def pack_ffns(params: dict, method: dict, recipe: Recipe, dtype: Any) -> PackedWeights | None:
+def pack_ffns(params: dict, method: dict, recipe: StackRecipe, dtype: Any) -> PackedWeights | None:
     """Both weights of every FFN thresholded and packed, with a leading L; None where ``recipe`` reads no packed weight.
 
     For several calls with the same weights: the microbatches of an optimizer step.  No gradient passes through.
@@ -274,7 +291,7 @@ def parameter_count(config: Model) -> int:
     return embeddings + config.layers * layer + config.d_model
 
 
-def flops_per_token(config: Model, seq_len: int, recipe: Recipe) -> float:
+def flops_per_token(config: Model, seq_len: int, recipe: StackRecipe) -> float:
     """Floating-point operations of one token's forward and backward pass, a multiply-add counted as 2.
 
     3 * 2 * (D V + L (D (H + 2K) h + D^2 + S D)) for the head, the projections and causal attention (each query
@@ -284,9 +301,11 @@ def flops_per_token(config: Model, seq_len: int, recipe: Recipe) -> float:
     """
     width = (config.heads + 2 * config.key_value_heads) * config.head_dim
     layer = config.d_model * (width + config.d_model + seq_len)
-    products = sum(_executed_products(recipe).values())
+    products = sum(
+        (end - first) * sum(_executed_products(part).values()) for first, end, part in recipe.parts(config.layers)
+    )
     return 6 * (config.d_model * config.vocab_size + config.layers * layer) + (
-        config.layers * 2 * config.d_model * config.d_ffn * products
+        2 * config.d_model * config.d_ffn * products
     )
 
 

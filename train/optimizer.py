@@ -1,5 +1,6 @@
 """AdamW with clipping, the two schedules of the learning rate, and the moving average of the parameters."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -71,9 +72,22 @@ def optimizer(config: Optimizer, schedule: optax.Schedule) -> optax.GradientTran
     return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
 
+def rewarmed(schedule: optax.Schedule, starts: Sequence[int], steps: int) -> optax.Schedule:
+    """The schedule with a linear rise from 0 to its own value over so many steps from each of the starts on."""
+    if not steps or not starts:
+        return schedule
+
+    def rising(count):
+        since = jnp.stack([jnp.where(count >= start, count - start, steps) for start in starts]).min(axis=0)
+        return schedule(count) * jnp.minimum(1.0, (since + 1) / steps)
+
+    return rising
+
+
 def for_run(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a run, and its learning rate."""
     schedule = learning_rate(config.learning_rate, config.train.steps)
+    schedule = rewarmed(schedule, config.schedule.reroutings, config.learning_rate.rewarm)
     return optimizer(config.optimizer, schedule), schedule
 
 

@@ -12,7 +12,7 @@ from train.config import RunConfig
 from train.evaluate import describe
 from train.guard import Watch
 from train.metrics import MetricsWriter, Progress, peak_flops, peak_memory, read_metrics
-from venom_jax import Recipe
+from venom_jax import Recipe, StackRecipe
 
 
 class Throughput:
@@ -148,7 +148,7 @@ def plan(config: RunConfig) -> str:
     train = config.train
     tokens = train.batch_size * train.seq_len
 
-    def flops(recipe: Recipe) -> float:
+    def flops(recipe: StackRecipe) -> float:
         return model.flops_per_token(config.model, train.seq_len, recipe)
 
     dense_flops = flops(Recipe.dense())

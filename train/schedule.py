@@ -4,22 +4,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from venom_jax import Recipe
+from venom_jax import LayerRecipes, StackRecipe
 
 
-def resolve_step(value: int | float, steps: int, name: str) -> int:
-    """A step as given, or a fraction in (0, 1) of ``steps`` rounded to the nearest step."""
+def resolve_step(value: int | float, steps: int, name: str, *, of: str = "Train.steps") -> int:
+    """A step as given, or a fraction in (0, 1) of ``steps`` rounded to the nearest step.
+
+    of: what ``steps`` is, for the message.
+    """
     if isinstance(value, float):
         if not 0 < value < 1:
-            raise ValueError(f"{name}={value!r} as a float is a fraction of the steps and must lie in (0, 1)")
+            raise ValueError(f"{name}={value!r} as a float is a fraction of {of} and must lie in (0, 1)")
         return round(value * steps)
     if not 0 <= value <= steps:
-        raise ValueError(f"{name}={value} must lie between 0 and Train.steps={steps}")
+        raise ValueError(f"{name}={value} must lie between 0 and {of}={steps}")
     return value
 
 
-def label(name: str | None, recipe: Recipe) -> str:
-    """Short name of a phase for logs and plots, such as ``venom E=4 k=1``."""
+def label(name: str | None, recipe: StackRecipe) -> str:
+    """Short name of a phase for logs and plots, such as ``venom E=4 k=1``; with the layer where each part starts."""
+    if isinstance(recipe, LayerRecipes):
+        names = name.split("/") if name else [None] * len(recipe.starts)
+        parts = [(first, label(own, part)) for own, (first, part) in zip(names, recipe.starts, strict=True)]
+        return ", ".join(f"{what} from layer {first}" if first else what for first, what in parts)
     if name is None:
         if recipe.is_dense:
             return "dense"
@@ -33,7 +40,7 @@ def label(name: str | None, recipe: Recipe) -> str:
 class Phase:
     start: int  # optimizer steps completed when it begins
     label: str
-    recipe: Recipe
+    recipe: StackRecipe
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class PhaseSchedule:
     phases: tuple[Phase, ...]
 
     @classmethod
-    def build(cls, entries: Sequence[tuple[int | float, str | None, Recipe]], steps: int) -> "PhaseSchedule":
+    def build(cls, entries: Sequence[tuple[int | float, str | None, StackRecipe]], steps: int) -> "PhaseSchedule":
         """Entries are (start, name or None, recipe); a start may be a fraction of ``steps``."""
         phases = tuple(
             Phase(resolve_step(start, steps, "a start in Phases.schedule"), label(name, recipe), recipe)
@@ -61,13 +68,20 @@ class PhaseSchedule:
         return cls(phases)
 
     @property
-    def recipes(self) -> tuple[Recipe, ...]:
+    def recipes(self) -> tuple[StackRecipe, ...]:
         return tuple(dict.fromkeys(phase.recipe for phase in self.phases))
 
     @property
     def branches(self) -> tuple[int, ...]:
         """Index into ``recipes`` of each phase."""
         return tuple(self.recipes.index(phase.recipe) for phase in self.phases)
+
+    @property
+    def reroutings(self) -> tuple[int, ...]:
+        """Steps at which experts or top_k of any layer change."""
+        return tuple(
+            after.start for before, after in pairwise(self.phases) if _routing(before.recipe) != _routing(after.recipe)
+        )
 
     def index_at(self, step: int) -> int:
         """Index of the phase that the optimizer step number ``step`` (from 0) belongs to."""
@@ -76,3 +90,10 @@ class PhaseSchedule:
     def is_dense_from(self, index: int) -> bool:
         """Whether no phase from ``index`` on is sparse."""
         return all(phase.recipe.is_dense for phase in self.phases[index:])
+
+
+def _routing(recipe: StackRecipe) -> list[tuple[int, int, int]]:
+    """(first layer, experts, top_k) of each part that differs in them from the one before."""
+    starts = recipe.starts if isinstance(recipe, LayerRecipes) else ((0, recipe),)
+    parts = [(first, part.experts, part.top_k) for first, part in starts]
+    return parts[:1] + [after for before, after in pairwise(parts) if after[1:] != before[1:]]

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from train.config import RunConfig
 from train.cross_entropy import weighted_cross_entropy
 from train.guard import counts, keep_if
-from train.model import Decoder, assemble, pack_ffns
+from train.model import Decoder, assemble, join_layers, pack_ffns, take_layers
 from train.optimizer import for_run, updated_average
 from train.state import TrainState
-from venom_jax import FFNStats, PackedWeights, Recipe, phases
+from venom_jax import FFNStats, PackedWeights, StackRecipe, calibrate, phases
 from venom_jax.stats import WeightMasks, diagnose
 
 Metrics = dict[str, Array]
@@ -27,7 +27,7 @@ def hidden_states(
     model: Decoder,
     tokens: Int[Array, "B S+1"],
     *,
-    recipe: Recipe,
+    recipe: StackRecipe,
     key: PRNGKeyArray | None,
     config: RunConfig,
     packed: PackedWeights | None = None,
@@ -52,7 +52,7 @@ def token_losses(
     method: dict,
     tokens: Int[Array, "B S+1"],
     *,
-    recipe: Recipe,
+    recipe: StackRecipe,
     key: PRNGKeyArray | None,
     config: RunConfig,
 ) -> tuple[Float[Array, "B S"], FFNStats]:
@@ -93,7 +93,7 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, value, stats.density.mean(), stats.load
 
-    def gradients(params, method, tokens, key, *, recipe: Recipe):
+    def gradients(params, method, tokens, key, *, recipe: StackRecipe):
         count = config.train.accumulation
         packed = pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype))
         if count == 1:
@@ -114,10 +114,22 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
     return gradients
 
 
-def _load_metrics(load: Float[Array, "L E"], recipe: Recipe, tokens: Int[Array, "B S+1"]) -> Metrics:
-    """Share of the tokens that each layer's experts got: the largest, the mean, the smallest."""
-    share = load[:, : recipe.experts] / (tokens.shape[0] * (tokens.shape[1] - 1))
-    return {"load_max": share.max(), "load_mean": share.mean(), "load_min": share.min()}
+def _load_metrics(load: Float[Array, "L E"], recipe: StackRecipe, tokens: Int[Array, "B S+1"]) -> Metrics:
+    """Share of the tokens that each routed layer's experts got, but for the shared ones: largest, mean, smallest.
+
+    Where layers differ in their number of experts, the largest and the smallest are relative to their layers' means.
+    """
+    shares = load / (tokens.shape[0] * (tokens.shape[1] - 1))
+    parts = [p for p in recipe.parts(load.shape[0]) if p[2].routed or not recipe.routed]
+    found = [shares[first:end, part.shared : part.experts] for first, end, part in parts]
+    means = [share.mean() for share in found]
+    mean = jnp.stack(means).mean()
+    scales = [1.0 if len(means) == 1 else mean / own for own in means]
+    return {
+        "load_max": jnp.stack([share.max() * scale for share, scale in zip(found, scales, strict=True)]).max(),
+        "load_mean": mean,
+        "load_min": jnp.stack([share.min() * scale for share, scale in zip(found, scales, strict=True)]).min(),
+    }
 
 
 def take_branch(index: Int[Array, ""], branches: Sequence[Callable], *operands: Any) -> Any:
@@ -143,7 +155,7 @@ def make_train_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable[..., 
     recipes = config.schedule.recipes
     branches = [partial(gradients, recipe=recipe) for recipe in recipes]
 
-    def update_bias(recipe: Recipe, method, load):
+    def update_bias(recipe: StackRecipe, method, load):
         return phases.update_bias(method, load, recipe)
 
     @partial(jax.jit, donate_argnums=0)
@@ -179,12 +191,40 @@ def make_eval_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
     """eval_step(params, method, tokens, weight, recipe=...) -> (summed loss in nats, number of tokens), jitted."""
 
     @partial(jax.jit, static_argnames="recipe")
-    def eval_step(params, method, tokens: Int[Array, "B S+1"], weight: Float[Array, " B"], *, recipe: Recipe):
+    def eval_step(params, method, tokens: Int[Array, "B S+1"], weight: Float[Array, " B"], *, recipe: StackRecipe):
         # A fixed key: evaluating must not depend on when it happens, also with the random router.
         losses, _ = token_losses(graphdef, params, method, tokens, recipe=recipe, key=jax.random.key(0), config=config)
         return (losses * weight[:, None]).sum(), weight.sum() * losses.shape[1]
 
     return eval_step
+
+
+def make_ffn_inputs(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
+    """ffn_inputs(params, method, tokens, recipe=...) -> what every FFN reads [L, T, D], of few tokens, jitted."""
+
+    @partial(jax.jit, static_argnames="recipe")
+    def ffn_inputs(params, method, tokens: Int[Array, "B S+1"], *, recipe: StackRecipe) -> Float[Array, "L T D"]:
+        inputs = _all_ffn_inputs(assemble(graphdef, params, method), tokens, recipe, config)
+        inputs = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+        return inputs[:, :: -(-inputs.shape[1] // calibrate.MAX_TOKENS)]
+
+    return ffn_inputs
+
+
+def _all_ffn_inputs(
+    model: Decoder, tokens: Int[Array, "B S+1"], recipe: StackRecipe, config: RunConfig
+) -> Float[Array, "L B S D"]:
+    train = config.train
+    _, _, ffn_inputs = model.hidden(
+        tokens[:, :-1],
+        recipe=recipe,
+        dtype=jnp.dtype(train.dtype),
+        key=jax.random.key(0),
+        implementation=train.implementation,
+        keep_ffn_inputs=True,
+    )
+    assert ffn_inputs is not None
+    return ffn_inputs
 
 
 def make_diagnosis(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
@@ -194,22 +234,16 @@ def make_diagnosis(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
     """
 
     @partial(jax.jit, static_argnames="recipe")
-    def diagnosis(params, method, tokens: Int[Array, "B S+1"], masks: WeightMasks | None, *, recipe: Recipe):
-        train = config.train
-        _, _, ffn_inputs = assemble(graphdef, params, method).hidden(
-            tokens[:, :-1],
-            recipe=recipe,
-            dtype=jnp.dtype(train.dtype),
-            key=jax.random.key(0),
-            implementation=train.implementation,
-            keep_ffn_inputs=True,
-        )
+    def diagnosis(params, method, tokens: Int[Array, "B S+1"], masks: WeightMasks | None, *, recipe: StackRecipe):
+        ffn_inputs = _all_ffn_inputs(assemble(graphdef, params, method), tokens, recipe, config)
         ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
 
-        def layer(scanned):
+        def layer(recipe, scanned):
             x, w1, w2, beta, bias, previous = scanned
             return diagnose(x.reshape(-1, x.shape[-1]), w1, w2, beta, bias, recipe, previous)
 
-        return jax.lax.map(layer, (ffn_inputs, ffn["w1"], ffn["w2"], state["beta"], state["bias"], masks))
+        stacked = (ffn_inputs, ffn["w1"], ffn["w2"], state["beta"], state["bias"], masks)
+        parts = recipe.parts(config.model.layers)
+        return join_layers([jax.lax.map(partial(layer, part), take_layers(stacked, a, b)) for a, b, part in parts])
 
     return diagnosis

@@ -12,7 +12,7 @@ from train.config import RunConfig
 from train.metrics import read_metrics
 from train.report import summary
 from train.run_info import read_starts
-from venom_jax import Recipe
+from venom_jax import Recipe, StackRecipe
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -136,7 +136,7 @@ def operations(config: RunConfig) -> float:
     """Floating-point operations of the whole run over those of the same steps dense."""
     train = config.train
 
-    def flops(recipe: Recipe) -> float:
+    def flops(recipe: StackRecipe) -> float:
         return model.flops_per_token(config.model, train.seq_len, recipe)
 
     phases = config.schedule.phases

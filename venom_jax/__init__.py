@@ -19,8 +19,10 @@ from venom_jax.formats import VNM as VNM
 from venom_jax.formats import Sparse24 as Sparse24
 from venom_jax.mlp import Method as Method
 from venom_jax.mlp import SparseMLP as SparseMLP
+from venom_jax.pattern import LayerRecipes as LayerRecipes
 from venom_jax.pattern import Pattern as Pattern
 from venom_jax.pattern import Recipe as Recipe
+from venom_jax.pattern import StackRecipe as StackRecipe
 from venom_jax.permutation import group_tokens as group_tokens
 from venom_jax.stats import FFNStats as FFNStats
 from venom_jax.vnm import VNMLinear as VNMLinear

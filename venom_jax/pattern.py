@@ -1,6 +1,7 @@
 """Plain data that says what is sparse: the V:N:M pattern, and the recipe of one phase of training."""
 
 import dataclasses
+import itertools
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,7 @@ WeightGemm = Literal["y1", "y3", "dy2", "dx"]
 WEIGHT_GEMMS: tuple[WeightGemm, ...] = get_args(WeightGemm)
 WeightGradient = Literal["dense", "24", "split95"]
 TokenOrder = Literal["interleaved", "natural"]
+Clustering = Literal["kmeans", "coactivation"]
 Router = Literal["cosine", "dot", "oracle", "random"]
 Hidden = Literal["routed", "full"]
 ThresholdGradient = Literal["ste", "ste_scaled", "exact"]
@@ -59,6 +61,10 @@ class Recipe:
        `token_blocks`: form groups and fours inside this many equal blocks of the batch, so that results do not
        depend on how many devices share it.
     V  `experts`, `top_k`: a token computes only the neurons of its top_k experts; experts = 1 turns routing off.
+       `clustering`: which neurons make an expert: those whose columns of W1 point the same way ("kmeans"), or
+       those that fire for the same tokens ("coactivation"). `shared`: of the top_k experts so many are the first
+       ones for every token; they hold the neurons with the largest energy. Both need a sample of the inputs when
+       the phase begins, see `venom_jax.phases.transition`.
        `router`: the score, see `venom_jax.router`. `hidden`: compute y1 and dy2 for routed neurons only
        ("routed") or for all ("full", then mask). `balance_rate`: step of the load-balancing bias, 0 is off.
        `v`: rows a group is padded to.
@@ -76,6 +82,8 @@ class Recipe:
     token_blocks: int = 1
     experts: int = 1
     top_k: int = 1
+    shared: int = 0
+    clustering: Clustering = "kmeans"
     router: Router = "cosine"
     hidden: Hidden = "routed"
     balance_rate: float = 0.0
@@ -88,6 +96,7 @@ class Recipe:
         _check_choice("threshold_grad", self.threshold_grad, ThresholdGradient)
         _check_choice("wgrad", self.wgrad, WeightGradient)
         _check_choice("token_order", self.token_order, TokenOrder)
+        _check_choice("clustering", self.clustering, Clustering)
         _check_choice("router", self.router, Router)
         _check_choice("hidden", self.hidden, Hidden)
         if not isinstance(self.activations, bool):
@@ -100,6 +109,10 @@ class Recipe:
             raise ValueError(f"Recipe.balance_rate = {self.balance_rate!r}: use a finite number >= 0.")
         if self.top_k > self.experts:
             raise ValueError(f"Recipe.top_k = {self.top_k} exceeds experts = {self.experts}; lower top_k.")
+        if not isinstance(self.shared, int) or isinstance(self.shared, bool) or not 0 <= self.shared < self.top_k:
+            raise ValueError(
+                f"Recipe.shared = {self.shared!r} must be a whole number from 0 to below top_k = {self.top_k}."
+            )
         if self.v % 64:
             raise ValueError(f"Recipe.v = {self.v}: the tensor core works on 64 rows; use a multiple of 64.")
         if self.router == "oracle" and self.hidden != "full":
@@ -159,6 +172,71 @@ class Recipe:
             raise ValueError(f"d_ffn = {d_ffn} is no multiple of 4, the size of a 2:4 group; round it up.")
         if ("y1" in self.weights or "dy2" in self.weights) and d_model % 4:
             raise ValueError(f"d_model = {d_model} is no multiple of 4, the size of a 2:4 group; round it up.")
+
+    def parts(self, layers: int) -> list[tuple[int, int, "Recipe"]]:
+        """(0, layers, self): one recipe for every layer of a stack; see `LayerRecipes`."""
+        return [(0, layers, self)]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecipes:
+    """Recipes for the layers of one stack: `starts` holds (first layer, recipe), and each goes on to the next's first.
+
+    Where a whole stack is asked for its recipe, this may stand for it: `venom_jax.phases`, and the trainer.
+
+    Example:
+      >>> mixed = LayerRecipes(((0, Recipe.all24()), (4, Recipe.venom(4, 1))))
+      >>> [(first, end, part.experts) for first, end, part in mixed.parts(6)]
+      [(0, 4, 1), (4, 6, 4)]
+    """
+
+    starts: tuple[tuple[int, Recipe], ...]
+
+    def __post_init__(self):
+        firsts = [first for first, _ in self.starts]
+        if not firsts or firsts[0] != 0 or any(b <= a for a, b in itertools.pairwise(firsts)):
+            raise ValueError(f"LayerRecipes.starts has the layers {firsts}; they must start at 0 and increase.")
+
+    def parts(self, layers: int) -> list[tuple[int, int, Recipe]]:
+        """(first, end, recipe) of each part of a stack of so many layers.
+
+        Raises:
+          ValueError: a part starts beyond the last layer.
+        """
+        firsts = [first for first, _ in self.starts]
+        if firsts[-1] >= layers:
+            raise ValueError(f"LayerRecipes has a part from layer {firsts[-1]} on, but the stack has {layers} layers.")
+        return [(first, end, part) for (first, part), end in zip(self.starts, [*firsts[1:], layers], strict=True)]
+
+    @property
+    def experts(self) -> int:
+        """The most of any layer."""
+        return max(part.experts for _, part in self.starts)
+
+    @property
+    def routed(self) -> bool:
+        """Whether any layer routes."""
+        return any(part.routed for _, part in self.starts)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is sparse in any layer."""
+        return all(part.is_dense for _, part in self.starts)
+
+    @property
+    def weights(self) -> tuple[WeightGemm, ...]:
+        """The products that read a 2:4 weight in any layer."""
+        used = {gemm for _, part in self.starts for gemm in part.weights}
+        return tuple(gemm for gemm in WEIGHT_GEMMS if gemm in used)
+
+    def check(self, d_model: int, d_ffn: int) -> None:
+        """Raise ValueError where an FFN of these sizes cannot run one of the recipes."""
+        for _, part in self.starts:
+            part.check(d_model, d_ffn)
+
+
+StackRecipe = Recipe | LayerRecipes
+"""What runs in a stack of layers: one recipe for all, or one for each part."""
 
 
 def _position_of_gemm(name: str) -> int:

@@ -130,7 +130,7 @@ def route(
     axis: str | None = None,
     implementation: Implementation | None = None,
 ) -> Int[Array, "T k"]:
-    """The top-k experts of each token in ascending order; ties go to the lower expert.
+    """The top-k experts of each token in ascending order, shared ones always; ties go to the lower expert.
 
     Args:
       bias: balance bias, added to the scores for this choice only; longer arrays are cut to E.
@@ -145,6 +145,8 @@ def route(
     Source: arXiv 2602.06183, algorithm 3; bias: auxiliary-loss-free balancing, arXiv 2408.15664.
     """
     bias = None if bias is None else jax.lax.stop_gradient(bias[: recipe.experts])
+    if recipe.shared:
+        bias = (jnp.zeros(recipe.experts) if bias is None else bias).at[: recipe.shared].set(jnp.inf)
     if recipe.router in ("cosine", "dot"):
         x, cosine = jax.lax.stop_gradient(x), recipe.router == "cosine"
         return permute.choose_experts(
@@ -168,7 +170,8 @@ def load(routed: Int[Array, "T k"], max_experts: int) -> Float[Array, "E_max"]:
 def updated_bias(
     bias: Float[Array, "*L E_max"], loads: Float[Array, "*L E_max"], recipe: Recipe
 ) -> Float[Array, "*L E_max"]:
-    """b_e + balance_rate * sign(mean load - load_e), for the recipe's experts; once per optimizer step."""
-    used = jnp.arange(bias.shape[-1]) < recipe.experts
-    mean = jnp.sum(jnp.where(used, loads, 0), axis=-1, keepdims=True) / recipe.experts
+    """b_e + balance_rate * sign(mean load - load_e), for the experts there is a choice of; once per optimizer step."""
+    index = jnp.arange(bias.shape[-1])
+    used = (index >= recipe.shared) & (index < recipe.experts)
+    mean = jnp.sum(jnp.where(used, loads, 0), axis=-1, keepdims=True) / (recipe.experts - recipe.shared)
     return bias + jnp.where(used, recipe.balance_rate * jnp.sign(mean - loads), 0)

@@ -78,7 +78,8 @@ def diagnose(
     route = jnp.zeros((x.shape[0], 1), jnp.int32)
     if recipe.routed:
         route = router.route(x, w1, recipe, bias=bias)
-        best = jax.lax.top_k(jnp.square(a).reshape(x.shape[0], recipe.experts, -1).sum(-1), recipe.top_k)[1]
+        wanted = jnp.square(a).reshape(x.shape[0], recipe.experts, -1).sum(-1)
+        best = jax.lax.top_k(wanted.at[:, : recipe.shared].set(jnp.inf), recipe.top_k)[1]
         routed, oracle = (_only(a, chosen, recipe.experts) for chosen in (route, best))
     result["kept_router"] = _ratio(_energy(routed), total)
     result["kept_oracle"] = _ratio(_energy(oracle), total)

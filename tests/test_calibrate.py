@@ -1,0 +1,129 @@
+"""What a transition takes from a sample of inputs: experts by co-activation, shared experts, the scale of W2."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import assert_close
+from venom_jax import LayerRecipes, Recipe, calibrate, phases, router, sparse_ffn, stats
+
+DENSE = Recipe()
+SHARED = Recipe(experts=4, top_k=2, shared=1)
+
+
+def arrays(experts=4, features=8, neurons=32, tokens=40):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (tokens, features))
+    w1 = jax.random.normal(keys[1], (features, neurons))
+    w2 = jax.random.normal(keys[2], (neurons, features))
+    return x, w1, w2
+
+
+def stack(w1, w2, experts=4):
+    """One layer as a model of one stacked FFN: (params, method)."""
+    method = {"beta": jnp.ones((1, 4)), "bias": jnp.zeros((1, experts)), "permutation": jnp.arange(w1.shape[1])[None]}
+    return {"ffn": {"w1": w1[None], "w2": w2[None]}}, {"ffn": method}
+
+
+def test_neurons_that_fire_for_the_same_tokens_share_an_expert():
+    """All columns of W1 are orthogonal, so that their directions say nothing."""
+    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 4))
+    w1 = np.eye(16, dtype=np.float32)
+    x = np.eye(4, dtype=np.float32)[np.arange(40) % 4][:, groups]  # token t fires group t % 4
+    order = calibrate.neuron_order(w1, Recipe(experts=4, clustering="coactivation"), seed=0, x=x)
+    assert sorted(order) == list(range(16))
+    assert all(len(set(groups[order[i : i + 4]])) == 1 for i in range(0, 16, 4))
+
+
+@pytest.mark.parametrize("clustering", ["kmeans", "coactivation"])
+def test_the_shared_expert_holds_the_loudest_neurons(clustering):
+    x, w1, _ = (np.asarray(t) for t in arrays())
+    recipe = Recipe(experts=4, top_k=3, shared=2, clustering=clustering)
+    order = calibrate.neuron_order(w1, recipe, seed=0, x=x)
+    energy = (np.maximum(x @ w1, 0) ** 4).sum(0)
+    assert set(order[:16]) == set(np.argsort(-energy)[:16])
+    assert sorted(order) == list(range(32))
+
+
+def test_every_token_takes_the_shared_expert():
+    """y = the dense FFN over the shared neurons + the routed one over the others."""
+    x, w1, w2 = arrays()
+    route = router.route(x, w1, SHARED, bias=jnp.array([-9.0, 0, 0, 0]))
+    others = Recipe(experts=3, top_k=1)
+    among = router.route(x, w1[:, 8:], others)
+    np.testing.assert_array_equal(route, jnp.concatenate([jnp.zeros_like(among), among + 1], axis=1))
+    y = sparse_ffn(x, w1, w2, route, recipe=SHARED)
+    shared = sparse_ffn(x, w1[:, :8], w2[:8], recipe=DENSE)
+    assert_close(y, shared + sparse_ffn(x, w1[:, 8:], w2[8:], among, recipe=others))
+
+
+def test_the_shared_expert_is_left_out_of_balance_and_of_the_oracles_choice():
+    recipe = Recipe(experts=4, top_k=2, shared=1, balance_rate=0.5)
+    bias = router.updated_bias(jnp.zeros(5), jnp.array([40.0, 20, 12, 8, 0]), recipe)
+    np.testing.assert_allclose(bias, [0, -0.5, 0.5, 0.5, 0])
+    x, w1, w2 = arrays()
+    quiet = w1.at[:, :8].multiply(1e-3)  # nobody would choose the shared expert
+    found, _ = stats.diagnose(x, quiet, w2, jnp.ones(4), jnp.zeros(4), recipe)
+    best, _ = stats.diagnose(x, quiet[:, 8:], w2[8:], jnp.ones(4), jnp.zeros(3), Recipe(experts=3))
+    assert_close(found["kept_oracle"], best["kept_oracle"])
+
+
+def test_the_scale_solves_least_squares():
+    x, w1, w2 = arrays()
+    layer = calibrate.Layer(w1, w2, jnp.ones(4), jnp.zeros(4))
+    routed = Recipe(experts=4)
+    scale = calibrate.output_scale(x, layer, layer, routed, DENSE)
+    before = sparse_ffn(x, w1, w2, router.route(x, w1, routed), recipe=routed)
+    after = sparse_ffn(x, w1, w2, recipe=DENSE)
+    expected = np.linalg.lstsq(np.asarray(after).reshape(-1, 1), np.asarray(before).reshape(-1), rcond=None)[0]
+    assert 0 < scale < 1
+    np.testing.assert_allclose(scale, expected[0], rtol=1e-5)
+    silent = layer._replace(w2=jnp.zeros_like(w2))
+    assert calibrate.output_scale(x, layer, silent, routed, DENSE) == 1
+
+
+def test_leaving_the_routed_phase_keeps_the_output_where_it_can():
+    """Four equal experts: dense says what one of them said, four times."""
+    x, w1, w2 = arrays(neurons=8)
+    params, method = stack(jnp.tile(w1, 4), jnp.tile(w2, (4, 1)))
+    routed = Recipe(experts=4)
+    options: dict[str, Any] = {"seed": 0, "inputs": {("ffn",): x[None]}, "averages": [params]}
+    out = phases.transition(params, method, [params], routed, DENSE, rescale=True, **options)
+    assert out.report["rescaled_w2"] == pytest.approx(0.25)
+    np.testing.assert_allclose(out.params["ffn"]["w2"], params["ffn"]["w2"] / 4, rtol=1e-6)
+    np.testing.assert_array_equal(out.averages[0]["ffn"]["w2"], out.params["ffn"]["w2"])
+    np.testing.assert_array_equal(out.trees[0]["ffn"]["w2"], params["ffn"]["w2"])
+    np.testing.assert_array_equal(out.params["ffn"]["w1"], params["ffn"]["w1"])
+    for old, new in ((DENSE, Recipe(experts=2)), (DENSE, Recipe.act24())):  # not more neurons than before
+        kept = phases.transition(params, method, [], old, new, rescale=True, **options)
+        assert "rescaled_w2" not in kept.report
+
+
+def test_only_what_needs_a_sample_asks_for_it():
+    venom, part = Recipe.venom(), Recipe.venom(clustering="coactivation")
+    mixed = LayerRecipes(((0, DENSE), (1, part)))
+
+    def needs(old, new, rescale=False):
+        return calibrate.needs_inputs(old, new, 3, rescale=rescale)
+
+    assert needs(DENSE, part)
+    assert needs(DENSE, SHARED)
+    assert needs(DENSE, mixed)
+    assert needs(mixed, DENSE, rescale=True)
+    assert not needs(DENSE, venom, rescale=True)
+    assert not needs(mixed, DENSE)
+    assert not needs(mixed, LayerRecipes(((0, venom), (1, part)))), (
+        "layer 0 clusters by weights, the others are clustered"
+    )
+    x, w1, w2 = arrays()
+    params, method = stack(w1, w2)
+    with pytest.raises(ValueError, match="shared = 1 experts needs a sample"):
+        phases.transition(params, method, [], DENSE, SHARED, seed=0)
+    with pytest.raises(ValueError, match="rescale needs a sample"):
+        phases.transition(params, method, [], venom, DENSE, seed=0, rescale=True)
+    out = phases.transition(params, method, [], DENSE, SHARED, seed=0, inputs={("ffn",): x[None]})
+    order = np.asarray(out.method["ffn"]["permutation"][0])
+    np.testing.assert_array_equal(out.params["ffn"]["w1"][0], w1[:, order])

@@ -1,0 +1,96 @@
+"""What a change of recipe takes from a sample of a layer's inputs: which neurons fire together, how loud its output is.
+
+Used by `venom_jax.phases.transition`, on the host, between steps.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.array_types import Array, Float
+from venom_jax import router
+from venom_jax.ffn import sparse_ffn
+from venom_jax.pattern import Recipe, StackRecipe
+
+MAX_TOKENS = 4096
+"""Tokens of a sample that are worth having."""
+
+
+class Layer(NamedTuple):
+    """The arrays of one FFN: W1 [D, F], W2 [F, D], beta [4], bias [E_max]."""
+
+    w1: Array
+    w2: Array
+    beta: Array
+    bias: Array
+
+
+def clusters_by_sample(recipe: Recipe) -> bool:
+    """Whether the recipe's experts cannot be formed from the weights alone."""
+    return recipe.routed and (recipe.clustering == "coactivation" or recipe.shared > 0)
+
+
+def reclusters(old: Recipe, new: Recipe) -> bool:
+    """Whether experts are formed anew where `new` follows `old`."""
+
+    def formed(recipe: Recipe) -> tuple[int, int, str]:
+        return recipe.experts, recipe.shared, recipe.clustering
+
+    return new.routed and formed(new) != formed(old)
+
+
+def grows(old: Recipe, new: Recipe) -> bool:
+    """Whether a token computes a larger share of the neurons in `new`."""
+    return new.top_k * old.experts > old.top_k * new.experts
+
+
+def needs_inputs(old: StackRecipe, new: StackRecipe, layers: int, *, rescale: bool) -> bool:
+    """Whether `transition` from `old` to `new` asks for a sample of the inputs of a stack of so many layers."""
+    olds, news = ([part for a, b, part in r.parts(layers) for _ in range(a, b)] for r in (old, new))
+    pairs = list(zip(olds, news, strict=True))
+    clusters = any(clusters_by_sample(after) and reclusters(before, after) for before, after in pairs)
+    return clusters or (rescale and any(grows(before, after) for before, after in pairs))
+
+
+def neuron_order(
+    w1: Float[np.ndarray, "D F"], recipe: Recipe, *, seed: int, x: Float[np.ndarray, "T D"] | None = None
+) -> np.ndarray:
+    """An order [F] of the neurons in which each run of F / E of them is one expert of the recipe.
+
+    The shared experts come first and take the neurons with the largest energy sum_t relu(x_t w)^4.  The others are
+    clustered: by the direction of W1's columns ("kmeans"), or by that of the activations relu(x W1) over the sample,
+    which groups neurons that fire for the same tokens ("coactivation").
+
+    Raises:
+      ValueError: a sample is needed and x is None, or F does not split into the experts.
+    """
+    if not clusters_by_sample(recipe):
+        return router.cluster_columns(w1, recipe.experts, seed=seed)
+    if x is None:
+        raise ValueError(
+            f"clustering = {recipe.clustering!r} with shared = {recipe.shared} experts needs a sample of the layers' "
+            "inputs; give transition its argument inputs."
+        )
+    active = np.maximum(np.asarray(x, np.float32) @ np.asarray(w1, np.float32), 0)
+    by_energy = np.argsort(-np.square(np.square(active)).sum(axis=0), kind="stable")
+    cut = recipe.shared * (w1.shape[1] // recipe.experts)
+    shared, rest = np.sort(by_energy[:cut]), np.sort(by_energy[cut:])
+    features = active if recipe.clustering == "coactivation" else w1
+    order = router.cluster_columns(features[:, rest], recipe.experts - recipe.shared, seed=seed)
+    return np.concatenate([shared, rest[order]]).astype(np.int32)
+
+
+def output_scale(x: Float[Array, "T D"], before: Layer, after: Layer, old: Recipe, new: Recipe) -> Float[Array, ""]:
+    """s = <y_old, y_new> / <y_new, y_new>, which minimises |y_old(x) - s y_new(x)|; 1 where that is not positive."""
+
+    def output(layer: Layer, recipe: Recipe) -> Array:
+        route = None
+        if recipe.routed:
+            route = router.route(x, layer.w1, recipe, bias=layer.bias, implementation="reference")
+        y = sparse_ffn(x, layer.w1, layer.w2, route, layer.beta, recipe=recipe, implementation="reference")
+        return y.astype(jnp.float32)
+
+    y_old, y_new = output(before, old), output(after, new)
+    energy, common = jnp.vdot(y_new, y_new), jnp.vdot(y_old, y_new)
+    return jnp.where((energy > 0) & (common > 0), common / jnp.where(energy > 0, energy, 1.0), 1.0)
