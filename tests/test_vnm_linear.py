@@ -102,3 +102,19 @@ def test_bad_input_is_named():
         vnm_matmul(made.packed(), jnp.zeros((16, 8)))
     with pytest.raises(NotImplementedError, match="compute capability"):
         made(X, implementation="hopper")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [Pattern(v=64, m=Fraction(16)), Pattern(v=128, m=Fraction(8))], ids=str)
+def test_on_a_hopper_gpu_the_layer_is_the_reference(pattern):
+    made = VNMLinear(1024, 520, pattern=pattern, rngs=nnx.Rngs(0))
+    held, w = made.packed(), made.w[...]
+    x = jax.random.normal(jax.random.key(1), (331, 1024)).astype(jnp.bfloat16)
+    dy = jax.random.normal(jax.random.key(2), (331, 520)).astype(jnp.bfloat16)
+
+    def both(implementation):
+        y, pull = jax.vjp(lambda x, w: vnm_linear(x, w, held, implementation=implementation), x, w)
+        return y, *pull(dy)
+
+    for found, wanted in zip(both("hopper"), both("reference"), strict=True):
+        assert_close(found, wanted, "bfloat16")

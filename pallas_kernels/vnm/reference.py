@@ -22,11 +22,18 @@ def gather_columns(a: Float[Array, "R C"], columns: Int[Array, "blocks K"], fill
 def scatter_columns(
     compressed: Float[Array, "R K"], columns: Int[Array, "blocks K"], num_columns: int
 ) -> Float[Array, "R C"]:
-    """The inverse of `gather_columns`: +0.0 in columns that are not named, entries at index C dropped."""
+    """The inverse of `gather_columns`: +0.0 in columns that are not named, entries at index C dropped.
+
+    Only the places are scattered, the entries are gathered: XLA's scatter of whole matrices is slow on a GPU.
+    """
     blocks = compressed.reshape(columns.shape[0], -1, compressed.shape[1])
+    nowhere = compressed.shape[1]
 
     def put(block, index):
-        return jnp.zeros((block.shape[0], num_columns), block.dtype).at[:, index].set(block, mode="drop")
+        place = (
+            jnp.full(num_columns, nowhere, jnp.int32).at[index].set(jnp.arange(nowhere, dtype=jnp.int32), mode="drop")
+        )
+        return block.at[:, place].get(mode="fill", fill_value=0)
 
     return jax.vmap(put)(blocks, columns).reshape(compressed.shape[0], num_columns)
 
