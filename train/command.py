@@ -25,6 +25,14 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "venom-jax"))
 
 
+def compute_deterministically() -> None:
+    """The same bits from every run on one kind of GPU: XLA without atomics and without choosing kernels by timing them.
+
+    To be called before anything is computed: XLA reads its flags once.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+
+
 def print_warning(text: str) -> None:
     """One line on stderr about something that was lost or repaired."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 
 from train import loop, report
 from train.checkpoint import CheckpointError
-from train.command import keep_compiled_programs, print_error
+from train.command import compute_deterministically, keep_compiled_programs, print_error
 from train.config import load_config
 from train.guard import BadStepError
 from train.workdir import local_path
@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     keep_compiled_programs()
     values = flags.FLAGS
+    if values.deterministic:
+        compute_deterministically()
     if values.workdir is None and not values.dry_run:
         print_error("give --workdir=FOLDER, or --dry_run")
         return 2
@@ -61,5 +63,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("init_from", None, "start with the weights of WORKDIR[@STEP] or of a Hugging Face folder")
     flags.DEFINE_boolean("init_state", False, "with --init_from=WORKDIR[@STEP]: its whole state, to go on from there")
     flags.DEFINE_string("profile_steps", None, "START:STOP: write a profiler's trace of these steps into the workdir")
+    flags.DEFINE_boolean("deterministic", False, "give the same bits in every run on one kind of GPU; slower")
     flags.DEFINE_boolean("dry_run", False, "print parameters, FLOPs and phases, and stop")
     app.run(main)

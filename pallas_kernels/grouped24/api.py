@@ -171,6 +171,6 @@ _REFERENCE = {"rows": _reference_rows, "columns": _reference_columns, "contracti
 
 def _clipped(group_sizes, tokens: int):
     """Sizes rounded up to the granule and cut where the tokens end: what the kernels make of them."""
-    padded = -(-jnp.maximum(group_sizes, 0) // GRANULE) * GRANULE
+    padded = -(-jnp.clip(group_sizes, 0, tokens) // GRANULE) * GRANULE
     ends = jnp.minimum(jnp.cumsum(padded), tokens)
     return jnp.diff(ends, prepend=0)

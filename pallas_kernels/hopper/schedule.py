@@ -81,9 +81,9 @@ def sort_groups(sizes_gmem, sorted_smem, rows: int) -> None:
         thread = arith.remui(utils.thread_idx(), c(utils.WARPGROUP_SIZE))
         own, start, left, clipped = c(0), c(0), c(rows), []
         for j in range(groups):
-            size = arith.maxsi(memref.load(sizes, [at(j)]), c(0))
+            # Cut before it is rounded: a size near 2^31 would overflow. What is left is a multiple of the granule.
+            size = arith.minsi(arith.maxsi(memref.load(sizes, [at(j)]), c(0)), left)
             size = arith.andi(arith.addi(size, c(GRANULE - 1)), c(-GRANULE))
-            size = arith.minsi(size, left)
             own = arith.select(is_("eq", thread, c(j)), size, own)
             start = arith.addi(start, arith.select(is_("sgt", thread, c(j)), size, c(0)))
             left = arith.subi(left, size)
@@ -174,13 +174,16 @@ class Schedule:
         return Cursor(group, cursor.first + cursor.tiles, start, size, self._group_tiles(size))
 
     def _size(self, group, rows_left):
-        """Rows of a group; whatever is left counts as one last group, and no group reaches past the end."""
+        """Rows of a group; whatever is left counts as one last group, and no group reaches past the end.
+
+        A size is cut before it is rounded: near 2^31 it would overflow.
+        """
         if isinstance(group, int):
-            size = round_up(self.groups_ref[group]) if group < self.problem.groups else rows_left
+            size = self.groups_ref[group] if group < self.problem.groups else rows_left
         else:
             last = self.problem.groups - 1
-            size = jnp.where(group > last, rows_left, round_up(self.groups_ref[jnp.minimum(group, last)]))
-        return jnp.minimum(size, rows_left)
+            size = jnp.where(group > last, rows_left, self.groups_ref[jnp.minimum(group, last)])
+        return round_up(jnp.minimum(size, rows_left))
 
     def _group_tiles(self, size):
         if self.problem.mode == "rows":

@@ -1,0 +1,194 @@
+"""Every kernel and mode once on small shapes, with metadata and group sizes that lie: what a sanitizer watches.
+
+    python -m tests.sanitize                 each case compared with the reference, where its input is honest
+    XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool=memcheck --error-exitcode=9 \\
+        python -m tests.sanitize --only_run
+
+Needs a Hopper GPU. Without pytest and with operands from numpy, so that the tool has little else to watch. The
+allocator named above gives each array memory of its own, whose ends memcheck knows. Names after the flag choose cases.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.grouped24 import api as grouped
+from pallas_kernels.pack import api as packing
+from pallas_kernels.pack.activations import Packed
+from pallas_kernels.sparse24 import sparse24
+from pallas_kernels.tiles import TileConfig
+from tests.helpers import relative_error
+from venom_jax import Recipe, sparse_ffn
+from venom_jax.dispatch import Implementation
+
+LIMIT = 2e-2  # of bfloat16 results: an operand may be rounded the other way
+HONEST = np.array([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], np.uint32)  # (low, high) with low < high
+Case = tuple[str, bool, Callable[[Implementation], object]]  # name, whether a reference says what comes out, work
+
+
+def normal(seed: int, *shape: int, dtype=ml_dtypes.bfloat16) -> jax.Array:
+    """Normal values from numpy: nothing is compiled for them."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
+
+
+def packed(m: int, k: int, *, tiles: bool = False, honest: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Values of a 2:4 matrix [m, k] and its metadata; not honest: any bits, positions equal or out of order too."""
+    rng = np.random.default_rng(m + k)
+    words = (-(-m // 64), -(-k // 64), 128)
+    if honest:
+        nibbles = rng.choice(HONEST, (*words, 8)) << (4 * np.arange(8, dtype=np.uint32))
+        metadata = nibbles.sum(-1, dtype=np.uint32)
+    else:
+        metadata = rng.integers(0, 2**32, words, np.uint32)
+    return normal(k, *((m // 64, k // 64, 8, 256) if tiles else (m, k // 2))), jnp.asarray(metadata)
+
+
+def products() -> Iterator[Case]:
+    """sparse24: orders of both operands, values in rows and in tiles, epilogues, tiles, sizes at the edges."""
+    plain = Epilogue()
+    for m, n, k, b_k_major, transpose_out, epilogue, out_dtype, config in (
+        (128, 128, 128, False, False, plain, "bfloat16", None),
+        (72, 136, 200, True, False, plain, "bfloat16", None),
+        (72, 136, 200, False, True, plain, "bfloat16", None),
+        (328, 264, 192, True, True, plain, "float16", None),
+        (192, 136, 128, False, False, Epilogue("relu2", "add", row_scale=True, alpha=-0.5), "float32", None),
+        (192, 136, 128, False, True, Epilogue(None, "multiply", alpha=2.0), "bfloat16", None),
+        (328, 264, 192, False, False, plain, "bfloat16", TileConfig(128, 128, store_slots=1, deferred=True)),
+        (328, 264, 192, False, False, plain, "bfloat16", TileConfig(64, 64, 1, 1, 3, 1)),
+    ):
+        for honest in (True, False):
+
+            def product(
+                implementation, m=m, n=n, k=k, b_k_major=b_k_major, transpose_out=transpose_out, epilogue=epilogue,
+                out_dtype=out_dtype, config=config, honest=honest,
+            ):  # fmt: skip
+                shape = (n, m) if transpose_out else (m, n)
+                return sparse24(
+                    *packed(m, k, tiles=m % 64 == 0, honest=honest),
+                    normal(1, *((n, k) if b_k_major else (k, n))),
+                    b_k_major=b_k_major,
+                    transpose_out=transpose_out,
+                    out_dtype=out_dtype,
+                    epilogue=epilogue,
+                    operand=normal(2, *shape, dtype=jnp.dtype(out_dtype)) if epilogue.operand else None,
+                    row_scale=normal(3, m, dtype=np.float32) if epilogue.row_scale else None,
+                    implementation=implementation,
+                    config=config,
+                )
+
+            yield f"sparse24 {m}x{n}x{k} {b_k_major=} {transpose_out=} {out_dtype} {honest=}", honest, product
+
+
+def grouped_products() -> Iterator[Case]:
+    """The three ragged products, with sizes that are honest, too large, and negative."""
+    tokens, m, n, k = 384, 128, 192, 128
+    for sizes in ((128, 0, 192), (2**31 - 1, 64, 64), (-(2**31), 65, 2**30)):
+        for mode, a_shape, b_shape, b_k_major in (
+            ("rows", (tokens, k), (3, k, n), False),
+            ("rows", (tokens, k), (n, 3, k), True),
+            ("columns", (3 * m, k), (tokens, k), True),
+            ("columns", (3 * m, k), (k, tokens), False),
+            ("contraction", (m, tokens), (tokens, n), False),
+            ("contraction", (m, tokens), (n, tokens), True),
+        ):
+
+            def product(implementation, mode=mode, a=a_shape, b=b_shape, b_k_major=b_k_major, sizes=sizes):
+                return getattr(grouped, mode)(
+                    *packed(*a), normal(1, *b), jnp.asarray(sizes, jnp.int32), b_k_major=b_k_major,
+                    transpose_out=b_k_major, implementation=implementation,
+                )  # fmt: skip
+
+            yield f"grouped24 {mode} {b_k_major=} {sizes}", True, product
+
+
+def packings() -> Iterator[Case]:
+    """Activations along features, tokens and both, their gradients, and weights along both axes."""
+    for features, tokens, interleaved in (
+        (True, True, True),
+        (True, True, False),
+        (True, False, True),
+        (False, True, True),
+        (False, True, False),
+    ):
+
+        def activations(implementation, features=features, tokens=tokens, interleaved=interleaved):
+            options = {"interleaved": interleaved, "implementation": implementation}
+            found = packing.pack_activations(normal(0, 192, 128), features=features, tokens=tokens, **options)
+            return found, packing.take_activations(normal(1, 192, 128), found.features, found.tokens, **options)
+
+        yield f"pack {features=} {tokens=} {interleaved=}", True, activations
+    for honest in (True, False):
+
+        def taking(implementation, honest=honest):
+            features = Packed(*packed(192, 128, tiles=True, honest=honest))
+            tokens = Packed(*packed(128, 192, tiles=True, honest=honest))
+            return packing.take_activations(
+                normal(1, 192, 128), features, tokens, interleaved=True, implementation=implementation
+            )
+
+        yield f"take {honest=}", honest, taking
+    for axis in (0, 1):
+        for masters in (np.float32, ml_dtypes.bfloat16):
+
+            def weights(implementation, axis=axis, masters=masters):
+                w, beta = normal(0, 128, 192, dtype=masters), jnp.float32(1.4)
+                return packing.pack_thresholded(w, beta, axis=axis, dtype="bfloat16", implementation=implementation)
+
+            yield f"pack weights {axis=} {masters.__name__}", True, weights
+
+
+def ffns() -> Iterator[Case]:
+    """The whole FFN with its gradients."""
+    for recipe in (Recipe.all24(), Recipe.venom()):
+
+        def ffn(implementation, recipe=recipe):
+            x, w1, w2 = normal(0, 256, 64), normal(1, 64, 512, dtype=np.float32), normal(2, 512, 64, dtype=np.float32)
+            route = jnp.asarray(np.arange(256)[:, None] * 7 % 4, jnp.int32) if recipe.routed else None
+
+            @jax.jit
+            def gradients(*arrays):
+                def loss(x, w1, w2):
+                    out = sparse_ffn(x, w1, w2, route, jnp.ones(4), recipe=recipe, implementation=implementation)
+                    return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+                return jax.value_and_grad(loss, (0, 1, 2))(*arrays)
+
+            return gradients(x, w1 / 8, w2 / 16)
+
+        yield f"FFN {recipe.experts} experts", True, ffn
+
+
+def error_of(work: Callable[[Implementation], object], found: list) -> float:
+    """The largest relative error against the reference, which runs on the CPU; metadata must be equal."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        wanted = jax.tree.leaves(jax.device_get(work("reference")))
+    return max(relative_error(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def main(names: list[str]) -> int:
+    """Runs the cases.  Returns how many differ from the reference."""
+    compare = "--only_run" not in names
+    names = [name for name in names if not name.startswith("--")]
+    count = wrong = 0
+    for part in (products, grouped_products, packings, ffns):
+        for name, has_reference, work in part():
+            if names and not any(given in name for given in names):
+                continue
+            start = time.perf_counter()
+            found = jax.tree.leaves(jax.device_get(work("hopper")))
+            error = error_of(work, found) if compare and has_reference else 0.0
+            count, wrong = count + 1, wrong + (error > LIMIT)
+            told = f"error {error:.1e}" if compare and has_reference else "ran"
+            print(f"{'WRONG: ' * (error > LIMIT)}{name}: {told}, {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{count} cases, {wrong} wrong")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1:]), 8))
