@@ -128,9 +128,9 @@ def test_emulated_rows(tokens, top_k, dtype):
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(
-    ("tokens", "d_model", "experts", "top_k"), [(1, 128, 2, 1), (70, 256, 4, 2), (45, 384, 16, 4), (33, 512, 32, 8)]
+    ("tokens", "d_model", "experts", "top_k", "cosine"),
+    [(1, 128, 2, 1, True), (70, 256, 4, 2, False), (45, 384, 16, 4, True), (33, 512, 32, 8, False)],
 )
-@pytest.mark.parametrize("cosine", [True, False])
 def test_emulated_choice(tokens, d_model, experts, top_k, cosine):
     check_choice(tokens, d_model, experts, top_k, cosine=cosine, with_bias=cosine)
 

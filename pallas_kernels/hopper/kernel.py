@@ -70,7 +70,7 @@ def matmul(
         inputs, (out_gmem, scratch) = refs[: len(names)], refs[len(names) :]
         _block(dict(zip(names, inputs, strict=True)), out_gmem, scratch, problem, config)
 
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(problem.out_shape, problem.out_dtype),
         scratch_types=[_scratch(problem, config, in_rows=values.ndim == 2)],
@@ -81,7 +81,10 @@ def matmul(
         # Safe here: a chunk of shared memory is written by one warpgroup, committed, and rewritten only after
         # wait_smem_to_gmem, which synchronizes the warpgroup; everything else is ordered by barriers below.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )(*operands.values())
+    )
+    # Under `jax.vmap` one launch after the other, each of which fills the GPU. One more grid axis, which `plgpu.kernel`
+    # would add, does not lower: tiles of five dimensions are more than the copy engine's descriptors are made for.
+    return jax.custom_batching.sequential_vmap(launch)(*operands.values())
 
 
 def _span(start, size: int, of: int = GRANULE):
