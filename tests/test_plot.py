@@ -8,12 +8,15 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from train.plot import (
     COLORS,
     Span,
     difference,
     distinct_names,
+    pareto_front,
+    plot_pareto,
     plot_run,
     plot_runs,
     smoothed,
@@ -77,6 +80,31 @@ def test_several_runs_on_the_axis_of_seconds(tmp_path):
     for color in COLORS[:2]:
         assert color in image
     assert COLORS[2] not in image
+
+
+def test_the_front_holds_what_none_beats_in_both():
+    assert pareto_front([(3, 1.0), (1, 3.0), (2, 2.0), (2, 2.5), (4, 1.0), (1, 3.0)]) == [1, 2, 0]
+    assert pareto_front([(1, 1.0)]) == [0]
+
+
+def test_the_picture_of_the_front_names_each_run_where_it_ended(tmp_path, monkeypatch):
+    drawn = {}
+    original = Axes.annotate
+    monkeypatch.setattr(
+        Axes, "annotate", lambda axes, text, xy, **rest: drawn.update({text: xy}) or original(axes, text, xy, **rest)
+    )
+    write_run(tmp_path / "slow")
+    write_run(tmp_path / "fast", steps=30, seconds_per_step=1.0)
+    plot_pareto([tmp_path / "slow", tmp_path / "fast"], tmp_path / "front.svg")
+    assert drawn == {"slow": (80.0, pytest.approx(5.1)), "fast": (30.0, pytest.approx(5.6))}
+    assert (tmp_path / "front.svg").stat().st_size > 1000
+    plot_pareto([tmp_path / "fast"], tmp_path / "front.png", x="step")
+    assert drawn["fast"] == (30.0, pytest.approx(5.6))
+    write_run(tmp_path / "young", steps=5)
+    with pytest.raises(ValueError, match="young has no evaluation yet"):
+        plot_pareto([tmp_path / "young"], tmp_path / "front.png")
+    with pytest.raises(ValueError, match="at least one run"):
+        plot_pareto([], tmp_path / "front.png")
 
 
 def losses(values, every=1, start=1, shift=0.0):

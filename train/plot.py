@@ -2,7 +2,9 @@
 
 One run: its training loss, dots for the validation loss of the dense model, rings for that of the sparse one inside
 a sparse phase; sparse phases are shaded and labelled. Several runs: the training loss is a rolling mean, a bar along
-the lower edge marks each run's sparse phases, and --difference_to=runs/a draws every other run minus that one.
+the lower edge marks each run's sparse phases, and --difference_to=runs/a draws every other run minus that one. With
+--pareto: one dot for each run, its last validation loss over its measured seconds (or steps), and a line through the
+runs that no other run beats in both.
 """
 
 import math
@@ -106,6 +108,51 @@ def plot_runs(
     axes.set_xlabel(x if only else f"{x} (bars: sparse phases)")
     axes.legend(loc="upper right", fontsize="small" if len(runs) > 3 else None)
     save(figure, output)
+
+
+def plot_pareto(workdirs: Sequence[str | Path], output: str | Path, x: XAxis = "seconds") -> None:
+    """The last validation loss of several runs over what each took, and the front of those that none beats in both.
+
+    Args:
+      workdirs: folders of runs.
+      output: the image file.
+      x: what a run took: measured seconds, from its start to that evaluation, or steps.
+
+    Raises:
+      ValueError: no runs, a folder without metrics or without an evaluation, an unknown axis or image kind.
+    """
+    if x not in FIELDS:
+        raise ValueError(f"x={x!r} must be one of {', '.join(FIELDS)}")
+    if not workdirs:
+        raise ValueError("give at least one run to plot")
+    runs = list(dict.fromkeys(map(Path, workdirs)))
+    last = []
+    for path in runs:
+        taken, losses = points(_read(path), "eval", "val_loss", x)
+        if not len(losses):
+            raise ValueError(f"{path} has no evaluation yet: its place on the front is not known")
+        last.append((float(taken[-1]), float(losses[-1])))
+    figure, axes = new_figure()
+    front = pareto_front(last)
+    axes.plot(*zip(*(last[i] for i in front), strict=True), color="0.3", linewidth=1, label="none is better in both")
+    for i, (name, (taken, loss)) in enumerate(zip(distinct_names(runs), last, strict=True)):
+        color = COLORS[0] if i in front else COLORS[1]
+        axes.plot([taken], [loss], marker="o", linewidth=0, color=color, markeredgecolor="white")
+        axes.annotate(name, (taken, loss), xytext=(5, 4), textcoords="offset points", fontsize="small", color=color)
+    axes.margins(x=0.12)
+    axes.set_xlabel("seconds, measured" if x == "seconds" else "steps")
+    axes.set_ylabel("validation loss of the dense model\n(nats per token)")
+    axes.legend(loc="upper right")
+    save(figure, output)
+
+
+def pareto_front(runs: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, loss) that no other beats in both, by cost; of equal points the first."""
+    front: list[int] = []
+    for i in sorted(range(len(runs)), key=lambda i: (*runs[i], i)):
+        if not front or runs[i][1] < runs[front[-1]][1]:
+            front.append(i)
+    return front
 
 
 def _read(workdir: Path) -> list[Record]:
@@ -242,7 +289,13 @@ def main(argv: Sequence[str]) -> int:
     """The command."""
     values = flags.FLAGS
     try:
-        plot_runs(argv[1:], values.output, values.x, smooth=values.smooth, difference_to=values.difference_to)
+        if values.pareto:
+            if values.smooth is not None or values.difference_to is not None:
+                raise ValueError("--pareto shows last losses: leave out --smooth and --difference_to")
+            plot_pareto(argv[1:], values.output, values.x or "seconds")
+        else:
+            options = {"smooth": values.smooth, "difference_to": values.difference_to}
+            plot_runs(argv[1:], values.output, values.x or "step", **options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -252,7 +305,8 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     flags.DEFINE_string("output", "loss.png", "image to write")
-    flags.DEFINE_enum("x", "step", list(FIELDS), "horizontal axis")
+    flags.DEFINE_enum("x", None, list(FIELDS), "horizontal axis (default: step; with --pareto seconds)")
     flags.DEFINE_integer("smooth", None, "steps of the rolling mean (default: by the length of the runs; 1: none)")
     flags.DEFINE_string("difference_to", None, "draw the loss of the other runs minus that of this one")
+    flags.DEFINE_boolean("pareto", False, "draw the last validation loss of each run over what it took")
     app.run(main)
