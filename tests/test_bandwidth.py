@@ -36,9 +36,21 @@ def test_cases_run_and_count_their_bytes(small):
 
 def test_wrong_results_are_not_timed(small):
     case = small["sum E=4 k=2 D=128"]
-    wrong = {"hopper": lambda rows, slots: case.forms["jnp"](rows, slots).at[3].set(7)}
+    expected = jnp.ones((256, 128), jnp.bfloat16)
+    bandwidth.check("a case", case, "hopper", expected, expected)
     with pytest.raises(RuntimeError, match=r"a case: hopper differs from jnp in 0\.4% of \(256, 128\); not timed"):
-        bandwidth.check("a case", dataclasses.replace(case, forms=case.forms | wrong), "hopper", case.arguments(0))
+        bandwidth.check("a case", case, "hopper", expected.at[3].set(7), expected)
+    assert not small["choose E=4 k=2 D=128"].exact
+
+
+def test_a_form_that_fails_is_left_out(small, monkeypatch, capsys):
+    case = small["gather E=4 k=2 D=128"]
+    monkeypatch.setattr(extra, "jax_triton", lambda: extra.importlib.import_module("no_such_module"))
+    forms = case.forms | {"hopper": case.forms["jnp"]}
+    runs, bytes_ = bandwidth.prepare("gather", dataclasses.replace(case, forms=forms))
+    assert set(runs) == {"jnp", "hopper", "copy"}
+    assert bytes_ > 0
+    assert "gather: triton: No module named 'no_such_module'" in capsys.readouterr().out
 
 
 def test_rows_and_table(small, monkeypatch):
