@@ -12,6 +12,7 @@ _ARRAY_MODULES = [
     "formats",
     "linen",
     "mlp",
+    "mvue",
     "permutation",
     "phases",
     "prune",

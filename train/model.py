@@ -317,7 +317,7 @@ def _executed_products(recipe: Recipe) -> dict[str, float]:
     def halved(condition: bool) -> float:
         return 0.5 if condition else 1.0
 
-    gradient = {"dense": 1.0, "24": 0.5, "split95": 0.525}[recipe.wgrad]
+    gradient = {"dense": 1.0, "24": 0.5, "split95": 0.525, "mvue": 0.5}[recipe.wgrad]
     return {
         "y1": first * halved("y1" in recipe.weights),
         "y3": routed * halved("y3" in recipe.weights or recipe.activations),

@@ -20,7 +20,7 @@ from pallas_kernels.array_types import Array, Bool, Float, Int, accumulator
 from pallas_kernels.grouped24 import reference as grouped
 from pallas_kernels.pack import reference as pack
 from pallas_kernels.pack.api import pack_thresholded
-from venom_jax import packed_ffn
+from venom_jax import mvue, packed_ffn
 from venom_jax.dispatch import Implementation, Kernels, choose_kernels
 from venom_jax.formats import Sparse24
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe, WeightGemm
@@ -176,10 +176,9 @@ def masked_backward(recipe: Recipe, x, w2, w1, grouping: Grouping | None, a, dy3
     dx = _rows(recipe, grouping, dy1_dx, _by_neuron(w1.T, recipe))
     dx = (dx if grouping is None else grouping.undo(dx)).astype(x.dtype)
 
-    kept = _kept_along_tokens(recipe, grouping, a)
-    a_w, dy1_w = (a, dy1) if kept is None else (jnp.where(kept, a, 0), jnp.where(kept, dy1, 0))
+    y2_w, dy1_w = _operands_over_tokens(recipe, grouping, a, dy1, dy3)
     x_rows, dy3_rows = (t if grouping is None else grouping.apply(t) for t in (x, dy3))
-    dw2 = _over_tokens(grouping, a_w * a_w, dy3_rows).reshape(w2.shape)
+    dw2 = _over_tokens(grouping, y2_w, dy3_rows).reshape(w2.shape)
     dw1 = jnp.moveaxis(_over_tokens(grouping, x_rows, dy1_w), 0, 1).reshape(w1.shape)
     return dx, dw1, dw2
 
@@ -268,6 +267,16 @@ def _over_tokens(grouping: Grouping | None, a, b) -> Array:
 def _by_neuron(w, recipe: Recipe) -> Array:
     """[F, D] -> [E, Fe, D]."""
     return w.reshape(recipe.experts, -1, w.shape[1])
+
+
+def _operands_over_tokens(recipe: Recipe, grouping: Grouping | None, a, dy1, dy3):
+    """y2 and dy1 as the weight gradients read them, pruned along tokens where the recipe says so."""
+    if recipe.wgrad == "mvue":
+        first, second = jax.random.split(mvue.key_of_bits(dy3))
+        return mvue.unbiased24(a * a, first), mvue.unbiased24(dy1, second)
+    kept = _kept_along_tokens(recipe, grouping, a)
+    a_w, dy1_w = (a, dy1) if kept is None else (jnp.where(kept, a, 0), jnp.where(kept, dy1, 0))
+    return a_w * a_w, dy1_w
 
 
 def _kept_along_tokens(recipe: Recipe, grouping: Grouping | None, a) -> Bool[Array, "R Fe"] | None:

@@ -47,8 +47,8 @@ def unsupported(recipe: Recipe, d_model: int, d_ffn: int) -> str | None:
     """Why the packed form does not run this recipe at these sizes, or None."""
     if "y3" in recipe.weights or "dx" in recipe.weights:
         return f"weights = {recipe.weights}: weights sparse along d_ffn are an ablation of the reference"
-    if recipe.wgrad == "split95":
-        return "wgrad = 'split95' runs in the reference only"
+    if recipe.wgrad in ("split95", "mvue"):
+        return f"wgrad = {recipe.wgrad!r} runs in the reference only"
     if recipe.hidden == "full" and recipe.routed:
         return "hidden = 'full' with routing is an ablation of the reference"
     if d_model % GRANULE or d_ffn % (GRANULE * recipe.experts):

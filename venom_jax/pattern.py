@@ -9,7 +9,7 @@ WeightGemm = Literal["y1", "y3", "dy2", "dx"]
 """The four products that have a weight operand; the order of the scales `beta` of a layer."""
 
 WEIGHT_GEMMS: tuple[WeightGemm, ...] = get_args(WeightGemm)
-WeightGradient = Literal["dense", "24", "split95"]
+WeightGradient = Literal["dense", "24", "split95", "mvue"]
 TokenOrder = Literal["interleaved", "natural"]
 Clustering = Literal["kmeans", "coactivation"]
 Router = Literal["cosine", "dot", "oracle", "random"]
@@ -56,7 +56,7 @@ class Recipe:
        `threshold_grad`: gradient through the threshold: identity (`ste`), identity times beta, or exact.
     A  `activations`: y3 and dx read activations with two of each four neighbouring neurons kept by magnitude.
        `wgrad`: dW1 and dW2 read the activations pruned two of four along *tokens* ("24"), with the densest 5 % of
-       the features exempt ("split95"), or "dense".
+       the features exempt ("split95"), drawn at random and scaled so that no bias is left ("mvue"), or "dense".
        `token_order`: fours of tokens far apart ("interleaved") or neighbours ("natural", harmful: ablation only).
        `token_blocks`: form groups and fours inside this many equal blocks of the batch, so that results do not
        depend on how many devices share it.
