@@ -188,6 +188,7 @@ def recipe(
     wgrad: str | None = None,
     token_order: str | None = None,
     token_blocks: int | None = None,
+    token_copy: str | None = None,
     experts: int | None = None,
     top_k: int | None = None,
     shared: int | None = None,

@@ -40,7 +40,7 @@ class Residuals(NamedTuple):
     features: Packed | None
     """a packed along features."""
     tokens: Packed | None
-    """a packed along tokens."""
+    """a packed along tokens, where it is kept."""
 
 
 def unsupported(recipe: Recipe, d_model: int, d_ffn: int) -> str | None:
@@ -153,7 +153,7 @@ def forward(
     packed = api.pack_activations(
         y1,
         features=recipe.activations,
-        tokens=recipe.wgrad == "24",
+        tokens=recipe.wgrad == "24" and recipe.token_copy == "kept",
         interleaved=order.interleaved,
         implementation=implementation,
     )
@@ -181,6 +181,8 @@ def backward(
     """
     grouping, dense, features, tokens = residuals
     order = TokenRows(recipe, grouping, x.shape[0], implementation)
+    if recipe.wgrad == "24" and tokens is None:
+        tokens = _along_tokens(order, dense, features)
     rows, dy3_rows = order.enter(x), order.enter(dy3)
     dy2 = order.hidden(dy3_rows, sparse_w2, w2.astype(x.dtype).T)
 
@@ -201,3 +203,12 @@ def backward(
         dw2 = order.over_tokens(taken.squared, None, dy3_rows, w2.dtype, transpose=False)
         dw1 = order.over_tokens(taken.tokens, None, rows, w1.dtype, transpose=True)
     return dx, dw1, dw2
+
+
+def _along_tokens(order: TokenRows, dense: Array | None, features: Packed | None) -> Packed | None:
+    """What the forward would have packed along tokens: a, or what is left of it along features."""
+    if dense is None:
+        assert features is not None
+        dense = activations.unpack(features)
+    options = {"interleaved": order.interleaved, "implementation": order.implementation}
+    return api.pack_activations(dense, features=False, tokens=True, **options).tokens

@@ -11,6 +11,7 @@ WeightGemm = Literal["y1", "y3", "dy2", "dx"]
 WEIGHT_GEMMS: tuple[WeightGemm, ...] = get_args(WeightGemm)
 WeightGradient = Literal["dense", "24", "split95", "mvue"]
 TokenOrder = Literal["interleaved", "natural"]
+TokenCopy = Literal["kept", "rebuilt"]
 Clustering = Literal["kmeans", "coactivation"]
 Router = Literal["cosine", "dot", "oracle", "random"]
 Hidden = Literal["routed", "full"]
@@ -60,6 +61,8 @@ class Recipe:
        `token_order`: fours of tokens far apart ("interleaved") or neighbours ("natural", harmful: ablation only).
        `token_blocks`: form groups and fours inside this many equal blocks of the batch, so that results do not
        depend on how many devices share it.
+       `token_copy`: of two packed copies of the activations, keep the one along tokens for the backward, or rebuild it
+       there from the other: 9/16 of a dense activation of memory for one pass over it. The packed form only; same bits.
     V  `experts`, `top_k`: a token computes only the neurons of its top_k experts; experts = 1 turns routing off.
        `clustering`: which neurons make an expert: those whose columns of W1 point the same way ("kmeans"), or
        those that fire for the same tokens ("coactivation"). `shared`: of the top_k experts so many are the first
@@ -80,6 +83,7 @@ class Recipe:
     wgrad: WeightGradient = "dense"
     token_order: TokenOrder = "interleaved"
     token_blocks: int = 1
+    token_copy: TokenCopy = "kept"
     experts: int = 1
     top_k: int = 1
     shared: int = 0
@@ -96,6 +100,7 @@ class Recipe:
         _check_choice("threshold_grad", self.threshold_grad, ThresholdGradient)
         _check_choice("wgrad", self.wgrad, WeightGradient)
         _check_choice("token_order", self.token_order, TokenOrder)
+        _check_choice("token_copy", self.token_copy, TokenCopy)
         _check_choice("clustering", self.clustering, Clustering)
         _check_choice("router", self.router, Router)
         _check_choice("hidden", self.hidden, Hidden)
