@@ -32,6 +32,7 @@ def test_a_branch_may_decay_otherwise_and_goes_on_by_itself(tmp_path):
         prepared = loop.prepare(decaying, tmp_path, init_from=source, init_state=True)
         assert prepared.checkpoints.steps == [9]
         assert [record["step"] for record in records(tmp_path, "train")] == list(range(1, 10))
+        assert prepared.lock is not None
         prepared.lock.release()
 
 

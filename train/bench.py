@@ -229,7 +229,7 @@ def measure(config: RunConfig, names: list[str], case: str, rounds: int, parts: 
         part_ms["optimizer"], state = optimizer_part(config, state)
     tokens = train.batch_size * train.seq_len
     flops_dense = tokens * model.flops_per_token(config.model, train.seq_len, Recipe.dense())
-    peak = peak_flops()
+    peak = peak_flops(1)
     for name, step in steps.items():
         recipe, ms = programs[name][0], times[name]
         executed = tokens * model.flops_per_token(config.model, train.seq_len, recipe)

@@ -4,9 +4,11 @@ A step's folder appears under its final name only when it is complete (orbax wri
 kill at any moment leaves the previous one.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import json
+from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from train.config import Model, Optimizer, RunConfig
+from train.processes import first_alone, is_first
 from train.state import TrainState
 from train.workdir import CHECKPOINTS, forget_checksums, write_checksums
 from venom_jax.stats import WeightMasks, weight_masks
@@ -134,7 +137,7 @@ class Checkpoints:
           CheckpointError: the one before could not be written.
         """
         self.wait()
-        forget_checksums(self.workdir, step)
+        first_alone(lambda: forget_checksums(self.workdir, step))
         arrays = {"state": state} if masks is None else {"state": state, "masks": masks}
         if jax.default_backend() == "cpu":
             # On CPU the writer would share the buffers that the next step overwrites (its state is donated).
@@ -142,7 +145,7 @@ class Checkpoints:
         try:
             response = self._checkpointer.save_checkpointables_async(
                 step,
-                arrays | {"data": iterator},
+                arrays | {"data": _Position(iterator)},
                 force=True,
                 custom_metadata={
                     "format": FORMAT,
@@ -172,7 +175,8 @@ class Checkpoints:
 
     def _seal(self, step: int, response: Any) -> None:
         response.result()
-        write_checksums(self.workdir, step)
+        if is_first():
+            write_checksums(self.workdir, step)
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
         self._failed = True
@@ -185,13 +189,14 @@ class Checkpoints:
     def restore(self, state: TrainState, iterator: Any) -> tuple[TrainState, WeightMasks | None, float]:
         """(state, masks or None, seconds of training so far) of the newest; moves ``iterator`` to its position.
 
-        ``state`` gives shapes and dtypes.
+        ``state`` gives shapes and dtypes, and the places if it has any.
         """
         metadata = self._metadata(self.latest)
-        wanted = {"state": _abstract(state), "data": iterator}
+        wanted = {"state": _abstract(state), "data": _Position(iterator)}
         if metadata["masks"]:
             ffn = state.params["blocks"]["ffn"]
-            wanted["masks"] = _abstract(jax.eval_shape(jax.vmap(weight_masks), ffn["w1"], ffn["w2"]))
+            masks = jax.eval_shape(jax.vmap(weight_masks), ffn["w1"], ffn["w2"])
+            wanted["masks"] = _abstract(masks, state.step.sharding)
         loaded = self._checkpointer.load_checkpointables(self.latest, wanted)
         return loaded["state"], loaded.get("masks"), metadata["seconds"]
 
@@ -227,7 +232,35 @@ class Checkpoints:
         self.close()
 
 
-def _abstract(tree: Any) -> Any:
-    """Shapes and dtypes, and the device to load to."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
+class _Position:
+    """Where the data iterator stands, the same in all processes: one file, so that their number may change."""
+
+    FILE = "process_0-of-1.json"  # as grain calls it where there is one process
+
+    def __init__(self, iterator: Any):
+        self._iterator = iterator
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        state = json.dumps(self._iterator.get_state(), indent=4)
+
+        async def write():
+            folder = await directory.await_creation()
+            if is_first():
+                await asyncio.to_thread((folder / self.FILE).write_text, state)
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        async def read():
+            self._iterator.set_state(json.loads(await asyncio.to_thread((directory / self.FILE).read_text)))
+
+        return read()
+
+
+def _abstract(tree: Any, place: jax.sharding.Sharding | None = None) -> Any:
+    """Shapes and dtypes, and where to load to: where a leaf says, or ``place``, or the first device."""
+    place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or place),
+        tree,
+    )

@@ -352,6 +352,22 @@ class Guard:
             raise ValueError(f"Guard.spike={self.spike} must be positive (nats), or None for no limit")
 
 
+@gin.register
+@dataclass(frozen=True)
+class Mesh:
+    """How many devices: ``data`` groups, each of ``fsdp`` devices that share one copy of parameters and moments.
+
+    One of the two may be None: all devices that the other one leaves.
+    """
+
+    data: int | None = 1
+    fsdp: int | None = None
+
+    def __post_init__(self):
+        _check_types(self)
+        _at_least(self, 1, "data", "fsdp")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """All of a run, checked as a whole."""
@@ -363,6 +379,7 @@ class RunConfig:
     phases: Phases
     train: Train
     guard: Guard = Guard()
+    mesh: Mesh = Mesh()
     text: str = field(default="", compare=False)  # the gin bindings it came from
     schedule: PhaseSchedule = field(init=False)
 
@@ -389,7 +406,7 @@ def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[s
     try:
         files = [find_config(name) for name in gin_files]
         gin.parse_config_files_and_bindings(files, list(gin_bindings), finalize_config=False)
-        classes = (Model, Data, Optimizer, LearningRate, Phases, Train, Guard)
+        classes = (Model, Data, Optimizer, LearningRate, Phases, Train, Guard, Mesh)
         config = RunConfig(*(gin.get_configurable(cls)() for cls in classes), text=gin.config_str())
     except (ValueError, SyntaxError, TypeError, OSError, ImportError, NameError) as error:
         raise ValueError(_one_line(error)) from error

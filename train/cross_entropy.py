@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from venom_jax.sharded_ffn import gather, scatter
+
 
 def head_logits(hidden: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[Array, "*B V"]:
     """float32 logits of products in hidden's dtype."""
@@ -49,8 +51,40 @@ def _slice_loss(head, z_loss, hidden, labels, weights):
     return jnp.sum(losses * weights)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def sharded_cross_entropy(
+    hidden: Float[Array, "B S D"],
+    head: Float[Array, "Dn V"],
+    labels: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+    slices: int,
+    z_loss: float,
+    axis: str,
+) -> Float[Array, ""]:
+    """``weighted_cross_entropy`` of this device's rows, with this device's part of the head's D; in ``jax.shard_map``.
+
+    The head is gathered over the mesh axis ``axis`` in hidden's dtype; its gradient is summed and scattered in its own.
+    """
+    return weighted_cross_entropy(hidden, gather(head.astype(hidden.dtype), axis, 0), labels, weights, slices, z_loss)
+
+
+def _sharded_forward(hidden, head, labels, weights, slices, z_loss, axis):
+    whole = gather(head.astype(hidden.dtype), axis, 0)
+    loss, d_hidden, d_head = _loss_and_gradients(hidden, whole, labels, weights, slices, z_loss)
+    return loss, (d_hidden, scatter(d_head.astype(head.dtype), axis, 0))
+
+
+def _sharded_backward(slices, z_loss, axis, gradients, cotangent):
+    return _backward(slices, z_loss, gradients, cotangent)
+
+
 def _forward(hidden, head, labels, weights, slices, z_loss):
-    cast = head.astype(hidden.dtype)
+    loss, d_hidden, d_head = _loss_and_gradients(hidden, head.astype(hidden.dtype), labels, weights, slices, z_loss)
+    return loss, (d_hidden, d_head.astype(head.dtype))
+
+
+def _loss_and_gradients(hidden, cast, labels, weights, slices, z_loss):
+    """(loss, its gradients to hidden and, in float32, to the head); cast: the head in hidden's dtype."""
 
     def one(d_head, part):
         x, label, weight = part
@@ -70,8 +104,8 @@ def _forward(hidden, head, labels, weights, slices, z_loss):
         return d_head, (loss, d_x)
 
     parts = _cut(slices, hidden, labels, weights)
-    d_head, (losses, d_hidden) = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), parts)
-    return losses.sum(), (jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape), d_head.astype(head.dtype))
+    d_head, (losses, d_hidden) = jax.lax.scan(one, jnp.zeros(cast.shape, jnp.float32), parts)
+    return losses.sum(), jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape), d_head
 
 
 def _backward(slices, z_loss, gradients, cotangent):
@@ -80,6 +114,7 @@ def _backward(slices, z_loss, gradients, cotangent):
 
 
 weighted_cross_entropy.defvjp(_forward, _backward)
+sharded_cross_entropy.defvjp(_sharded_forward, _sharded_backward)
 
 
 def _cut(slices: int, *arrays: Array) -> tuple[Array, ...]:

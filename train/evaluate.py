@@ -23,6 +23,7 @@ from train.command import program
 from train.config import RunConfig, load_config
 from train.data import Windows, eval_batches
 from train.likelihood import Scorer, score_text
+from train.mesh import ONE_DEVICE, Layout
 from train.schedule import Phase
 from train.state import TrainState, abstract_state
 from train.step import make_eval_step
@@ -35,9 +36,11 @@ CONFIG_FILE = "config.gin"  # in the workdir: the bindings of the run
 class Evaluator:
     """Mean loss over the validation split.  Compiles once for each recipe it meets."""
 
-    def __init__(self, graphdef: nnx.GraphDef, config: RunConfig, dataset: sources.Dataset):
-        self._config, self._parts = config, sources.parts(dataset)
-        self._step = make_eval_step(graphdef, config)
+    def __init__(
+        self, graphdef: nnx.GraphDef, config: RunConfig, dataset: sources.Dataset, layout: Layout = ONE_DEVICE
+    ):
+        self._config, self._parts, self._layout = config, sources.parts(dataset), layout
+        self._step = make_eval_step(graphdef, config, layout)
         self._bake = jax.jit(phases.bake, static_argnums=2)
 
     def __call__(self, state: TrainState, phase_index: int, *, sparse: bool = True) -> dict[str, float]:
@@ -79,7 +82,8 @@ class Evaluator:
             seq_len=train.seq_len,
             max_batches=train.eval_batches,
         )
-        sums = [self._step(params, method, b["tokens"], b["weight"], recipe=recipe) for b in batches]
+        parts = ([self._layout.whole_rows(batch[name]) for name in ("tokens", "weight")] for batch in batches)
+        sums = [self._step(params, method, *part, recipe=recipe) for part in parts]
         losses, counts = zip(*jax.device_get(sums), strict=True)
         return math.fsum(map(float, losses)) / math.fsum(map(float, counts))
 

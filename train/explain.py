@@ -56,7 +56,9 @@ def _tensors(
     keys = [key] if train.accumulation == 1 else jax.random.split(key, train.accumulation)
     decoder = assemble(graphdef, state.params, state.method)
     block, trained, fixed = nnx.split(decoder.blocks, nnx.Param, ...)
-    static: dict[str, Any] = {"block": block, "recipe": recipe, "implementation": train.implementation}
+    # XLA, which splits this over the devices of a run, cannot split a kernel.
+    implementation = train.implementation if jax.device_count() == 1 else "reference"
+    static: dict[str, Any] = {"block": block, "recipe": recipe, "implementation": implementation}
     parts = tokens.reshape(train.accumulation, -1, tokens.shape[-1])
     for i, (part, part_key) in enumerate(zip(parts, keys, strict=True)):
         where = f" in microbatch {i}" if train.accumulation > 1 else ""

@@ -1,5 +1,6 @@
 """The run: everything is checked in ``prepare``, then ``train`` is one visible loop over optimizer steps."""
 
+import contextlib
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from train import checkpoint, evaluate, model
 from train.branch import branch
@@ -19,15 +21,17 @@ from train.data import train_iterator
 from train.generate import sample_text
 from train.guard import Watch
 from train.init_from import load_params
+from train.mesh import ONE_DEVICE, Layout, layout_of
 from train.metrics import cut_metrics, read_metrics
 from train.optimizer import decay_mask, learning_rate
 from train.plot import plot_run
+from train.processes import first_alone, is_first
 from train.profiler import Profiler, parse_steps
 from train.report import Logger, summary
 from train.run_info import read_starts, record_start
 from train.run_report import write_report
 from train.sources import Dataset, identity, open_data, verify
-from train.state import TrainState, abstract_state, first_average, initial_state, place
+from train.state import TrainState, abstract_state, first_average, initial_state
 from train.step import make_diagnosis, make_ffn_inputs, make_train_step
 from train.workdir import WorkdirLock, claim_workdir, set_aside_damaged
 from venom_jax import Recipe, StackRecipe, calibrate, phases
@@ -44,7 +48,8 @@ class Run:
     val_data: Dataset
     checkpoints: checkpoint.Checkpoints
     fingerprint: dict[str, Any]
-    lock: WorkdirLock
+    lock: WorkdirLock | None  # the first process holds it
+    layout: Layout
     profile_steps: range = range(0)
     params: dict | None = None  # to start from, where there is no checkpoint to continue
     changed: tuple[str, ...] = ()  # bindings that are not those of the last start
@@ -68,30 +73,48 @@ def prepare(
     resolve_implementation(config.train.implementation)
     learning_rate(config.learning_rate, config.train.steps)
     decay_mask(config.optimizer, abstract_state(config).params)
+    layout = layout_of(config)
     train_data, val_data = open_data(config)
-    claim_workdir(workdir)
-    lock = WorkdirLock(workdir)
+    lock = first_alone(lambda: lock_workdir(workdir))
     try:
-        for line in set_aside_damaged(workdir):
-            print_warning(line)
         checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every)
         fingerprint = checkpoint.fingerprint(config, identity(train_data))
         if init_state and checkpoints.latest is None:
-            branch(str(init_from), workdir, fingerprint)
+            first_alone(lambda: branch(str(init_from), workdir, fingerprint))
             checkpoints.reload()
         checkpoints.check(fingerprint)
         read_starts(workdir)  # refuses a damaged record now and not after the first steps
         starting = checkpoints.latest is None
         if starting:
-            verify(config)
+            first_alone(lambda: verify(config))
         params = load_params(init_from, config.model) if starting and init_from is not None else None
-        saved = workdir / evaluate.CONFIG_FILE
-        changed = changed_bindings(saved.read_text(), config.text) if saved.exists() else ()
-        saved.write_text(config.text)
+        changed = first_alone(lambda: save_config(workdir, config)) or ()
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, lock, layout, profiled, params, changed)
+
+
+def lock_workdir(workdir: Path) -> WorkdirLock:
+    """Takes the workdir for this run and sets damaged checkpoints aside."""
+    claim_workdir(workdir)
+    lock = WorkdirLock(workdir)
+    try:
+        for line in set_aside_damaged(workdir):
+            print_warning(line)
     except BaseException:
         lock.release()
         raise
-    return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, lock, profiled, params, changed)
+    return lock
+
+
+def save_config(workdir: Path, config: RunConfig) -> tuple[str, ...]:
+    """Writes the run's bindings, and gives those that the last start had not."""
+    saved = workdir / evaluate.CONFIG_FILE
+    changed = changed_bindings(saved.read_text(), config.text) if saved.exists() else ()
+    saved.write_text(config.text)
+    return changed
 
 
 def train(run: Run) -> int:
@@ -100,29 +123,32 @@ def train(run: Run) -> int:
     Raises:
       BadStepError: the guard stopped it; the newest checkpoint is from before.
     """
-    config, settings, checkpoints = run.config, run.config.train, run.checkpoints
+    config, settings, checkpoints, layout = run.config, run.config.train, run.checkpoints, run.layout
     graphdef = model.structure(config.model, config.max_experts)
     iterator = train_iterator(
-        run.train_data, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=settings.seed
+        run.train_data,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     start, masks, seconds, report = checkpoints.latest or 0, None, 0.0, {}
     if start:
-        state, masks, seconds = checkpoints.restore(abstract_state(config), iterator)
+        state, masks, seconds = checkpoints.restore(abstract_state(config, layout), iterator)
     else:
-        state, report = first_state(config, run.params)
-    cut_metrics(run.workdir, start)
-    if start < settings.steps:
-        record_start(run.workdir, config, start)
+        state, report = first_state(config, run.params, layout)
+    first_alone(lambda: begin_records(run, start))
 
-    train_step = make_train_step(graphdef, config)
-    diagnosis = make_diagnosis(graphdef, config)
-    evaluator = evaluate.Evaluator(graphdef, config, run.val_data)
+    train_step = make_train_step(graphdef, config, layout)
+    diagnosis = make_diagnosis(graphdef, config, layout)
+    evaluator = evaluate.Evaluator(graphdef, config, run.val_data, layout)
     logged = [(record["step"], record["loss"]) for record in read_metrics(run.workdir) if record["kind"] == "train"]
     watch = Watch(config, graphdef, logged)
     all_phases, phase_index = config.schedule.phases, int(state.phase)
     profiler = Profiler(run.profile_steps, run.workdir)
-    logger = Logger(config, run.workdir, start, seconds, watch)
-    with run.lock, StopRequest() as stop, checkpoints, profiler, logger:
+    logger = Logger(config, run.workdir, start, seconds, watch, layout.devices)
+    with run.lock or contextlib.nullcontext(), StopRequest() as stop, checkpoints, profiler, logger:
         if start:
             logger.say(f"continuing {run.workdir} from step {start}, {all_phases[phase_index].label}")
             for line in run.changed:
@@ -133,13 +159,13 @@ def train(run: Run) -> int:
             if (index := config.schedule.index_at(step)) != phase_index:
                 logger.flush()
                 watch.settle(state, logger)
-                state, report = switch_phase(state, config, index)
+                state, report = switch_phase(state, config, index, layout)
                 phase_index, masks = index, None  # the neurons that the masks speak of may have moved
                 logger.begin_phase(step, index, report)
                 logger.pause(step)
 
             profiler.before(step, state)
-            tokens = jax.device_put(next(iterator)["tokens"])
+            tokens = layout.rows(next(iterator)["tokens"])
             state, metrics = train_step(state, tokens, *watch.begin(step, tokens))
             done = step + 1
             if profiler.after(step, state):
@@ -147,7 +173,7 @@ def train(run: Run) -> int:
                 logger.pause(done)
             logger.log(done, phase_index, metrics)
 
-            last, stopping = done == settings.steps, stop.signal is not None
+            last, stopping = done == settings.steps, stop.asked(done)
             sampling = not last and has_sample(config) and is_due(done, settings.sample_every)
             diagnosing = is_due(done, settings.diagnosis_every)
             evaluating = last or is_due(done, settings.eval_every)
@@ -169,10 +195,17 @@ def train(run: Run) -> int:
             if sampling or diagnosing or evaluating or saving:
                 logger.pause(done)
             if stopping and not last:
-                logger.say(f"{signal.Signals(stop.signal).name}: saved step {done}; run again to continue")
+                logger.say(f"{stop.name}: saved step {done}; run again to continue")
                 return stop.exit_code
         finish(run, logger, graphdef, state)
     return 0
+
+
+def begin_records(run: Run, start: int) -> None:
+    """Prepares the workdir's records for a start after ``start`` steps."""
+    cut_metrics(run.workdir, start)
+    if start < run.config.train.steps:
+        record_start(run.workdir, run.config, start)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -180,30 +213,34 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def first_state(config: RunConfig, params: dict | None) -> tuple[TrainState, dict[str, float]]:
+def first_state(
+    config: RunConfig, params: dict | None, layout: Layout = ONE_DEVICE
+) -> tuple[TrainState, dict[str, float]]:
     """The state before the first step: random weights, or ``params``, made ready for the first phase's recipe."""
-    state = initial_state(config)
+    state = initial_state(config, layout)
     if params is not None:
-        state = place(replace(state, params=params, ema=first_average(config, params)))
+        state = layout.place(replace(state, params=params, ema=first_average(config, params)))
     if config.schedule.phases[0].recipe.is_dense:
         return state, {}
-    return enter_phase(state, config, Recipe.dense(), 0)
+    return enter_phase(state, config, Recipe.dense(), 0, layout)
 
 
-def switch_phase(state: TrainState, config: RunConfig, index: int) -> tuple[TrainState, dict[str, float]]:
+def switch_phase(
+    state: TrainState, config: RunConfig, index: int, layout: Layout = ONE_DEVICE
+) -> tuple[TrainState, dict[str, float]]:
     """The state at the start of phase ``index``, after another."""
-    return enter_phase(state, config, config.schedule.phases[int(state.phase)].recipe, index)
+    return enter_phase(state, config, config.schedule.phases[int(state.phase)].recipe, index, layout)
 
 
 def enter_phase(
-    state: TrainState, config: RunConfig, old: StackRecipe, index: int
+    state: TrainState, config: RunConfig, old: StackRecipe, index: int, layout: Layout
 ) -> tuple[TrainState, dict[str, float]]:
     """The state at the start of phase ``index``: clustered, scaled or baked as the change from ``old`` needs."""
     new = config.schedule.phases[index].recipe
     averages = [] if state.ema is None else [state.ema]
     options: dict[str, Any] = {"seed": config.train.seed, "rescale": config.phases.rescale}
     if calibrate.needs_inputs(old, new, config.model.layers, rescale=config.phases.rescale):
-        options["inputs"] = {("blocks", "ffn"): sample_ffn_inputs(state, config, old)}
+        options["inputs"] = {("blocks", "ffn"): sample_ffn_inputs(state, config, old, layout)}
     out = phases.transition(state.params, state.method, [state.opt_state], old, new, averages=averages, **options)
     changed = replace(
         state,
@@ -213,26 +250,28 @@ def enter_phase(
         phase=jnp.asarray(index, jnp.int32),
         ema=out.averages[0] if averages else None,
     )
-    return place(changed), out.report
+    return layout.place(changed), out.report
 
 
-def sample_ffn_inputs(state: TrainState, config: RunConfig, recipe: StackRecipe) -> jax.Array:
+def sample_ffn_inputs(state: TrainState, config: RunConfig, recipe: StackRecipe, layout: Layout) -> jax.Array:
     """What every FFN reads [L, T, D] in one microbatch of windows spread evenly over the data, the same each time."""
     train, dataset = config.train, open_data(config)[0]
     rows = train.batch_size // train.accumulation
     last = dataset.num_windows(train.seq_len) - 1
     tokens = dataset.windows(np.linspace(0, last, rows).astype(np.int64), train.seq_len)
-    ffn_inputs = make_ffn_inputs(model.structure(config.model, config.max_experts), config)
-    return ffn_inputs(state.params, state.method, tokens, recipe=recipe)
+    ffn_inputs = make_ffn_inputs(model.structure(config.model, config.max_experts), config, layout)
+    return ffn_inputs(state.params, state.method, layout.whole_rows(tokens), recipe=recipe)
 
 
 def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) -> None:
     """The summary line, a text sample and the plot, the last two also as files in the workdir."""
     settings = run.config.train
+    text = sample(run, graphdef, state) if has_sample(run.config) else None  # by all processes together
+    if not is_first():
+        return
     values = summary(run.workdir)
     logger.end(settings.steps, values)
-    if has_sample(run.config):
-        text = sample(run, graphdef, state)
+    if text is not None:
         (run.workdir / "sample.txt").write_text(text + "\n")
         logger.say(f"sample: {text}")
     plot_run(run.workdir, run.workdir / "loss.png")
@@ -261,14 +300,28 @@ def sample(run: Run, graphdef: nnx.GraphDef, state: TrainState) -> str:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can save; a second one acts as usual."""
+    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can save; a second one acts as usual.
+
+    With several processes jax.distributed catches SIGTERM in any of them and finds a step at which all can stop.
+    """
 
     def __init__(self):
         self.signal: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._previous = {number: signal.signal(number, self._note) for number in caught}
         return self
+
+    def asked(self, step: int) -> bool:
+        """Whether to save and stop after ``step`` steps; all processes get the same answer."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        return "" if self.signal is None else signal.Signals(self.signal).name
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number

@@ -10,19 +10,31 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from train import loop, report
+from train import loop, processes, report
 from train.checkpoint import CheckpointError
 from train.command import compute_deterministically, keep_compiled_programs, print_error
 from train.config import load_config
 from train.guard import BadStepError
 from train.workdir import local_path
 
+OPTIONS = ("dry_run", "distributed", "init_from", "init_state", "profile_steps")
+
 
 def run(
-    gin_files: Sequence[str], gin_bindings: Sequence[str], workdir: str | Path, *, dry_run: bool = False, **options: Any
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+    workdir: str | Path,
+    *,
+    dry_run: bool = False,
+    distributed: str | None = None,
+    **options: Any,
 ) -> int:
-    """Trains to the end; options as in ``loop.prepare``.  Returns 0 (done or saved), 1 (stopped), 2 (bad input)."""
+    """Trains to the end; distributed as in ``processes.connect``, other options as in ``loop.prepare``.
+
+    Returns 0 (done or saved), 1 (stopped), 2 (bad input).
+    """
     try:
+        processes.connect(distributed)
         config = load_config(gin_files, gin_bindings)
         if dry_run:
             print(report.plan(config))
@@ -51,8 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if values.workdir is None and not values.dry_run:
         print_error("give --workdir=FOLDER, or --dry_run")
         return 2
-    names = ("dry_run", "init_from", "init_state", "profile_steps")
-    options: dict[str, Any] = {name: values[name].value for name in names}
+    options: dict[str, Any] = {name: values[name].value for name in OPTIONS}
     return run(values.gin_file, values.gin_bindings, values.workdir, **options)
 
 
@@ -64,5 +75,6 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("init_state", False, "with --init_from=WORKDIR[@STEP]: its whole state, to go on from there")
     flags.DEFINE_string("profile_steps", None, "START:STOP: write a profiler's trace of these steps into the workdir")
     flags.DEFINE_boolean("deterministic", False, "give the same bits in every run on one kind of GPU; slower")
+    flags.DEFINE_string("distributed", None, "'auto' (SLURM, Open MPI) or HOST:PORT,COUNT,INDEX: several processes")
     flags.DEFINE_boolean("dry_run", False, "print parameters, FLOPs and phases, and stop")
     app.run(main)

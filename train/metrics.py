@@ -23,10 +23,10 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops() -> float | None:
-    """Peak of all local devices together, or None where it is not known."""
+def peak_flops(devices: int) -> float | None:
+    """Peak of so many devices together, or None where it is not known."""
     one = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return None if one is None else one * jax.device_count()
+    return None if one is None else one * devices
 
 
 def peak_memory() -> int | None:
@@ -115,6 +115,30 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
         self._events.close()
+
+
+class NoWriter:
+    """In the place of a `MetricsWriter` and a `Progress` in all processes but the first."""
+
+    def __init__(self, *, seconds: float):
+        self._offset = seconds - time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """As the writer's."""
+        return self._offset + time.monotonic()
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Writes nothing."""
+
+    def update(self, step: int, text: str) -> None:
+        """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Prints nothing."""
+
+    def close(self) -> None:
+        pass
 
 
 class Progress:

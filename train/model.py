@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from train.config import Model
 from train.cross_entropy import head_logits
+from train.mesh import Shards
 from venom_jax import FFNStats, Method, PackedWeights, Recipe, SparseMLP, StackRecipe
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import pack_weights
@@ -33,7 +34,13 @@ def _keep_products(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
     return "dot_product_attention_fwd" in primitive.name or keep(primitive, *shapes, **parameters)
 
 
+def _keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Weights gathered from other devices are gathered again: kept for the backward, they would be whole copies."""
+    return primitive.name != "all_gather"
+
+
 REMAT_POLICIES = {
+    "gathered": _keep_all_but_gathered,
     "dots": _keep_products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -158,13 +165,20 @@ class Block(nnx.Module):
         packed: PackedWeights | None,
         implementation: Implementation | None,
         documents: Documents | None = None,
+        axis: str | None = None,
     ) -> tuple[Float[Array, "B S D"], tuple[FFNStats, Float[Array, "B S D"]]]:
         """The block's output, and what its FFN reports and reads."""
         epsilon = self.config.norm_epsilon
         x = x + self.attention(rms_norm(x, self.attention_scale[...], epsilon), documents)
         ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
         y, stats = self.ffn(
-            ffn_input, recipe=recipe, packed=packed, return_stats=True, key=key, implementation=implementation
+            ffn_input,
+            recipe=recipe,
+            packed=packed,
+            return_stats=True,
+            key=key,
+            implementation=implementation,
+            axis=axis,
         )
         return x + y, (stats, ffn_input)
 
@@ -198,10 +212,12 @@ class Decoder(nnx.Module):
         implementation: Implementation | None = None,
         remat: str = "none",
         keep_ffn_inputs: bool = False,
+        shards: Shards | None = None,
     ) -> tuple[Float[Array, "B S D"], FFNStats, Float[Array, "L B S D"] | None]:
         """Last hidden states after the final norm, statistics with a leading L, and the FFNs' inputs if kept.
 
         packed: the FFNs' weights as ``pack_ffns`` made them, with a leading L; None packs them in every call.
+        shards: inside ``jax.shard_map``, where tokens are a device's rows and parameters its parts.
         """
         graphdef, stacked = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.config.layers)
@@ -211,10 +227,18 @@ class Decoder(nnx.Module):
         def layer(recipe, x, scanned):
             state, layer_key, layer_packed = scanned
             block = nnx.merge(graphdef, state)
-            x, (stats, ffn_input) = block(x, recipe, layer_key, layer_packed, implementation, documents)
+            if shards is not None:
+                for name in ("qkv", "out"):
+                    part = getattr(block.attention, name)[...]
+                    setattr(block.attention, name, nnx.Param(shards.whole(part, name, dtype)))
+            axis = None if shards is None else shards.axis
+            x, (stats, ffn_input) = block(x, recipe, layer_key, layer_packed, implementation, documents, axis)
             return x, (stats, ffn_input if keep_ffn_inputs else None)
 
-        x = self.embedding[...].astype(dtype)[tokens]
+        if remat == "none" and shards is not None:
+            remat = "gathered"
+        table = self.embedding[...].astype(dtype)
+        x = table[tokens] if shards is None else shards.embed(table, tokens)
         found = []
         for first, end, part in recipe.parts(self.config.layers):
             run = partial(layer, part)

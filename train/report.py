@@ -11,7 +11,8 @@ from train import model
 from train.config import RunConfig
 from train.evaluate import describe
 from train.guard import Watch
-from train.metrics import MetricsWriter, Progress, peak_flops, peak_memory, read_metrics
+from train.metrics import MetricsWriter, NoWriter, Progress, peak_flops, peak_memory, read_metrics
+from train.processes import is_first
 from venom_jax import Recipe, StackRecipe
 
 
@@ -40,17 +41,18 @@ class Logger:
     Metrics of a step are fetched when the next step has been dispatched, so that the device never waits for the host.
     """
 
-    def __init__(self, config: RunConfig, workdir: Path, start: int, seconds: float, watch: Watch):
-        """start, seconds: steps completed and time taken so far.  watch: judges the metrics."""
+    def __init__(self, config: RunConfig, workdir: Path, start: int, seconds: float, watch: Watch, devices: int = 1):
+        """start, seconds: steps completed and time taken so far.  watch: judges the metrics.  devices: of the run."""
         train = config.train
         self._config, self._watch = config, watch
-        self._writer = MetricsWriter(workdir, step=start, seconds=seconds)
-        self._progress = Progress(train.steps, start)
+        silent = NoWriter(seconds=seconds)
+        self._writer = MetricsWriter(workdir, step=start, seconds=seconds) if is_first() else silent
+        self._progress = Progress(train.steps, start) if is_first() else silent
         self._throughput = Throughput(train.batch_size * train.seq_len, start)
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
         recipes = dict.fromkeys((Recipe.dense(), *config.schedule.recipes))
         self._flops = {recipe: model.flops_per_token(config.model, train.seq_len, recipe) for recipe in recipes}
-        self._peak = peak_flops()
+        self._peak = peak_flops(devices)
         self._step = start
 
     def __enter__(self) -> "Logger":

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, UInt32
 
 from train import model
 from train.config import RunConfig
+from train.mesh import ONE_DEVICE, Layout
 from train.optimizer import for_run
 
 
@@ -31,19 +32,21 @@ class TrainState:
     ema: dict | None = None
 
 
-def initial_state(config: RunConfig) -> TrainState:
-    """The state before the first step, a function of the configuration and its seed."""
-    return place(jax.jit(lambda: _create(config))())
+def initial_state(config: RunConfig, layout: Layout = ONE_DEVICE) -> TrainState:
+    """The state before the first step, a function of the configuration and its seed.
+
+    Committed to its place, as one that was restored is: else each change would compile the step again.
+    """
+    if layout.mesh is None:
+        return layout.place(jax.jit(lambda: _create(config))())
+    # Made in parts: no device may have room for the whole.
+    return jax.jit(lambda: _create(config), out_shardings=layout.shardings(abstract_state(config)))()
 
 
-def abstract_state(config: RunConfig) -> TrainState:
-    """Its shapes and dtypes, without computing it."""
-    return jax.eval_shape(lambda: _create(config))
-
-
-def place(state: TrainState) -> TrainState:
-    """The state committed to its device, as one that was restored is: else each change would compile the step again."""
-    return jax.device_put(state, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+def abstract_state(config: RunConfig, layout: Layout | None = None) -> TrainState:
+    """Its shapes and dtypes, without computing it; with ``layout`` also the places."""
+    shapes = jax.eval_shape(lambda: _create(config))
+    return shapes if layout is None else layout.abstract(shapes)
 
 
 def _create(config: RunConfig) -> TrainState:

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from train.config import RunConfig
-from train.cross_entropy import weighted_cross_entropy
+from train.cross_entropy import head_logits, sharded_cross_entropy, weighted_cross_entropy
 from train.guard import counts, keep_if
+from train.mesh import AXES, ONE_DEVICE, ROWS, Layout, Shards, specs
 from train.model import Decoder, assemble, join_layers, pack_ffns, take_layers
 from train.optimizer import for_run, updated_average
-from train.state import TrainState
+from train.state import TrainState, abstract_state
 from venom_jax import FFNStats, PackedWeights, StackRecipe, calibrate, phases
 from venom_jax.stats import WeightMasks, diagnose
 
@@ -31,6 +33,7 @@ def hidden_states(
     key: PRNGKeyArray | None,
     config: RunConfig,
     packed: PackedWeights | None = None,
+    shards: Shards | None = None,
 ) -> tuple[Float[Array, "B S D"], FFNStats]:
     """The states that predict tokens[1:], as the run computes them, and the FFNs' statistics."""
     train = config.train
@@ -42,6 +45,7 @@ def hidden_states(
         packed=packed,
         implementation=train.implementation,
         remat=train.remat,
+        shards=shards,
     )
     return hidden, stats
 
@@ -55,13 +59,15 @@ def token_losses(
     recipe: StackRecipe,
     key: PRNGKeyArray | None,
     config: RunConfig,
+    shards: Shards | None = None,
 ) -> tuple[Float[Array, "B S"], FFNStats]:
     """-log p(tokens[s + 1] | tokens[: s + 1]) in nats, and the FFNs' statistics."""
     model = assemble(graphdef, params, method)
-    hidden, stats = hidden_states(model, tokens, recipe=recipe, key=key, config=config)
+    hidden, stats = hidden_states(model, tokens, recipe=recipe, key=key, config=config, shards=shards)
+    head = model.head_weight() if shards is None else shards.whole(model.head_weight(), "head", hidden.dtype)
 
     def losses(pair):
-        return optax.softmax_cross_entropy_with_integer_labels(model.logits(pair[0]), pair[1])
+        return optax.softmax_cross_entropy_with_integer_labels(head_logits(pair[0], head), pair[1])
 
     labels, chunks = tokens[:, 1:], config.train.loss_chunks
     # The logits of one slice at a time: at a vocabulary of 128k they are the largest array of the step.
@@ -71,30 +77,34 @@ def token_losses(
     return jnp.moveaxis(jax.lax.map(losses, sliced), 0, 1).reshape(labels.shape), stats
 
 
-def make_gradients(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
+def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = ONE_DEVICE) -> Callable:
     """gradients(params, method, tokens, rng, *, recipe) -> (grads, loads, metrics), summed over microbatches.
 
-    The mean loss over the batch and its gradient; the batch is cut into ``Train.accumulation`` microbatches.  These
-    share weights that are thresholded and packed once.
+    The mean loss over the batch, of all devices, and its gradient, cut over them as the parameters are; the batch comes
+    in ``Train.accumulation`` microbatches, which share weights that are thresholded and packed once.
     """
+    shards, devices = layout.shards, layout.devices
 
     def microbatch(params, method, packed, tokens, key, *, recipe):
         def loss(params):
             model = assemble(graphdef, params, method)
-            hidden, stats = hidden_states(model, tokens, recipe=recipe, key=key, config=config, packed=packed)
-            labels = tokens[:, 1:]
-            weights = jnp.full(labels.shape, 1 / labels.size, jnp.float32)
-            train = config.train
-            total = weighted_cross_entropy(
-                hidden, model.head_weight(), labels, weights, train.loss_chunks, train.z_loss
+            hidden, stats = hidden_states(
+                model, tokens, recipe=recipe, key=key, config=config, packed=packed, shards=shards
             )
-            return total, stats
+            labels = tokens[:, 1:]
+            weights = jnp.full(labels.shape, 1 / (labels.size * devices), jnp.float32)
+            operands, train = (hidden, model.head_weight(), labels, weights), config.train
+            if shards is None:
+                return weighted_cross_entropy(*operands, train.loss_chunks, train.z_loss), stats
+            return sharded_cross_entropy(*operands, train.loss_chunks, train.z_loss, shards.axis), stats
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, value, stats.density.mean(), stats.load
 
     def gradients(params, method, tokens, key, *, recipe: StackRecipe):
         count = config.train.accumulation
+        if shards is not None:
+            key = shards.own_key(key)
         packed = pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype))
         if count == 1:
             grads, loss, density, load = microbatch(params, method, packed, tokens, key, recipe=recipe)
@@ -109,17 +119,30 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
             total, _ = jax.lax.scan(accumulate, zeros, (microbatches, jax.random.split(key, count)))
             grads, loss, density = jax.tree.map(lambda leaf: leaf / count, total[:3])
             load = total[3]
-        return grads, load, {"loss": loss, "density": density, **_load_metrics(load, recipe, tokens)}
+        if shards is not None:
+            grads = shards.total_gradients(grads)
+            loss, density, load = shards.total((loss, density / devices, load))
+        count = tokens.shape[0] * (tokens.shape[1] - 1) * devices
+        return grads, load, {"loss": loss, "density": density, **_load_metrics(load, recipe, count)}
 
-    return gradients
+    if shards is None:
+        return gradients
+
+    def on_each(params, method, tokens, key, *, recipe: StackRecipe):
+        own = partial(gradients, recipe=layout.local_recipe(recipe))
+        cut = specs(params)
+        compute = layout.each(own, (cut, P(), ROWS, P()), (cut, P(), P()))
+        return compute(params, method, layout.microbatch_rows(tokens, config.train.accumulation), key)
+
+    return on_each
 
 
-def _load_metrics(load: Float[Array, "L E"], recipe: StackRecipe, tokens: Int[Array, "B S+1"]) -> Metrics:
+def _load_metrics(load: Float[Array, "L E"], recipe: StackRecipe, tokens: int) -> Metrics:
     """Share of the tokens that each routed layer's experts got, but for the shared ones: largest, mean, smallest.
 
     Where layers differ in their number of experts, the largest and the smallest are relative to their layers' means.
     """
-    shares = load / (tokens.shape[0] * (tokens.shape[1] - 1))
+    shares = load / tokens
     parts = [p for p in recipe.parts(load.shape[0]) if p[2].routed or not recipe.routed]
     found = [shares[first:end, part.shared : part.experts] for first, end, part in parts]
     means = [share.mean() for share in found]
@@ -141,7 +164,9 @@ def take_branch(index: Int[Array, ""], branches: Sequence[Callable], *operands: 
     return jax.lax.switch(index, branches, *operands)
 
 
-def make_train_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable[..., tuple[TrainState, Metrics]]:
+def make_train_step(
+    graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = ONE_DEVICE
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted step: gradients by the phase's recipe, clipped AdamW, the router's bias.
 
     One program holds every recipe.  The branch goes around the whole gradient computation: inside the layers it
@@ -151,14 +176,19 @@ def make_train_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable[..., 
     state's (None: any), leaves the state as ``guard.keep_if`` says.
     """
     optimizer, schedule = for_run(config)
-    gradients = make_gradients(graphdef, config)
+    gradients = make_gradients(graphdef, config, layout)
     recipes = config.schedule.recipes
     branches = [partial(gradients, recipe=recipe) for recipe in recipes]
 
     def update_bias(recipe: StackRecipe, method, load):
         return phases.update_bias(method, load, recipe)
 
-    @partial(jax.jit, donate_argnums=0)
+    places: dict[str, Any] = {}
+    if layout.mesh is not None:
+        # The new state lies where the old one did, or its step would be compiled again.
+        places = {"out_shardings": (layout.shardings(abstract_state(config)), layout.everywhere)}
+
+    @partial(jax.jit, donate_argnums=0, **places)
     def train_step(
         state: TrainState, tokens: Int[Array, "B S+1"], limit: Any = np.inf, number: Any = None
     ) -> tuple[TrainState, Metrics]:
@@ -187,24 +217,33 @@ def make_train_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable[..., 
     return train_step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
+def make_eval_step(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = ONE_DEVICE) -> Callable:
     """eval_step(params, method, tokens, weight, recipe=...) -> (summed loss in nats, number of tokens), jitted."""
+    shards = layout.shards
+
+    def sums(params, method, tokens: Int[Array, "B S+1"], weight: Float[Array, " B"], *, recipe: StackRecipe):
+        # A fixed key: evaluating must not depend on when it happens, also with the random router.
+        losses, _ = token_losses(
+            graphdef, params, method, tokens, recipe=recipe, key=jax.random.key(0), config=config, shards=shards
+        )
+        found = (losses * weight[:, None]).sum(), weight.sum() * losses.shape[1]
+        return found if shards is None else shards.total(found)
 
     @partial(jax.jit, static_argnames="recipe")
-    def eval_step(params, method, tokens: Int[Array, "B S+1"], weight: Float[Array, " B"], *, recipe: StackRecipe):
-        # A fixed key: evaluating must not depend on when it happens, also with the random router.
-        losses, _ = token_losses(graphdef, params, method, tokens, recipe=recipe, key=jax.random.key(0), config=config)
-        return (losses * weight[:, None]).sum(), weight.sum() * losses.shape[1]
+    def eval_step(params, method, tokens, weight, *, recipe: StackRecipe):
+        own = partial(sums, recipe=layout.local_recipe(recipe))
+        return layout.each(own, (specs(params), P(), ROWS, ROWS), P())(params, method, tokens, weight)
 
     return eval_step
 
 
-def make_ffn_inputs(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
+def make_ffn_inputs(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = ONE_DEVICE) -> Callable:
     """ffn_inputs(params, method, tokens, recipe=...) -> what every FFN reads [L, T, D], of few tokens, jitted."""
+    places = {} if layout.mesh is None else {"out_shardings": layout.everywhere}
 
-    @partial(jax.jit, static_argnames="recipe")
+    @partial(jax.jit, static_argnames="recipe", **places)
     def ffn_inputs(params, method, tokens: Int[Array, "B S+1"], *, recipe: StackRecipe) -> Float[Array, "L T D"]:
-        inputs = _all_ffn_inputs(assemble(graphdef, params, method), tokens, recipe, config)
+        inputs = _all_ffn_inputs(graphdef, params, method, tokens, recipe, config, layout)
         inputs = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
         return inputs[:, :: -(-inputs.shape[1] // calibrate.MAX_TOKENS)]
 
@@ -212,30 +251,39 @@ def make_ffn_inputs(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
 
 
 def _all_ffn_inputs(
-    model: Decoder, tokens: Int[Array, "B S+1"], recipe: StackRecipe, config: RunConfig
+    graphdef: nnx.GraphDef,
+    params: dict,
+    method: dict,
+    tokens: Int[Array, "B S+1"],
+    recipe: StackRecipe,
+    config: RunConfig,
+    layout: Layout,
 ) -> Float[Array, "L B S D"]:
-    train = config.train
-    _, _, ffn_inputs = model.hidden(
-        tokens[:, :-1],
-        recipe=recipe,
-        dtype=jnp.dtype(train.dtype),
-        key=jax.random.key(0),
-        implementation=train.implementation,
-        keep_ffn_inputs=True,
-    )
-    assert ffn_inputs is not None
-    return ffn_inputs
+    def inputs(params, method, tokens):
+        return assemble(graphdef, params, method).hidden(
+            tokens[:, :-1],
+            recipe=layout.local_recipe(recipe),
+            dtype=jnp.dtype(config.train.dtype),
+            key=jax.random.key(0),
+            implementation=config.train.implementation,
+            keep_ffn_inputs=True,
+            shards=layout.shards,
+        )[2]
+
+    return layout.each(inputs, (specs(params), P(), ROWS), P(None, AXES))(params, method, tokens)
 
 
-def make_diagnosis(graphdef: nnx.GraphDef, config: RunConfig) -> Callable:
+def make_diagnosis(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = ONE_DEVICE) -> Callable:
     """diagnosis(params, method, tokens, masks, recipe=...) -> ({name: [L]}, masks), jitted.
 
     ``venom_jax.stats.diagnose`` on the input of every FFN.  ``masks`` is what the last call returned, or None.
     """
 
-    @partial(jax.jit, static_argnames="recipe")
+    places = {} if layout.mesh is None else {"out_shardings": layout.everywhere}
+
+    @partial(jax.jit, static_argnames="recipe", **places)
     def diagnosis(params, method, tokens: Int[Array, "B S+1"], masks: WeightMasks | None, *, recipe: StackRecipe):
-        ffn_inputs = _all_ffn_inputs(assemble(graphdef, params, method), tokens, recipe, config)
+        ffn_inputs = _all_ffn_inputs(graphdef, params, method, tokens, recipe, config, layout)
         ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
 
         def layer(recipe, scanned):

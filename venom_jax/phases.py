@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from pallas_kernels.array_types import Array
 from pallas_kernels.pack import reference as pack
@@ -264,9 +265,16 @@ def _new_beta(params: Any, layer: Path, beta: Array, old: Recipe, new: Recipe) -
     return beta
 
 
+def _on_host(array: Array) -> np.ndarray:
+    """The whole array, also where other processes hold parts of it."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
 def _cluster(w1: Array, recipe: Recipe, seed: int, first: int, x: Array | None) -> Array:
     """The new order of neurons of each layer of a stack: [..., F]."""
-    stack = np.asarray(w1, np.float32).reshape(-1, *w1.shape[-2:])
+    stack = _on_host(w1).astype(np.float32).reshape(-1, *w1.shape[-2:])
     samples = [None] * len(stack) if x is None else np.asarray(x, np.float32).reshape(-1, *x.shape[-2:])
     orders = [
         calibrate.neuron_order(one, recipe, seed=_layer_seed(seed, i), x=sample)
