@@ -67,12 +67,15 @@ def test_gathered_pieces_lie_where_the_tensor_core_reads_them(tile_n):
     assert (seen == 1).all()
 
 
-def tiles():
-    found = {config: v for v, configs in hopper.TILES.items() for config in configs}
-    return found | {config: v for v, configs in bench.SHAPES.items() for config in configs}
+def tiles() -> dict[TileConfig, int]:
+    return {config: v for v, config in hopper.TILES.items()} | {
+        config: v for v, configs in bench.TILES.items() for config in configs
+    }
 
 
-@pytest.mark.parametrize(("config", "v"), tiles().items(), ids=lambda c: str(c).replace("TileConfig", ""))
+@pytest.mark.parametrize(
+    ("config", "v"), tiles().items(), ids=lambda c: bench.label(c) if isinstance(c, TileConfig) else str(c)
+)
 def test_every_tile_lowers(config, v, monkeypatch):
     assert config.violation(hopper.problem_of(512, 520, 256, v)) is None
     assert "mosaic_gpu" in lower(monkeypatch, v, config, transpose_out=False)
@@ -102,6 +105,7 @@ def lower(monkeypatch, v, config, *, transpose_out, dtype="bfloat16", out_dtype=
     [
         (64, TileConfig(64, 256, 2, 1), "tile_m=128.*problem.v=64"),
         (128, TileConfig(128, 192, 1, 1), "tile_n=192"),
+        (128, TileConfig(gather_lag=3), "gather_lag=3, self.stages=4"),
     ],
 )
 def test_tiles_that_cannot_gather_are_refused(v, config, message):
@@ -178,7 +182,9 @@ def test_bench_names_read_as_documented_and_operands_are_right():
 
 # -------------------------------------------------------------------------------------------- on a Hopper GPU
 
-kernel = functools.partial(vnm, implementation="hopper")
+kernel = jax.jit(
+    functools.partial(vnm, implementation="hopper"), static_argnames=("transpose_out", "out_dtype", "config")
+)
 SIZES = [(64, 64, 64), (72, 8, 128), (1000, 520, 256), (520, 1032, 1024), (2056, 136, 4096)]
 
 
@@ -211,7 +217,9 @@ def test_kernel_types(dtype, out_dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("config", "v"), tiles().items(), ids=lambda c: str(c).replace("TileConfig", ""))
+@pytest.mark.parametrize(
+    ("config", "v"), tiles().items(), ids=lambda c: bench.label(c) if isinstance(c, TileConfig) else str(c)
+)
 def test_every_tile_gives_the_same_bits(config, v):
     a, b, _, wanted = problem(4096, 776, 1024, v, 8)
     out = kernel(*a, b, config=config)
@@ -260,7 +268,7 @@ def test_an_index_outside_reads_zeros(outside):
 @pytest.mark.parametrize("v", [64, 128])
 def test_blocks_that_share_columns_give_the_grouped_kernels_bits(experts, v):
     """A routed product: block r of group g keeps the columns of expert g, four of each 4 x experts."""
-    tokens, k, n = 1024, 256, 520
+    tokens, k, n = 1024, 256, 576
     values, metadata, columns, _ = bench.operands(Case(tokens, n, k * experts, v, 4 * experts), 0)
     b = normal(3, experts, k, n)
     sizes = jnp.full((experts,), tokens // experts, jnp.int32)

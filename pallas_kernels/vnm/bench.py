@@ -7,19 +7,18 @@ M / 2, the dense product's work over the stored entries'; `share` is speedup / i
 `dram_ms` are the least times of the bytes that the tiles load from L2, and of all operands and the result once through
 memory.
 
---search times the tiles of `_SEARCH` instead and prints the fastest for each case.
+--search times the tiles of `TILES` first, prints their milliseconds, and takes the fastest for each case.
 """
 
 import argparse
 import functools
-import itertools
 import json
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import bench, device, rivals, timing
+from pallas_kernels import bench, device, rivals, timing, tune
 from pallas_kernels.hopper import kernel
 from pallas_kernels.metadata import pack_positions
 from pallas_kernels.sparse24 import bench_shapes as sparse_shapes
@@ -32,26 +31,24 @@ from pallas_kernels.vnm.shapes import KEPT
 L2_BYTES_PER_MS = 5.5e9
 """What an H100's multiprocessors read from L2 together, about."""
 DRAM_BYTES_PER_MS = 3.0e9
-_RASTERS = ((1 << 10, 1), (1 << 10, 2), (16, 4), (8, 1 << 10))
-SHAPES = {
-    64: (TileConfig(64, 128, 1, 2, stages=5), TileConfig(64, 256, 1, 1, stages=4), TileConfig(64, 64, 1, 2, stages=8)),
-    128: (
-        TileConfig(64, 256, 2, 1, stages=4),
-        TileConfig(64, 256, 2, 1, stages=5, store_slots=1),
-        TileConfig(128, 128, 1, 2, stages=4),
-        TileConfig(128, 128, 1, 2, stages=5, store_slots=1, deferred=True),
-        TileConfig(64, 128, 2, 1, stages=6),
-        TileConfig(128, 128, 1, 1, stages=6),
+TILES = {
+    64: (
+        TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True, gather_lag=3),
+        TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
+        TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=1024, raster_n=1, deferred=True),
+        TileConfig(64, 128, 1, 2, stages=5, store_slots=2, raster_m=32, raster_n=4),
+        TileConfig(64, 256, 1, 1, stages=5, store_slots=2, raster_m=32, raster_n=4, deferred=True),
     ),
-    256: (TileConfig(128, 128, 2, 1, stages=5), TileConfig(64, 256, 2, 1, stages=4)),
+    128: (
+        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=32, raster_n=4, gather_lag=3),
+        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=32, raster_n=4),
+        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
+        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=1024, raster_n=1, deferred=True),
+        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=8, raster_n=1024, deferred=True),
+        TileConfig(128, 128, 1, 2, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
+    ),
 }
-_SEARCH = {
-    v: [
-        TileConfig(**(vars(shape) | {"raster_m": m, "raster_n": n}))
-        for shape, (m, n) in itertools.product(shapes, _RASTERS)
-    ]
-    for v, shapes in SHAPES.items()
-}
+"""What --search times, by v."""
 
 
 def problem_of(case: Case) -> Problem:
@@ -169,37 +166,38 @@ def time_case(case: Case, prepared: tuple[timing.Run, int, float]) -> list[dict]
     return rows
 
 
-def search(case: Case) -> dict[TileConfig, float]:
-    """Milliseconds of each tile that compiles and is right, fastest first."""
-    tiles = [tile for tile in _SEARCH[case.pattern_v] if tile.violation(problem_of(case)) is None]
-    sets = argument_sets(case)
-    built = timing.build({tile: functools.partial(prepare, case, tile, sets) for tile in tiles}, at_once=4)
-    good = {tile: found for tile, found in built.items() if not isinstance(found, Exception)}
-    for tile, found in built.items():
-        if isinstance(found, Exception):
-            print(f"  {tile}: {str(found)[:200]}", flush=True)
-    times = timing.race({t: f[0] for t, f in good.items()}, {t: f[1] for t, f in good.items()}, rounds=3)
-    return dict(sorted(times.items(), key=lambda item: item[1]))
+def search(case: Case) -> TileConfig:
+    """The fastest tile of those that compile and are right; prints each one's milliseconds as they come."""
+    sets, times = argument_sets(case), {}
+    for tile in TILES[case.pattern_v]:
+        try:
+            run, count, _ = prepare(case, tile, sets)
+        except Exception as error:  # a tile that the compiler refuses, or that is wrong, is a result of the search
+            print(f"  {label(tile)}: {str(error)[:200]}", flush=True)
+            continue
+        times[tile] = timing.race({tile: run}, {tile: count}, rounds=5)[tile]
+        print(f"  {label(tile)}: {times[tile]:.4f} ms", flush=True)
+    return min(times, key=times.__getitem__)
+
+
+def label(tile: TileConfig) -> str:
+    return f"{tune.label(tile)}/{tile.warpgroup_m}x{tile.warpgroup_n}{f'/lag{tile.gather_lag}' * bool(tile.gather_lag)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="the file of results; needed unless --search")
+    parser.add_argument("--json", required=True, help="the file of results")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    parser.add_argument("--search", action="store_true", help="time the tiles instead")
+    parser.add_argument("--search", action="store_true", help="search each case's tile first")
     arguments = parser.parse_args()
-    if arguments.json is None and not arguments.search:
-        parser.error("give --json FILE, or --search")
     if not device.hopper_available():
         raise SystemExit("the benchmark needs a Hopper GPU")
     wanted = {name: case for name, case in cases().items() if arguments.cases in name}
     rows, failures = [], []
     for name, case in wanted.items():
-        if arguments.search:
-            print(name, *(f"  {ms:.4f} ms {tile}" for tile, ms in list(search(case).items())[:6]), sep="\n", flush=True)
-            continue
         try:
-            found = time_case(case, prepare(case))
+            tile = search(case) if arguments.search else None
+            found = time_case(case, prepare(case, tile))
         except Exception as error:  # the other cases are worth timing all the same
             failures.append(error)
             print(f"{name}: {error!r}"[:500], flush=True)

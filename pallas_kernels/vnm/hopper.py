@@ -4,14 +4,12 @@ from pallas_kernels import device
 from pallas_kernels.hopper import kernel
 from pallas_kernels.tiles import GRANULE, Problem, TileConfig
 
-_TALL = 1 << 10
-"""Tiles down a strip of columns: the strip of B that all multiprocessors gather from stays in L2."""
 TILES = {
-    64: (TileConfig(64, 128, 1, 2, stages=5, raster_m=_TALL, raster_n=1),),
-    128: (TileConfig(64, 256, 2, 1, stages=4, raster_m=_TALL, raster_n=1),),
-    256: (TileConfig(128, 128, 2, 1, stages=5, raster_m=_TALL, raster_n=1),),
+    64: TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
+    128: TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
+    256: TileConfig(128, 128, 2, 1, stages=5, store_slots=1, raster_m=16, raster_n=8, deferred=True),
 }
-"""The tile for each v."""
+"""The tile for each v. Tiles at work together share few strips of B's columns, which stay in L2, and rows of A."""
 
 
 def vnm(values, metadata, columns, b, transpose_out: bool, out_dtype: str, config: TileConfig | None = None):
@@ -52,12 +50,5 @@ def problem_of(
 
 
 def choose(problem: Problem) -> TileConfig:
-    """The tile for a problem.
-
-    Raises:
-      ValueError: none fits.
-    """
-    for config in TILES[problem.v]:
-        if config.violation(problem) is None:
-            return config
-    raise ValueError(f"no tile fits {problem}: {TILES[problem.v][-1].violation(problem)}")
+    """The tile for a problem."""
+    return TILES[problem.v]
