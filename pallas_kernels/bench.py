@@ -198,8 +198,8 @@ def main() -> None:
     wanted = {name: case for name, case in problems().items() if arguments.cases in name}
     rows, failures = [], []
     # A few at once: checks in f64 and the operands of all cases together would fill the memory.
-    for batch in itertools.batched(wanted.items(), 6):
-        prepared = timing.build({name: functools.partial(prepare, name, *case) for name, case in batch}, at_once=3)
+    for batch in itertools.batched(wanted.items(), 8):
+        prepared = timing.build({name: functools.partial(prepare, name, *case) for name, case in batch}, at_once=8)
         for name, case in batch:
             ready = prepared[name]
             if isinstance(ready, Exception):
