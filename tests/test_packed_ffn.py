@@ -118,8 +118,21 @@ def test_interleaved_order_is_the_groupings():
 def test_recipes_that_the_kernels_do_not_run(recipe, sizes, message, monkeypatch):
     monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
     with pytest.raises(NotImplementedError, match=message):
-        choose_kernels("hopper", recipe, *sizes)
-    assert choose_kernels(None, recipe, *sizes) is None
+        choose_kernels("hopper", recipe, *sizes, dtype=jnp.bfloat16)
+    assert choose_kernels(None, recipe, *sizes, dtype=jnp.bfloat16) is None
+
+
+def test_the_packed_form_is_the_default_where_it_runs(monkeypatch):
+    choose = functools.partial(choose_kernels, None, Recipe.act24(), 64, 256)
+    assert choose(jnp.bfloat16) is None  # no GPU
+    monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
+    assert choose(jnp.bfloat16) == "hopper"
+    assert choose(jnp.float32) is None
+    with pytest.raises(NotImplementedError, match="tokens are float32, the kernels take bfloat16 or float16"):
+        choose_kernels("hopper", Recipe.act24(), 64, 256, jnp.float32)
+    monkeypatch.setattr("jax.device_count", lambda: 8)
+    assert choose(jnp.bfloat16) is None
+    assert choose(jnp.bfloat16, local=True) == "hopper"
 
 
 @pytest.mark.parametrize("name", ["act24", "all24", "venom, two of four"])

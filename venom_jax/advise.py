@@ -29,7 +29,7 @@ RESULTS = (
     Path(sysconfig.get_path("data")) / "share" / "venom-jax" / "results",
 )
 
-KERNELS = "all six products on sparse tensor cores with implementation='hopper'; by default the masked reference"
+KERNELS = "all six products on sparse tensor cores, by default, in bf16 and fp16"
 REFERENCE = "the masked reference: the same results, by dense products, not faster than dense"
 
 # GPU, compute capability, what runs there today.

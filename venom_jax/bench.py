@@ -119,15 +119,21 @@ def gpu_name() -> str:
 
 
 def measure(tokens: int, d_model: int, d_ffn: int, names: list[str], masters: Any, with_stages: bool) -> list[dict]:
-    """A row for each recipe at one size."""
+    """A row for each recipe at one size; everything is compiled side by side, then timed in turns."""
     sets = [operands(tokens, d_model, d_ffn, seed, masters) for seed in range(2)]
-    errors = {name: largest_error(RECIPES[name], d_model, d_ffn) for name in names}
-    good = [name for name in names if errors[name] <= MAX_ERROR]
+    errors = timing.build({name: functools.partial(largest_error, RECIPES[name], d_model, d_ffn) for name in names})
+    good = [name for name in names if isinstance(error := errors[name], float) and error <= MAX_ERROR]
     jobs = {name: functools.partial(timing.repeated, step(RECIPES[name], "hopper"), sets) for name in good}
     jobs["dense"] = functools.partial(timing.repeated, step(Recipe.dense(), None), sets)
     built = timing.build(jobs)
     runs = {name: run for name, run in built.items() if not isinstance(run, Exception)}
     times = timing.race(runs, dict.fromkeys(runs, len(sets)))
+
+    def stage_runs(name: str) -> dict[str, timing.Run]:
+        parts = stages(RECIPES[name], *sets[0])
+        return {part: timing.repeated(function, [args]) for part, (function, args) in parts.items()}
+
+    in_stages = timing.build({name: functools.partial(stage_runs, name) for name in good} if with_stages else {})
     rows = []
     for name in names:
         row: dict[str, Any] = {
@@ -139,18 +145,18 @@ def measure(tokens: int, d_model: int, d_ffn: int, names: list[str], masters: An
             "rival": "dense",
             "rival_ms": round(times["dense"], 4),
             "speedup": round(times["dense"] / times[name], 3) if name in times else None,
-            "relerr": errors[name],
+            "relerr": error if isinstance(error := errors[name], float) else None,
             "device": gpu_name(),
             "jax": jax.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        if with_stages and name in times:
-            parts = stages(RECIPES[name], *sets[0])
-            part_runs = {part: timing.repeated(function, [args]) for part, (function, args) in parts.items()}
-            part_ms = timing.race(part_runs, dict.fromkeys(part_runs, 1), rounds=3, seconds=0.005)
+        parts = in_stages.get(name, {})
+        if isinstance(parts, dict) and parts:
+            part_ms = timing.race(parts, dict.fromkeys(parts, 1), rounds=3, seconds=0.005)
             row["stage_ms"] = {part: round(ms, 4) for part, ms in part_ms.items()}
-        if isinstance(failure := built.get(name), Exception):
-            row["failure"] = str(failure)[:300]
+        failures = [found for found in (errors[name], built.get(name), parts) if isinstance(found, Exception)]
+        if failures:
+            row["failure"] = str(failures[0])[:300]
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows
@@ -164,8 +170,8 @@ def main() -> None:
     parser.add_argument("--stages", action="store_true", help="time the parts of each step too")
     arguments = parser.parse_args()
     rows = []
-    for d_model, d_ffn in SIZES:
-        for masters in (jnp.bfloat16, jnp.float32):
+    for masters in (jnp.bfloat16, jnp.float32):
+        for d_model, d_ffn in SIZES:
             names = arguments.recipes.split(",")
             stages_here = arguments.stages and masters == jnp.bfloat16
             rows += measure(arguments.tokens, d_model, d_ffn, names, masters, stages_here)

@@ -100,7 +100,8 @@ def sparse_ffn(
       recipe: what is sparse.
       packed: `pack_weights(...)`, to threshold once per optimizer step instead of once per call. The caller keeps it in
         step with w1, w2 and beta.
-      implementation: "reference", "hopper", or None to choose by device. A named one never falls back.
+      implementation: "reference", "hopper", or None to choose (`venom_jax.dispatch.choose_kernels`). A named one never
+        falls back.
       return_density: also return the share of the computed hidden activations that are positive, f32 [].
 
     Returns:
@@ -111,7 +112,8 @@ def sparse_ffn(
       NotImplementedError: the named implementation does not run here, or not this recipe.
     """
     recipe.check(*w1.shape)
-    kernels = choose_kernels(implementation, recipe, *w1.shape)
+    d_model, d_ffn = w1.shape
+    kernels = choose_kernels(implementation, recipe, d_model, d_ffn, x.dtype)
     if w2.shape != w1.shape[::-1] or x.shape[1] != w1.shape[0]:
         raise ValueError(f"shapes do not fit: x {x.shape}, w1 {w1.shape}, w2 {w2.shape}; want [T,D], [D,F], [F,D].")
     if recipe.routed != (route is not None):

@@ -84,7 +84,7 @@ def sharded_sparse_ffn(
     devices = jax.lax.axis_size(axis)
     d_model, d_ffn = w1.shape[0], w1.shape[1] * devices
     recipe.check(d_model, d_ffn)
-    kernels = choose_kernels(implementation, recipe, d_model, d_ffn)
+    kernels = choose_kernels(implementation, recipe, d_model, d_ffn, x.dtype, local=True)
     granule = 4 if kernels is None else packed_ffn.GRANULE
     if not recipe.is_dense and w1.shape[1] % granule:
         raise ValueError(
