@@ -121,7 +121,7 @@ def test_emulated_sort_into_one_of_many_groups(empty):
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (70, 1), (65, 3)])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (65, 3)])
 def test_emulated_rows(tokens, top_k, dtype):
     check_rows(tokens, top_k, 4, 72, dtype)
 
