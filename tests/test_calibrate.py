@@ -50,39 +50,49 @@ def test_the_shared_expert_holds_the_loudest_neurons(clustering):
 
 def test_every_token_takes_the_shared_expert():
     """y = the dense FFN over the shared neurons + the routed one over the others."""
-    x, w1, w2 = arrays()
-    route = router.route(x, w1, SHARED, bias=jnp.array([-9.0, 0, 0, 0]))
     others = Recipe(experts=3, top_k=1)
-    among = router.route(x, w1[:, 8:], others)
-    np.testing.assert_array_equal(route, jnp.concatenate([jnp.zeros_like(among), among + 1], axis=1))
-    y = sparse_ffn(x, w1, w2, route, recipe=SHARED)
-    shared = sparse_ffn(x, w1[:, :8], w2[:8], recipe=DENSE)
-    assert_close(y, shared + sparse_ffn(x, w1[:, 8:], w2[8:], among, recipe=others))
+
+    @jax.jit
+    def both(x, w1, w2):
+        route = router.route(x, w1, SHARED, bias=jnp.array([-9.0, 0, 0, 0]))
+        among = router.route(x, w1[:, 8:], others)
+        shared = sparse_ffn(x, w1[:, :8], w2[:8], recipe=DENSE)
+        expected = shared + sparse_ffn(x, w1[:, 8:], w2[8:], among, recipe=others)
+        return route, among, sparse_ffn(x, w1, w2, route, recipe=SHARED), expected
+
+    route, among, y, expected = both(*arrays())
+    np.testing.assert_array_equal(route, np.concatenate([np.zeros_like(among), np.asarray(among) + 1], axis=1))
+    assert_close(y, expected)
 
 
 def test_the_shared_expert_is_left_out_of_balance_and_of_the_oracles_choice():
     recipe = Recipe(experts=4, top_k=2, shared=1, balance_rate=0.5)
     bias = router.updated_bias(jnp.zeros(5), jnp.array([40.0, 20, 12, 8, 0]), recipe)
     np.testing.assert_allclose(bias, [0, -0.5, 0.5, 0.5, 0])
-    x, w1, w2 = arrays()
-    quiet = w1.at[:, :8].multiply(1e-3)  # nobody would choose the shared expert
-    found, _ = stats.diagnose(x, quiet, w2, jnp.ones(4), jnp.zeros(4), recipe)
-    best, _ = stats.diagnose(x, quiet[:, 8:], w2[8:], jnp.ones(4), jnp.zeros(3), Recipe(experts=3))
-    assert_close(found["kept_oracle"], best["kept_oracle"])
+
+    @jax.jit
+    def kept(x, w1, w2):
+        quiet = w1.at[:, :8].multiply(1e-3)  # nobody would choose the shared expert
+        found, _ = stats.diagnose(x, quiet, w2, jnp.ones(4), jnp.zeros(4), recipe)
+        best, _ = stats.diagnose(x, quiet[:, 8:], w2[8:], jnp.ones(4), jnp.zeros(3), Recipe(experts=3))
+        return found["kept_oracle"], best["kept_oracle"]
+
+    assert_close(*kept(*arrays()))
 
 
 def test_the_scale_solves_least_squares():
     x, w1, w2 = arrays()
     layer = calibrate.Layer(w1, w2, jnp.ones(4), jnp.zeros(4))
     routed = Recipe(experts=4)
-    scale = calibrate.output_scale(x, layer, layer, routed, DENSE)
-    before = sparse_ffn(x, w1, w2, router.route(x, w1, routed), recipe=routed)
-    after = sparse_ffn(x, w1, w2, recipe=DENSE)
+    scale_of = jax.jit(calibrate.output_scale, static_argnums=(3, 4))
+    scale = scale_of(x, layer, layer, routed, DENSE)
+    before = jax.jit(lambda: sparse_ffn(x, w1, w2, router.route(x, w1, routed), recipe=routed))()
+    after = np.square(np.maximum(x @ w1, 0)) @ w2
     expected = np.linalg.lstsq(np.asarray(after).reshape(-1, 1), np.asarray(before).reshape(-1), rcond=None)[0]
     assert 0 < scale < 1
     np.testing.assert_allclose(scale, expected[0], rtol=1e-5)
     silent = layer._replace(w2=jnp.zeros_like(w2))
-    assert calibrate.output_scale(x, layer, silent, routed, DENSE) == 1
+    assert scale_of(x, layer, silent, routed, DENSE) == 1
 
 
 def test_leaving_the_routed_phase_keeps_the_output_where_it_can():

@@ -57,8 +57,8 @@ def make_rows(members: Sequence[Member], sweep: str) -> list[Row]:
     seconds: measured, everything included; step_seconds: of the steps alone, at each phase's median speed.
     time_to_twin: step_seconds up to the first evaluation that reaches the twin's final loss, over the twin's
       step_seconds; null where it does not.
-    density and the diagnoses: at the end of the last sparse phase; load_max, load_min: its fullest and emptiest expert
-      of any layer over the fair share, mean of its last 100 records.
+    density and the diagnoses: at the end of the last routed phase, or the last sparse one where none routes;
+    load_max, load_min: there, the fullest and emptiest expert of any layer over the fair share, mean of 100 records.
     jump: largest rise of the training loss within 20 steps of a change of phase, over the mean of 5 steps before.
     """
     found = {}
@@ -89,7 +89,9 @@ def _row(member: Member, records: Sequence[Record], twin: tuple[Member, Sequence
             row["time_to_twin"] = _rounded(step_seconds(member, records, reached[0]) / step_seconds(*twin), 3)
     steps, share = config.train.steps, operations(config)
     ends = [phase.start for phase in config.schedule.phases[1:]] + [steps]
-    sparse = [(p.start, end) for p, end in zip(config.schedule.phases, ends, strict=True) if not p.recipe.is_dense]
+    spans = list(zip(config.schedule.phases, ends, strict=True))
+    sparse = [(phase.start, end) for phase, end in spans if not phase.recipe.is_dense]
+    routed = [(phase.start, end) for phase, end in spans if phase.recipe.routed]
     rates = [r["tokens_per_second"] for r in records if r["kind"] == "train"]
     row |= {
         "sparse_share": round(sum(end - begin for begin, end in sparse) / steps, 4),
@@ -97,7 +99,7 @@ def _row(member: Member, records: Sequence[Record], twin: tuple[Member, Sequence
         "tokens_per_second": round(median(rates)),
         "seconds": round(final["seconds"], 1),
         "step_seconds": round(step_seconds(member, records), 1),
-        **_sparse_figures(records, sparse[-1] if sparse else (0, steps)),
+        **_sparse_figures(records, (routed or sparse or [(0, steps)])[-1]),
         "jump": jump(records),
         "steps": steps,
         "phases": [[phase.start, phase.label] for phase in config.schedule.phases],
