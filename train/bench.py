@@ -8,9 +8,11 @@ which each step donates to the next, so that a card which warms up treats them a
 neither clustered nor scaled.  ``venom:E:k`` names a routed recipe.  A row is printed as soon as its recipe has run.
 
 ``part_ms`` times parts by themselves, forward and backward, times the number of layers: the FFN of a recipe with its
-packing, attention with its rotation, the four projections, the head with its loss, clipping with AdamW.  ``other`` is
-what is left of the step: norms, embedding, recomputation, sums of gradients; XLA's fusion across parts can make it
-negative.  ``switch``: the same step in one program with the last recipe, behind `lax.cond`.
+packing, attention with its rotation, the four projections, the head with its loss, clipping with AdamW.  With several
+devices a part is one device's share, and ``communication`` is what they exchange with nothing computed meanwhile,
+though in a step most of it is hidden.  ``other`` is what is left of the step: norms, embedding, recomputation, sums of
+gradients; XLA's fusion across parts, and what is hidden, can make it negative.  ``switch``: the same step in one
+program with the last recipe, behind `lax.cond`.
 """
 
 import datetime
@@ -31,9 +33,11 @@ from absl import app, flags
 
 from train import model
 from train.command import print_error, program
+from train.communication import exchange
 from train.config import Phases, RunConfig, load_config, named_recipe
 from train.cross_entropy import weighted_cross_entropy
 from train.data import train_iterator
+from train.mesh import Layout, layout_of
 from train.metrics import peak_flops
 from train.optimizer import for_run
 from train.schedule import label
@@ -41,6 +45,7 @@ from train.sources import open_split
 from train.state import TrainState, initial_state
 from train.step import make_train_step
 from venom_jax import Recipe, router, sparse_ffn
+from venom_jax.dispatch import choose_kernels
 
 STEPS_A_TURN = 2
 
@@ -66,15 +71,17 @@ def with_phases(config: RunConfig, recipes: list[Recipe]) -> RunConfig:
     return replace(config, phases=Phases(tuple(enumerate(recipes))))
 
 
-def compiled_step(config: RunConfig, experts: int, state: TrainState, tokens: jax.Array) -> tuple[Any, float]:
+def compiled_step(
+    config: RunConfig, experts: int, layout: Layout, state: TrainState, tokens: jax.Array
+) -> tuple[Any, float]:
     """The compiled step and the seconds it took to compile."""
     start = time.perf_counter()
-    step: Any = make_train_step(model.structure(config.model, experts), config)
+    step: Any = make_train_step(model.structure(config.model, experts), config, layout)
     return step.lower(state, tokens).compile(), time.perf_counter() - start
 
 
 def peak_gib(step: Any) -> float | None:
-    """What XLA allots to the program: arguments, results that share no argument's memory, and temporaries."""
+    """What XLA allots to the program on a device: arguments, results that share no argument's memory, temporaries."""
     memory = step.memory_analysis()
     if memory is None:
         return None
@@ -113,10 +120,10 @@ def through(function: Callable) -> Callable:
     return lambda cotangent, *arguments: jax.vjp(function, *arguments)[1](cotangent)
 
 
-def common_parts(config: RunConfig) -> dict[str, Callable[[], float]]:
+def common_parts(config: RunConfig, devices: int) -> dict[str, Callable[[], float]]:
     """Parts that are the same for every recipe, in ms a step; each makes its operands when called."""
     shape, train = config.model, config.train
-    batch, dtype, layers = train.batch_size // train.accumulation, jnp.dtype(train.dtype), shape.layers
+    batch, dtype, layers = train.batch_size // (train.accumulation * devices), jnp.dtype(train.dtype), shape.layers
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (batch, train.seq_len, shape.d_model)).astype(dtype)
     width = (shape.heads + 2 * shape.key_value_heads) * shape.head_dim
@@ -152,18 +159,22 @@ def common_parts(config: RunConfig) -> dict[str, Callable[[], float]]:
     return {"attention": attention, "projections": projections, "head": head}
 
 
-def ffn_part(config: RunConfig, recipe: Recipe) -> float:
+def ffn_part(config: RunConfig, recipe: Recipe, devices: int) -> float:
     """All FFNs of a step: router, packing and six products."""
     shape, train = config.model, config.train
     keys = jax.random.split(jax.random.key(1), 3)
-    tokens = train.batch_size // train.accumulation * train.seq_len
+    tokens = train.batch_size // (train.accumulation * devices) * train.seq_len
     x = jax.random.normal(keys[0], (tokens, shape.d_model)).astype(train.dtype)
     w1 = jax.random.normal(keys[1], (shape.d_model, shape.d_ffn)) * shape.ffn_init_std
     w2 = jax.random.normal(keys[2], (shape.d_ffn, shape.d_model)) * shape.init_std
 
+    # By itself it has one device, however many there are.
+    kernels = choose_kernels(train.implementation, recipe, shape.d_model, shape.d_ffn, train.dtype, local=True)
+    implementation = train.implementation if kernels is None else kernels
+
     def ffn(x, w1, w2):
         route = router.route(x, w1, recipe) if recipe.routed else None
-        return sparse_ffn(x, w1, w2, route, recipe=recipe, implementation=train.implementation)
+        return sparse_ffn(x, w1, w2, route, recipe=recipe, implementation=implementation)
 
     return shape.layers * train.accumulation * time_of(through(ffn), x, x, w1, w2)
 
@@ -197,11 +208,12 @@ def measure(config: RunConfig, names: list[str], case: str, rounds: int, parts: 
     """A row for each recipe, printed as it comes; a recipe that does not run is a row with its failure."""
     recipes = dict(parse_recipe(name) for name in ["dense", *names])
     experts = max(recipe.experts for recipe in recipes.values())
-    train = config.train
-    state = initial_state(with_phases(config, list(recipes.values())))
+    train, layout = config.train, layout_of(config)
+    devices = layout.devices
+    state = initial_state(with_phases(config, list(recipes.values())), layout)
     dataset = open_split(config, "train")
     iterator = train_iterator(dataset, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed)
-    batches = [jax.device_put(np.asarray(next(iterator)["tokens"])) for _ in range(4)]
+    batches = [layout.rows(np.asarray(next(iterator)["tokens"])) for _ in range(4)]
 
     steps, compile_s, rows = {}, {}, []
     programs = {name: [recipe] for name, recipe in recipes.items()}
@@ -210,7 +222,7 @@ def measure(config: RunConfig, names: list[str], case: str, rounds: int, parts: 
     dense_ms = 0.0
     for name, held in programs.items():
         try:
-            step, compile_s[name] = compiled_step(with_phases(config, held), experts, state, batches[0])
+            step, compile_s[name] = compiled_step(with_phases(config, held), experts, layout, state, batches[0])
             # At once and beside dense alone, so that a cut-off job has this row; the turns of all come at the end.
             pair = {"dense": steps["dense"], name: step} if steps else {name: step}
             times, state = race(pair, state, batches, 2)
@@ -225,11 +237,11 @@ def measure(config: RunConfig, names: list[str], case: str, rounds: int, parts: 
 
     part_ms: dict[str, float] = {}
     if parts:
-        part_ms = {name: part() for name, part in common_parts(config).items()}
+        part_ms = {name: part() for name, part in common_parts(config, devices).items()}
         part_ms["optimizer"], state = optimizer_part(config, state)
     tokens = train.batch_size * train.seq_len
     flops_dense = tokens * model.flops_per_token(config.model, train.seq_len, Recipe.dense())
-    peak = peak_flops(1)
+    peak = peak_flops(devices)
     for name, step in steps.items():
         recipe, ms = programs[name][0], times[name]
         executed = tokens * model.flops_per_token(config.model, train.seq_len, recipe)
@@ -246,11 +258,14 @@ def measure(config: RunConfig, names: list[str], case: str, rounds: int, parts: 
             "memory_gib": None if (gib := peak_gib(step)) is None else round(gib, 2),
             "compile_s": round(compile_s[name], 1),
             "device": jax.devices()[0].device_kind,
+            "devices": devices,
             "jax": jax.__version__,
             "date": datetime.date.today().isoformat(),
         }
         if parts and name in recipes:
-            own = part_ms | {"ffn": ffn_part(config, recipe)}
+            own = part_ms | {"ffn": ffn_part(config, recipe, devices)}
+            if devices > 1:
+                own["communication"] = time_of(exchange(config, recipe, layout), state)
             row["part_ms"] = {
                 part: round(value, 2) for part, value in (own | {"other": ms - sum(own.values())}).items()
             }

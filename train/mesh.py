@@ -141,6 +141,12 @@ class Layout:
         moved = jnp.swapaxes(tokens.reshape(count, self.devices, -1, tokens.shape[-1]), 0, 1).reshape(tokens.shape)
         return jax.lax.with_sharding_constraint(moved, NamedSharding(self.mesh, ROWS))
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """What XLA is told for a program of several GPUs: exchange weights while computing."""
+        overlapping = self.devices > 1 and jax.default_backend() == "gpu"
+        return {"xla_gpu_enable_latency_hiding_scheduler": True} if overlapping else {}
+
     def each(self, function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
         """`function` on each device's part of the arguments; results as `out_specs` puts them together."""
         if self.mesh is None:

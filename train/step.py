@@ -187,6 +187,7 @@ def make_train_step(
     if layout.mesh is not None:
         # The new state lies where the old one did, or its step would be compiled again.
         places = {"out_shardings": (layout.shardings(abstract_state(config)), layout.everywhere)}
+        places["compiler_options"] = layout.compiler_options
 
     @partial(jax.jit, donate_argnums=0, **places)
     def train_step(

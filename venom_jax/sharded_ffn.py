@@ -85,6 +85,8 @@ def sharded_sparse_ffn(
     d_model, d_ffn = w1.shape[0], w1.shape[1] * devices
     recipe.check(d_model, d_ffn)
     kernels = choose_kernels(implementation, recipe, d_model, d_ffn, x.dtype, local=True)
+    if implementation is None and w1.shape[1] % packed_ffn.GRANULE:
+        kernels = None
     granule = 4 if kernels is None else packed_ffn.GRANULE
     if not recipe.is_dense and w1.shape[1] % granule:
         raise ValueError(
@@ -116,7 +118,7 @@ def _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
         return (y3, density), (x, w1, w2, beta, packed, (grouping, a))
     if packed is None and recipe.weights:
         packed = pack_weights(w1, w2, beta, dtype=x.dtype, implementation=kernels)
-    sparse_w1 = _gather_packed(packed.w1, axis) if packed is not None and "y1" in recipe.weights else None
+    sparse_w1 = gather_packed(packed.w1, axis) if packed is not None and "y1" in recipe.weights else None
     # Where the packed operand stands in, the dense one is not read.
     whole_w1 = w1 if sparse_w1 is not None else _gather_master(w1, axis, _COLUMNS, x.dtype)
     grouping = rows_of_kernels(recipe, route, x.shape[0], kernels)
@@ -134,7 +136,7 @@ def _backward(recipe, kernels, axis, residuals, cotangents):
         grouping, a = saved
         dx, dw1, dw2 = masked_backward(recipe, x, second, first, grouping, a, dy3)
     else:
-        sparse_w2 = _gather_packed(packed.w2, axis) if packed is not None and "dy2" in recipe.weights else None
+        sparse_w2 = gather_packed(packed.w2, axis) if packed is not None and "dy2" in recipe.weights else None
         whole_w2 = w2 if sparse_w2 is not None else _gather_master(w2, axis, _ROWS, x.dtype)
         whole_w1 = _gather_master(w1, axis, _COLUMNS, x.dtype)
         dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, whole_w1, whole_w2, sparse_w2, saved, dy3)
@@ -192,7 +194,7 @@ def _gather_master(part: Array, axis: str, dimension: int, dtype: Any) -> Array:
     return gather(part.astype(dtype), axis, dimension).astype(part.dtype)
 
 
-def _gather_packed(part: Sparse24, axis: str) -> Sparse24:
+def gather_packed(part: Sparse24, axis: str) -> Sparse24:
     """Rows of a packed matrix are neurons, whichever axis of the logical matrix they are."""
     neurons = 1 - part.axis
     shape = [*part.shape]
