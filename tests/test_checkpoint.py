@@ -10,10 +10,12 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from tests.trainer import run_config, token_folder
-from train.checkpoint import Checkpoints, fingerprint
+from train.checkpoint import Checkpoints, describe, fingerprint
+from train.config import Phases
 from train.data import open_dataset, train_iterator
 from train.state import abstract_state, initial_state
 from train.workdir import claim_workdir
+from venom_jax import LayerRecipes, Recipe
 from venom_jax.stats import WeightMasks
 
 CONFIG = run_config(phases=((0, "dense"), (4, "venom"), (8, "dense")))
@@ -172,3 +174,22 @@ def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ValueError, match=r"cannot be written to .*--workdir"):
             claim_workdir(workdir)
+
+
+def test_a_recipe_is_described_as_earlier_checkpoints_have_it():
+    earlier = (
+        "Recipe(weights=('y1', 'dy2'), threshold_grad='ste', activations=True, wgrad='24', token_order='interleaved', "
+        "token_blocks=1, experts=4, top_k={}, {}router='cosine', hidden='routed', balance_rate=0.0, v=64)"
+    )
+    assert describe(Recipe.venom(4, 1)) == earlier.format(1, "")
+    later = earlier.format(2, "shared=1, clustering='coactivation', ")
+    shared = Recipe.venom(4, 2, shared=1, clustering="coactivation")
+    assert describe(shared) == later
+    mixed = LayerRecipes(((0, Recipe.venom(4, 1)), (3, shared)))
+    assert describe(mixed) == f"LayerRecipes(0: {earlier.format(1, '')}, 3: {later})"
+    plain, rescaled = (
+        fingerprint(replace(run_config(), phases=Phases([(0, "dense"), (5, "venom")], rescale=on)), {})
+        for on in (False, True)
+    )
+    assert plain["phases"][1][1] == earlier.format(1, "")
+    assert rescaled["phases"] == [plain["phases"][0], [5, earlier.format(1, "") + ", rescaled"]]

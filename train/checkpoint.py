@@ -22,6 +22,7 @@ from train.config import Model, Optimizer, RunConfig
 from train.processes import first_alone, is_first
 from train.state import TrainState
 from train.workdir import CHECKPOINTS, forget_checksums, write_checksums
+from venom_jax import LayerRecipes, StackRecipe
 from venom_jax.stats import WeightMasks, weight_masks
 
 FORMAT = 1  # of what a checkpoint holds; counts up when an older program could not read it, or misread it
@@ -41,8 +42,23 @@ def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     values |= {f"Train.{name}": getattr(train, name) for name in ("batch_size", "seq_len", "seed")}
     values |= {f"data.{name}": value for name, value in data.items()}
     values["largest number of experts"] = config.max_experts
-    phases = [[phase.start, repr(phase.recipe)] for phase in config.schedule.phases]
+    rescaled = ", rescaled" if config.phases.rescale else ""
+    texts = [describe(phase.recipe) + (rescaled if phase.start else "") for phase in config.schedule.phases]
+    phases = [[phase.start, text] for phase, text in zip(config.schedule.phases, texts, strict=True)]
     return json.loads(json.dumps(values | {"phases": phases}))
+
+
+def describe(recipe: StackRecipe) -> str:
+    """The recipe in words that outlast new fields of `Recipe`: later ones are named only where they are set."""
+    if isinstance(recipe, LayerRecipes):
+        return f"LayerRecipes({', '.join(f'{first}: {describe(part)}' for first, part in recipe.starts)})"
+    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
+    named = {name: value for name, value in values.items() if _LATER_FIELDS.get(name, ...) != value}
+    return f"Recipe({', '.join(f'{name}={value!r}' for name, value in named.items())})"
+
+
+# Fields of Recipe that older checkpoints do not name, with the defaults these had.
+_LATER_FIELDS = {"shared": 0, "clustering": "kmeans", "token_copy": "kept"}
 
 
 def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any], step: int) -> None:
