@@ -306,6 +306,9 @@ class Train:
     keep_every: int = 0  # and those of steps that are multiples of this, for good; 0: none
     diagnosis_every: int = 0  # 0: never
     log_every: int = 1
+    wandb: str | None = (
+        None  # a project of Weights & Biases (extra wandb) that also gets the figures, offline by default
+    )
     sample_prompt: str = "The "
     sample_tokens: int = 100  # 0: no text sample
     sample_every: int = 0  # also a sample after every so many steps; 0: at the end only
@@ -414,11 +417,14 @@ def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[s
     return config
 
 
+def bindings_in(text: str) -> dict[str, str]:
+    """The bindings of a configuration's text by their names."""
+    return dict(re.findall(r"^([\w/.]+) = (.+)$", text.replace("\\\n", " "), flags=re.MULTILINE))
+
+
 def changed_bindings(old: str, new: str) -> tuple[str, ...]:
     """What differs between the texts of two configurations, as `Train.steps = 12 -> 20`; None for what is not bound."""
-    before, after = (
-        dict(re.findall(r"^([\w/.]+) = (.+)$", text.replace("\\\n", " "), flags=re.MULTILINE)) for text in (old, new)
-    )
+    before, after = bindings_in(old), bindings_in(new)
     names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     return tuple(f"{name} = {before.get(name)} -> {after.get(name)}" for name in names)
 

@@ -33,6 +33,7 @@ from train.run_report import write_report
 from train.sources import Dataset, identity, open_data, verify
 from train.state import TrainState, abstract_state, first_average, initial_state
 from train.step import make_diagnosis, make_ffn_inputs, make_train_step
+from train.wandb_run import require_wandb
 from train.workdir import WorkdirLock, claim_workdir, set_aside_damaged
 from venom_jax import Recipe, StackRecipe, calibrate, phases
 from venom_jax.dispatch import resolve_implementation
@@ -72,6 +73,7 @@ def prepare(
     profiled = parse_steps(profile_steps, config.train.steps)
     resolve_implementation(config.train.implementation)
     learning_rate(config.learning_rate, config.train.steps)
+    require_wandb(config.train.wandb)
     decay_mask(config.optimizer, abstract_state(config).params)
     layout = layout_of(config)
     train_data, val_data = open_data(config)

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import jax
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
@@ -81,11 +81,20 @@ def cut_metrics(workdir: Path, step: int) -> None:
     rewritten.replace(path)
 
 
+class Mirror(Protocol):
+    """Another place for the numbers."""
+
+    def log(self, numbers: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
     """Appends records to metrics.jsonl and their numbers to TensorBoard events."""
 
-    def __init__(self, workdir: Path, *, step: int, seconds: float):
-        """step, seconds: where the run stands, both 0 for a new one."""
+    def __init__(self, workdir: Path, *, step: int, seconds: float, mirror: Mirror | None = None):
+        """step, seconds: where the run stands, both 0 for a new one.  mirror: also gets the numbers."""
+        self._mirror = mirror
         self._file: TextIO = (workdir / METRICS_FILE).open("a")
         self._events = EventFileWriter(str(workdir / "tensorboard"))
         self._offset = seconds - time.monotonic()
@@ -104,17 +113,18 @@ class MetricsWriter:
         record = {"step": step, "kind": kind, "time": round(self.seconds, 3), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        numbers = [
-            Summary.Value(tag=f"{kind}/{name}", simple_value=value)
-            for name, value in values.items()
-            if isinstance(value, int | float)
-        ]
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=numbers)))
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()])
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if self._mirror is not None:
+            self._mirror.log(numbers, step)
         return record
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
 
 class NoWriter:

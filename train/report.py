@@ -13,6 +13,7 @@ from train.evaluate import describe
 from train.guard import Watch
 from train.metrics import MetricsWriter, NoWriter, Progress, peak_flops, peak_memory, read_metrics
 from train.processes import is_first
+from train.wandb_run import WandbRun
 from venom_jax import Recipe, StackRecipe
 
 
@@ -45,9 +46,10 @@ class Logger:
         """start, seconds: steps completed and time taken so far.  watch: judges the metrics.  devices: of the run."""
         train = config.train
         self._config, self._watch = config, watch
-        silent = NoWriter(seconds=seconds)
-        self._writer = MetricsWriter(workdir, step=start, seconds=seconds) if is_first() else silent
-        self._progress = Progress(train.steps, start) if is_first() else silent
+        silent, first = NoWriter(seconds=seconds), is_first()
+        mirror = WandbRun(train.wandb, workdir, config.text) if first and train.wandb is not None else None
+        self._writer = MetricsWriter(workdir, step=start, seconds=seconds, mirror=mirror) if first else silent
+        self._progress = Progress(train.steps, start) if first else silent
         self._throughput = Throughput(train.batch_size * train.seq_len, start)
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
         recipes = dict.fromkeys((Recipe.dense(), *config.schedule.recipes))
