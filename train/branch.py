@@ -9,6 +9,7 @@ from typing import Any
 from train.checkpoint import Checkpoints
 from train.evaluate import split_source
 from train.metrics import METRICS_FILE, read_metrics
+from train.processes import first_alone
 from train.workdir import CHECKPOINTS, copy_checksums, damage
 
 
@@ -32,9 +33,20 @@ def branch(source: str, workdir: Path, wanted: dict[str, Any]) -> None:
         step = checkpoints.latest if step is None else step
         if step not in checkpoints.steps:
             raise ValueError(f"{folder} holds no checkpoint of step {step}; it has {checkpoints.steps}")
-        if (what := damage(folder, step)) is not None:
-            raise ValueError(f"the checkpoint of step {step} in {folder} is damaged ({what}); take another step")
-        checkpoints.check(wanted, step)
+        chosen = step
+        first_alone(lambda: check_sound(folder, chosen))
+        checkpoints.check(wanted, chosen)
+    first_alone(lambda: copy(folder, workdir, chosen))
+
+
+def check_sound(folder: Path, step: int) -> None:
+    """Raises ValueError if a checkpoint is not what was written."""
+    if (what := damage(folder, step)) is not None:
+        raise ValueError(f"the checkpoint of step {step} in {folder} is damaged ({what}); take another step")
+
+
+def copy(folder: Path, workdir: Path, step: int) -> None:
+    """Copies metrics, checksums and checkpoint, in this order."""
     kept = [record for record in read_metrics(folder) if record["step"] <= step]
     (workdir / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in kept))
     copy_checksums(folder, workdir, step)

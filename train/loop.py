@@ -82,7 +82,7 @@ def prepare(
         checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every)
         fingerprint = checkpoint.fingerprint(config, identity(train_data))
         if init_state and checkpoints.latest is None:
-            first_alone(lambda: branch(str(init_from), workdir, fingerprint))
+            branch(str(init_from), workdir, fingerprint)
             checkpoints.reload()
         checkpoints.check(fingerprint)
         read_starts(workdir)  # refuses a damaged record now and not after the first steps
