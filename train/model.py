@@ -315,22 +315,33 @@ def parameter_count(config: Model) -> int:
     return embeddings + config.layers * layer + config.d_model
 
 
-def flops_per_token(config: Model, seq_len: int, recipe: StackRecipe) -> float:
-    """Floating-point operations of one token's forward and backward pass, a multiply-add counted as 2.
+def component_flops(config: Model, seq_len: int) -> dict[str, float]:
+    """Floating-point operations of one token's dense forward and backward pass, a multiply-add counted as 2.
 
-    3 * 2 * (D V + L (D (H + 2K) h + D^2 + S D)) for the head, the projections and causal attention (each query
-    meets S / 2 keys on average), plus L * 2 D F for each of the FFN's six products, scaled by what ``recipe``
-    skips: k / E of the neurons where routed, one half where an operand is 2:4.  Recomputation is not counted.
-    ``Recipe.dense()`` gives the dense-equivalent count.
+    head: 6 D V; projections: 6 L (D (H + 2K) h + D^2); attention, causal, so that each query meets S / 2 keys on
+    average: 6 L D S; ffn: 6 products of 2 L D F.  Recomputation is not counted.
     """
     width = (config.heads + 2 * config.key_value_heads) * config.head_dim
-    layer = config.d_model * (width + config.d_model + seq_len)
+    layers, d_model = config.layers, config.d_model
+    return {
+        "head": 6.0 * d_model * config.vocab_size,
+        "projections": 6.0 * layers * d_model * (width + d_model),
+        "attention": 6.0 * layers * d_model * seq_len,
+        "ffn": 12.0 * layers * d_model * config.d_ffn,
+    }
+
+
+def flops_per_token(config: Model, seq_len: int, recipe: StackRecipe) -> float:
+    """Those of ``component_flops`` together, the FFN's scaled by what ``recipe`` skips.
+
+    k / E of the neurons where routed, one half where an operand is 2:4.  ``Recipe.dense()`` gives the dense-equivalent
+    count.
+    """
+    parts = component_flops(config, seq_len)
     products = sum(
         (end - first) * sum(_executed_products(part).values()) for first, end, part in recipe.parts(config.layers)
     )
-    return 6 * (config.d_model * config.vocab_size + config.layers * layer) + (
-        2 * config.d_model * config.d_ffn * products
-    )
+    return sum(parts.values()) - parts["ffn"] + parts["ffn"] * products / (6 * config.layers)
 
 
 def _executed_products(recipe: Recipe) -> dict[str, float]:

@@ -1,0 +1,66 @@
+"""The figures of the documentation show what the configurations and the benchmark say."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from train import figures, model
+from train.config import load_config
+from venom_jax import Recipe
+
+COMMON = {"rival": "dense", "device": "H100", "jax": "1", "date": "2026-01-02"}
+
+
+@pytest.fixture
+def kernels(tmp_path):
+    """A table of the benchmark with two shapes of the 2:4 product and two numbers of experts."""
+    rows = [
+        {"bench": "sparse24", "case": f"{shape} b={layout}", "speedup": speed}
+        for shape, layout, speed in [("8x4x4", "nmajor", 1.5), ("8x4x4", "kmajor", 1.4), ("2x4x4", "nmajor", 0.9)]
+    ]
+    rows += [{"bench": "sparse24", "case": "8x4x4 b=kmajor out=transposed", "speedup": 9.0}]
+    rows += [
+        {"bench": "grouped24", "case": f"E={experts} D=16 F=64 mode=rows sizes={sizes}", "speedup": speed}
+        for experts, sizes, speed in [(4, "equal", 6.0), (16, "equal", 20.0), (16, "ragged", 9.0)]
+    ]
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps([row | COMMON for row in rows] + [rows[0] | COMMON | {"rival": "cusparselt"}]))
+    return path
+
+
+def test_the_figures_show_the_numbers_of_their_sources(tmp_path, kernels, monkeypatch):
+    bars, curves = [], []
+    bar, plot = Axes.bar, Axes.plot
+    monkeypatch.setattr(Axes, "bar", lambda axes, x, y, *a, **o: bars.append(list(y)) or bar(axes, x, y, *a, **o))
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *a, **o: curves.append(list(y)) or plot(axes, x, y, *a, **o))
+    paths = figures.draw_all(kernels, tmp_path / "out")
+    assert [path.name for path in paths] == ["operations.svg", "products.svg", "routed.svg"]
+    np.testing.assert_allclose(np.sum(bars[:4], axis=0), [100] * 4)
+    config = load_config(["configs/size/1b.gin"], ["Data.synthetic = True"])
+    dense, act24 = (
+        model.flops_per_token(config.model, config.train.seq_len, recipe) for recipe in (Recipe(), Recipe.act24())
+    )
+    assert curves[0][2] == pytest.approx(100 * act24 / dense)
+    np.testing.assert_equal(bars[4:], [[1.5, 0.9], [1.4, np.nan]])
+    assert curves[-2:] == [[6.0, 20.0], [8, 32]]
+    assert "H100, jax 1, 2026-01-02" in paths[2].read_text()
+    before = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in figures.draw_all(kernels, tmp_path / "out")] == before
+
+
+def test_what_is_no_table_is_refused(tmp_path, kernels):
+    for content in ("{", "[1]", "[]"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match=r"bad.json (is no table|holds no comparison)"):
+            figures.read_rows(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="cannot make the folder"):
+        figures.draw_all(kernels, kernels / "out")
+
+
+def test_the_components_are_the_whole():
+    shape = load_config(["configs/size/40m.gin"], ["Data.synthetic = True"]).model
+    parts = model.component_flops(shape, 512)
+    assert sum(parts.values()) == model.flops_per_token(shape, 512, Recipe.dense())
+    assert parts["ffn"] == 6 * 2 * 8 * 512 * 2048
