@@ -246,7 +246,7 @@ def measure(config: RunConfig, names: list[str], case: str, rounds: int, parts: 
         recipe, ms = programs[name][0], times[name]
         executed = tokens * model.flops_per_token(config.model, train.seq_len, recipe)
         row: dict[str, Any] = {
-            "bench": "step",
+            "bench": "train_step",
             "case": f"{case} {name}",
             "ms": round(ms, 3),
             "rival": "dense",

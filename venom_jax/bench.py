@@ -119,21 +119,9 @@ def gpu_name() -> str:
 
 
 def measure(tokens: int, d_model: int, d_ffn: int, names: list[str], masters: Any, with_stages: bool) -> list[dict]:
-    """A row for each recipe at one size; everything is compiled side by side, then timed in turns."""
+    """A row for each recipe at one size, printed as it comes; a recipe takes turns with dense."""
     sets = [operands(tokens, d_model, d_ffn, seed, masters) for seed in range(2)]
-    errors = timing.build({name: functools.partial(largest_error, RECIPES[name], d_model, d_ffn) for name in names})
-    good = [name for name in names if isinstance(error := errors[name], float) and error <= MAX_ERROR]
-    jobs = {name: functools.partial(timing.repeated, step(RECIPES[name], "hopper"), sets) for name in good}
-    jobs["dense"] = functools.partial(timing.repeated, step(Recipe.dense(), None), sets)
-    built = timing.build(jobs)
-    runs = {name: run for name, run in built.items() if not isinstance(run, Exception)}
-    times = timing.race(runs, dict.fromkeys(runs, len(sets)))
-
-    def stage_runs(name: str) -> dict[str, timing.Run]:
-        parts = stages(RECIPES[name], *sets[0])
-        return {part: timing.repeated(function, [args]) for part, (function, args) in parts.items()}
-
-    in_stages = timing.build({name: functools.partial(stage_runs, name) for name in good} if with_stages else {})
+    dense = timing.repeated(step(Recipe.dense(), None), sets)
     rows = []
     for name in names:
         row: dict[str, Any] = {
@@ -141,25 +129,50 @@ def measure(tokens: int, d_model: int, d_ffn: int, names: list[str], masters: An
             "case": f"{name} D={d_model} F={d_ffn}",
             "tokens": tokens,
             "masters": jnp.dtype(masters).name,
-            "ms": round(times[name], 4) if name in times else None,
+            "ms": None,
             "rival": "dense",
-            "rival_ms": round(times["dense"], 4),
-            "speedup": round(times["dense"] / times[name], 3) if name in times else None,
-            "relerr": error if isinstance(error := errors[name], float) else None,
+            "rival_ms": None,
+            "speedup": None,
+            "relerr": None,
             "device": gpu_name(),
             "jax": jax.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        parts = in_stages.get(name, {})
-        if isinstance(parts, dict) and parts:
-            part_ms = timing.race(parts, dict.fromkeys(parts, 1), rounds=3, seconds=0.005)
-            row["stage_ms"] = {part: round(ms, 4) for part, ms in part_ms.items()}
-        failures = [found for found in (errors[name], built.get(name), parts) if isinstance(found, Exception)]
-        if failures:
-            row["failure"] = str(failures[0])[:300]
+        try:
+            row |= _times(RECIPES[name], dense, sets, with_stages)
+        except (RuntimeError, NotImplementedError) as error:
+            row["failure"] = str(error)[:300]
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows
+
+
+def _times(recipe: Recipe, dense: timing.Run, sets: list[tuple], with_stages: bool) -> dict[str, Any]:
+    """The measured fields of a row.
+
+    Raises:
+      RuntimeError: the recipe's results are wrong; nothing is to be timed.
+    """
+    error = largest_error(recipe, *sets[0][1].shape)
+    if not error <= MAX_ERROR:
+        raise RuntimeError(f"relative error {error:.2e} exceeds {MAX_ERROR:.0e}; not timed")
+    runs = {"ours": timing.repeated(step(recipe, "hopper"), sets), "dense": dense}
+    times = timing.race(runs, dict.fromkeys(runs, len(sets)))
+    found = {
+        "ms": round(times["ours"], 4),
+        "rival_ms": round(times["dense"], 4),
+        "speedup": round(times["dense"] / times["ours"], 3),
+        "relerr": float(f"{error:.3g}"),
+    }
+    if not with_stages:
+        return found
+    jobs = {
+        part: functools.partial(timing.repeated, function, [arguments])
+        for part, (function, arguments) in stages(recipe, *sets[0]).items()
+    }
+    parts = {part: run for part, run in timing.build(jobs).items() if not isinstance(run, Exception)}
+    part_ms = timing.race(parts, dict.fromkeys(parts, 1), rounds=3, seconds=0.005)
+    return found | {"stage_ms": {part: round(ms, 4) for part, ms in part_ms.items()}}
 
 
 def main() -> None:
@@ -169,7 +182,7 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(RECIPES), help="names, separated by commas")
     parser.add_argument("--stages", action="store_true", help="time the parts of each step too")
     arguments = parser.parse_args()
-    rows = []
+    rows: list[dict] = []
     for masters in (jnp.bfloat16, jnp.float32):
         for d_model, d_ffn in SIZES:
             names = arguments.recipes.split(",")
