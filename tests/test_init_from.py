@@ -1,5 +1,6 @@
 """Starting a run from given weights: bit for bit, also into a sparse phase; refused where the shapes differ."""
 
+import shutil
 from dataclasses import replace
 
 import jax
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.trainer import MODEL, gin_bindings, records, run_config, three_phases
+from tests.trainer import MODEL, gin_bindings, records, run_config, three_phases, token_folder
 from train import evaluate, loop, model
+from train.config import Data
 from train.export import export
-from train.init_from import load_params
+from train.init_from import foreign_tokenizer, load_params
 from train.main import run
+from train.prepare import prepare
 from venom_jax import Recipe
 
 
@@ -120,3 +123,20 @@ def test_a_source_that_is_none_is_refused(tmp_path, capsys):
         load_params(f"{three_phases()[1]}@40", MODEL)
     assert run([], gin_bindings(), tmp_path / "run", init_from=str(tmp_path / "nothing")) == 2
     assert f"error: --init_from={tmp_path / 'nothing'} is neither" in capsys.readouterr().err
+
+
+def test_weights_of_another_tokenizer_are_told(exported, tmp_path, capsys):
+    """The same ids are fine, from either kind of source; others are used, with a warning that says what to do."""
+    config, workdir = run_config(), str(three_phases()[1])
+    assert foreign_tokenizer(str(exported), config) is None
+    assert foreign_tokenizer(workdir, config) is None
+    (tmp_path / "text.txt").write_text("other words make other tokens " * 99)
+    prepare([tmp_path / "text.txt"], tmp_path / "data", vocab_size=290, validation_fraction=0, progress=False)
+    other = run_config(data=Data(str(tmp_path / "data")))
+    for source, name in ((str(exported), exported), (workdir, token_folder())):
+        assert f"Prepare the data with --tokenizer={name}/tokenizer.json" in str(foreign_tokenizer(source, other))
+    assert foreign_tokenizer(str(exported), run_config(data=Data(synthetic=True))) is None
+    copied = shutil.copytree(exported, tmp_path / "copied")
+    shutil.copy(tmp_path / "data" / "tokenizer.json", copied / "tokenizer.json")
+    loop.prepare(config, tmp_path / "run", init_from=str(copied))
+    assert "warning: --init_from=" in capsys.readouterr().err

@@ -1,7 +1,10 @@
 """Weights to start a run from, `--init_from`: a checkpoint of this program, or a Hugging Face folder."""
 
 from train import arcee, evaluate
-from train.config import Model
+from train.config import Model, RunConfig
+from train.data import TOKENIZER
+from train.sources import open_split
+from train.tokenizer import Tokenizer, load_tokenizer
 
 # What decides the function that a set of weights computes.
 _SHAPE = (
@@ -38,6 +41,33 @@ def load_params(source: str, config: Model) -> dict:
         )
     _check_same_shape(source, evaluate.read_config(folder).model, config)
     return evaluate.restore(source).dense_params()
+
+
+def foreign_tokenizer(source: str, config: RunConfig) -> str | None:
+    """A line about it, if the weights in ``source`` were trained on other tokens than the run's data have; else None.
+
+    None also where one of the two has no tokenizer to look at: random data, a source whose data are gone.
+    """
+    folder, _ = evaluate.split_source(source)
+    try:
+        if (folder / TOKENIZER).is_file():
+            theirs, path = load_tokenizer(folder / TOKENIZER), folder / TOKENIZER
+        else:
+            dataset = open_split(evaluate.read_config(folder), "train")
+            theirs, path = dataset.tokenizer, dataset.tokenizer_path
+        ours = open_split(config, "train").tokenizer
+    except ValueError:
+        return None
+    if _ids(theirs) == _ids(ours):
+        return None
+    return (
+        f"--init_from={source} was trained with another tokenizer than the data's: its embedding means other tokens. "
+        f"Prepare the data with --tokenizer={path}"
+    )
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return tokenizer.core.get_vocab(with_added_tokens=True)
 
 
 def _check_same_shape(source: str, found: Model, wanted: Model) -> None:

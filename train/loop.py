@@ -20,7 +20,7 @@ from train.config import RunConfig, changed_bindings
 from train.data import train_iterator
 from train.generate import sample_text
 from train.guard import Watch
-from train.init_from import load_params
+from train.init_from import foreign_tokenizer, load_params
 from train.mesh import ONE_DEVICE, Layout, layout_of
 from train.metrics import cut_metrics, read_metrics
 from train.optimizer import decay_mask, learning_rate
@@ -89,7 +89,11 @@ def prepare(
         starting = checkpoints.latest is None
         if starting:
             first_alone(lambda: verify(config))
-        params = load_params(init_from, config.model) if starting and init_from is not None else None
+        params = None
+        if starting and init_from is not None:
+            params = load_params(init_from, config.model)
+            if (line := foreign_tokenizer(init_from, config)) is not None and is_first():
+                print_warning(line)
         changed = first_alone(lambda: save_config(workdir, config)) or ()
     except BaseException:
         if lock is not None:
