@@ -142,7 +142,7 @@ def plot_pareto(workdirs: Sequence[str | Path], output: str | Path, x: XAxis = "
     axes.margins(x=0.12)
     axes.set_xlabel("seconds, measured" if x == "seconds" else "steps")
     axes.set_ylabel("validation loss of the dense model\n(nats per token)")
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
     save(figure, output)
 
 
