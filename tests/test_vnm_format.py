@@ -58,7 +58,7 @@ def test_prunes_as_written_by_hand(measure):
     np.testing.assert_array_equal(dense_of(packed), by_hand(x, pattern, measure))
 
 
-@pytest.mark.parametrize(("v", "m"), [(128, 12), (256, 64), (64, 128)])
+@pytest.mark.parametrize(("v", "m"), [(128, 12), (256, 128)])
 def test_every_pattern_prunes_and_round_trips(v, m):
     pattern = Pattern(v=v, m=Fraction(m))
     x = whole(2, 264, 2 * m, dtype=jnp.bfloat16)
@@ -160,9 +160,8 @@ def test_is_a_pytree():
 
 def test_as_plain_24_it_is_the_same_matrix():
     packed = pruned(jax.random.normal(jax.random.key(8), (72, 64)), Pattern(v=64, m=Fraction(8)))
-    plain = packed.to_sparse24()
-    plain.validate()
-    np.testing.assert_array_equal(plain.to_dense(), dense_of(packed))
+    plain = jax.jit(lambda p: p.to_sparse24().to_dense())
+    np.testing.assert_array_equal(plain(packed), dense_of(packed))
 
 
 # ------------------------------------------------------------------------------------------------ bad input
