@@ -22,7 +22,7 @@ GROUP_TABLE_BYTES = 2048
 """The contraction's sorted groups in shared memory: group, start and size of each, rounded up to 1 KiB."""
 LOAD_REGISTERS = 40
 """Registers of a loading thread."""
-GATHER_REGISTERS = 64
+GATHER_REGISTERS = 72
 """... where it copies rows of B itself."""
 GATHER_TILE_N = (64, 128, 256)
 """Columns of a tile whose rows of B are gathered: a warp copies whole rows (hopper/gather.py)."""
@@ -69,8 +69,6 @@ class TileConfig:
     deferred: a tile's result is kept in registers in 16 bits and stored chunk by chunk between the products of the
       next tile, while the other warpgroup multiplies. Where the result has 32 bits, or the epilogue reads an array, it
       is stored at once all the same.
-    gather_lag: where rows of B are gathered (hopper/gather.py), 0: the copies announce a stage themselves; else their
-      threads do, after so many more stages were begun.
     """
 
     warpgroup_m: int = 64
@@ -82,7 +80,6 @@ class TileConfig:
     raster_m: int = 8
     raster_n: int = 1024
     deferred: bool = False
-    gather_lag: int = 0
 
     @property
     def tile_m(self) -> int:
@@ -96,6 +93,11 @@ class TileConfig:
     def warpgroups(self) -> int:
         """Warpgroups that compute."""
         return self.warpgroups_m * self.warpgroups_n
+
+    @property
+    def gather_lag(self) -> int:
+        """Stages whose gathered rows are on their way while the next one is begun."""
+        return max(1, self.stages - 2)
 
     def load_registers(self, problem: Problem) -> int:
         """Registers that a loading thread keeps."""
@@ -131,8 +133,6 @@ class TileConfig:
             return f"{self.raster_m=}, {self.raster_n=}: a strip is at least one tile wide and a band one tile high"
         if self.stages < 2 or self.store_slots < 1:
             return f"{self.stages=}, {self.store_slots=}: at least two stages and one slot are needed"
-        if not 0 <= self.gather_lag <= self.stages - 2:
-            return f"{self.gather_lag=}, {self.stages=}: two stages must be with the tensor core or on the way there"
         table = GROUP_TABLE_BYTES if problem.mode == "contraction" else 0
         if self.smem_bytes() + table > HOPPER_SMEM_BYTES:
             return f"{self.smem_bytes() + table} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"

@@ -196,22 +196,17 @@ def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, 
 
     def load_gathered(i, carry):
         step, indices = carry
+        next_stage = jnp.minimum(i + 1, tile.steps - 1)
+        next_indices = gather.load_indices(gmem["columns"], block, next_stage * TILE_K)  # a stage ahead of its use
         ring.await_emptied(scratch["ring"], c.stages, step)
         stage = [copy._replace(scalars=(row_tile, a_tile + i)) for copy in from_a]
         ring.load_stages(stage, scratch["ring"], c.stages, 1, step)
         b_smem = scratch["b"].at[lax.rem(step, c.stages)]
         gather.begin_copies(indices, gmem["b"], b_smem, tile.b_n, transforms=_SWIZZLED)
-        if c.gather_lag:
-            gather.end_stage()
-            _announce(scratch, c, step + 1, c.gather_lag + 1, pending=c.gather_lag)
-        else:
-            ring.arrive_filled(scratch["ring"], c.stages, step, as_copied=True)
-        return step + 1, indices_of(jnp.minimum(i + 1, tile.steps - 1))  # on their way while the stage is awaited
+        _announce(scratch, c, step + 1, c.gather_lag + 1, pending=c.gather_lag)
+        return step + 1, next_indices
 
-    def indices_of(i):
-        return gather.load_indices(gmem["columns"], block, i * TILE_K, c.tile_n)
-
-    step, _ = lax.fori_loop(0, tile.steps, load_gathered, (step, indices_of(0)))
+    step, _ = lax.fori_loop(0, tile.steps, load_gathered, (step, gather.load_indices(gmem["columns"], block, 0)))
     return step
 
 
@@ -331,14 +326,7 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
             descriptor = launch._get_tma_desc(out, (), None, (GRANULE, chunk_columns(problem.out_dtype)), SWIZZLE, None)
             deferred = main_loop.Deferred(rounded, tuple(place), chunks, descriptor, problem.transpose_out)
         return main_loop.multiply(
-            shape,
-            stages,
-            step,
-            steps,
-            deferred,
-            b_k_major=problem.b_k_major,
-            dtype=problem.dtype,
-            fences=bool(problem.v) and not config.gather_lag,
+            shape, stages, step, steps, deferred, b_k_major=problem.b_k_major, dtype=problem.dtype
         )
 
     return multiply(*operands, *scalars)

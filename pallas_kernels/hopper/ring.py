@@ -58,21 +58,9 @@ def await_emptied(barriers_smem, stages: int, step) -> None:
     _at_step(barriers_smem, step, lambda words, step: _await_emptied(words, stages, step))
 
 
-def arrive_filled(barriers_smem, stages: int, step, *, as_copied: bool = False) -> None:
-    """Say, from each thread of the loading warpgroup, that its part of a step's stage is there.
-
-    as_copied: it will be when the thread's `cp.async` begun so far are through; the hardware says so then.
-    """
-
-    def arrive(words, step):
-        filled = barrier(words, stages, arith.remui(step, _i32(stages)))
-        if as_copied:
-            arrive = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];"
-            utils.inline_ptx(arrive, filled.get_ptr(), has_side_effects=True)
-        else:
-            filled.arrive()
-
-    _at_step(barriers_smem, step, arrive)
+def arrive_filled(barriers_smem, stages: int, step) -> None:
+    """Say, from each thread of the loading warpgroup, that its part of a step's stage is there."""
+    _at_step(barriers_smem, step, lambda words, step: barrier(words, stages, arith.remui(step, _i32(stages))).arrive())
 
 
 def _at_step(barriers_smem, step, act) -> None:

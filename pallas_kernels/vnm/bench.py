@@ -33,17 +33,15 @@ L2_BYTES_PER_MS = 5.5e9
 DRAM_BYTES_PER_MS = 3.0e9
 TILES = {
     64: (
-        TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True, gather_lag=3),
+        hopper.TILES[64],
+        TileConfig(64, 128, 1, 2, stages=5, raster_m=32, raster_n=4),
         TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
-        TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=1024, raster_n=1, deferred=True),
-        TileConfig(64, 128, 1, 2, stages=5, store_slots=2, raster_m=32, raster_n=4),
-        TileConfig(64, 256, 1, 1, stages=5, store_slots=2, raster_m=32, raster_n=4, deferred=True),
+        TileConfig(64, 256, 1, 1, stages=5, raster_m=32, raster_n=4, deferred=True),
     ),
     128: (
-        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=32, raster_n=4, gather_lag=3),
+        hopper.TILES[128],
         TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=32, raster_n=4),
         TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
-        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=1024, raster_n=1, deferred=True),
         TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=8, raster_n=1024, deferred=True),
         TileConfig(128, 128, 1, 2, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
     ),
@@ -181,7 +179,8 @@ def search(case: Case) -> TileConfig:
 
 
 def label(tile: TileConfig) -> str:
-    return f"{tune.label(tile)}/{tile.warpgroup_m}x{tile.warpgroup_n}{f'/lag{tile.gather_lag}' * bool(tile.gather_lag)}"
+    """A tile in few characters, with the part of one warpgroup."""
+    return f"{tune.label(tile)}/{tile.warpgroup_m}x{tile.warpgroup_n}"
 
 
 def main() -> None:
