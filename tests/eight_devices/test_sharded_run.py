@@ -14,6 +14,9 @@ from venom_jax import Recipe
 
 CONFIG = replace(
     run_config(
+        shape={"qk_norm": True, "document_start": 0},
+        optimizer={"ema": 0.9},
+        z_loss=1e-3,
         phases=((0, "dense"), (4, Recipe.venom(4, 2, wgrad="dense", balance_rate=0.01)), (8, "dense")),
         batch_size=16,
         accumulation=2,
@@ -36,7 +39,7 @@ def whole(tmp_path_factory):
 def test_weights_moments_and_gradients_are_cut():
     layout = layout_of(CONFIG)
     state = initial_state(CONFIG, layout)
-    for tree in (state.params, state.opt_state):
+    for tree in (state.params, state.opt_state, state.ema):
         large = [leaf for leaf in jax.tree.leaves(tree) if leaf.size > 1000]
         assert large
         for leaf in large:
