@@ -23,7 +23,7 @@ OPTIONS = {
     "Train_keep_checkpoints": 1,
     "Train_keep_every": 3,
     "Train_checkpoint_every": 1,
-    "Train_eval_every": 5,
+    "Train_eval_every": 9,
     "Train_sample_every": 4,
 }
 SCHEDULE = "Phases.schedule = [(0, 'dense'), (4, 'all24'), (7, 'dense')]"

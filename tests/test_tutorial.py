@@ -1,24 +1,50 @@
-"""The newcomer's page, from own text to an exported model: every command of it, in order, on a smaller model."""
+"""The newcomer's page, from own text to an exported model: every command of it, in order, on a smaller model.
+
+They run from a wheel, in a folder without checkout, so that nothing the package needs can be missing from it.
+"""
 
 import importlib.util
 import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
-from pathlib import Path
+import zipfile
 
-import jax
 import pytest
 
 from tests.test_demo import BINDINGS
-from train.config import CONFIG_ROOT
+from tests.test_house import FILES, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "tutorials" / "own-text.md"
 # What the tests' own environment stands for.
 INSTALLING = ("git clone <this repository> venom-jax && cd venom-jax", "pip install -c constraints.txt -e '.[eval]'")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of the tracked files, built from a copy: setuptools writes beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for path in FILES:
+        target = folder / "source" / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    build = ["pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, folder / "source"]
+    done = subprocess.run([sys.executable, "-m", *build], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_configurations_and_measurements_are_inside(wheel):
+    inside = {re.sub(r"^[^/]+\.data/data/share/venom-jax", "docs", name) for name in zipfile.ZipFile(wheel).namelist()}
+    wanted = {p.relative_to(ROOT).as_posix() for p in FILES if p.relative_to(ROOT).parts[0] == "configs"}
+    wanted |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "docs" / "results" / "h100").glob("*.json")}
+    wanted |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "pallas_kernels" / "tuned").glob("*.json")}
+    assert len(wanted) > 20
+    assert not wanted - inside
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +63,21 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
+def results(folder, wheel):
     """(command, exit code, output) of each command of the page."""
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     commands = [line for line in "".join(blocks).splitlines() if line not in INSTALLING]
     smaller = "".join(f' --gin_bindings="{binding}"' for binding in BINDINGS)
     lines = [command + smaller if "train.main" in command else command for command in commands]
+    site = wheel.parent / "site"
+    zipfile.ZipFile(wheel).extractall(site)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(CONFIG_ROOT), os.environ.get("PYTHONPATH", "")]),
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or folder / "cache"),
+        "PYTHONPATH": str(site),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
     }
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "run_commands.py"],
+        [sys.executable, shutil.copy(ROOT / "tests" / "run_commands.py", folder)],
         input="\n".join(lines),
         cwd=folder,
         env=environment,
@@ -89,6 +118,11 @@ def test_each_says_what_the_page_says(results, folder):
     records = [json.loads(line) for line in (folder / "runs" / "more" / "metrics.jsonl").read_text().splitlines()]
     first, own = (next(r["loss"] for r in rows if r["kind"] == "train") for rows in (records, own_records(folder)))
     assert first < own - 0.5, "it goes on from what was learned"
+
+
+def test_the_code_was_the_wheels(results, folder):
+    (start,) = json.loads((folder / "runs" / "own" / "run.json").read_text())["starts"]
+    assert start["git"] is None, "a checkout's code has a commit"
 
 
 def own_records(folder):
