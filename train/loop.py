@@ -21,7 +21,8 @@ from train.data import train_iterator
 from train.generate import sample_text
 from train.guard import Watch
 from train.init_from import foreign_tokenizer, load_params
-from train.mesh import ONE_DEVICE, Layout, layout_of
+from train.memory import check_fits
+from train.mesh import ONE_DEVICE, Layout, layout_of, mesh_shape
 from train.metrics import cut_metrics, read_metrics
 from train.optimizer import decay_mask, learning_rate
 from train.plot import plot_run
@@ -76,6 +77,8 @@ def prepare(
     require_wandb(config.train.wandb)
     decay_mask(config.optimizer, abstract_state(config).params)
     layout = layout_of(config)
+    if (warning := check_fits(config, *mesh_shape(config, jax.device_count()))) is not None and is_first():
+        print_warning(warning)
     train_data, val_data = open_data(config)
     lock = first_alone(lambda: lock_workdir(workdir))
     try:

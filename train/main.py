@@ -76,5 +76,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("profile_steps", None, "START:STOP: write a profiler's trace of these steps into the workdir")
     flags.DEFINE_boolean("deterministic", False, "give the same bits in every run on one kind of GPU; slower")
     flags.DEFINE_string("distributed", None, "'auto' (SLURM, Open MPI) or HOST:PORT,COUNT,INDEX: several processes")
-    flags.DEFINE_boolean("dry_run", False, "print parameters, FLOPs and phases, and stop")
+    flags.DEFINE_boolean("dry_run", False, "print parameters, FLOPs, memory and phases, and stop")
     app.run(main)

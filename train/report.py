@@ -11,6 +11,8 @@ from train import model
 from train.config import RunConfig
 from train.evaluate import describe
 from train.guard import Watch
+from train.memory import estimate
+from train.mesh import check_divisible, mesh_shape
 from train.metrics import MetricsWriter, NoWriter, Progress, peak_flops, peak_memory, read_metrics
 from train.processes import is_first
 from train.wandb_run import WandbRun
@@ -148,8 +150,16 @@ class Logger:
 
 
 def plan(config: RunConfig) -> str:
-    """What a run would do: parameters, FLOPs, batch, phases."""
+    """What a run would do: parameters, FLOPs, batch, devices and their memory, phases.
+
+    Devices are those that ``Mesh`` names, whether they are there or not; where it leaves them open, those that are.
+
+    Raises:
+      ValueError: batch or model do not divide among them.
+    """
     train = config.train
+    data, fsdp = mesh_shape(config, jax.device_count())
+    check_divisible(config, data, fsdp)
     tokens = train.batch_size * train.seq_len
 
     def flops(recipe: StackRecipe) -> float:
@@ -160,6 +170,8 @@ def plan(config: RunConfig) -> str:
     lines = [
         f"parameters      {count:,} ({count * 12 / 2**30:.2f} GiB with two moments, float32)",
         f"batch           {train.batch_size} x {train.seq_len} = {tokens:,} tokens, accumulation {train.accumulation}",
+        f"devices         {data * fsdp} (Mesh.data={data} x Mesh.fsdp={fsdp})",
+        f"memory          {estimate(config, data, fsdp)}",
         f"steps           {train.steps:,} ({train.steps * tokens:,} tokens)",
         f"dense FLOPs     {dense_flops:.4g} a token, {dense_flops * tokens:.4g} a step",
     ]

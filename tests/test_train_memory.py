@@ -1,0 +1,77 @@
+"""What a step takes of memory, reckoned: against the compiler's figure, and what is said of a model that cannot fit."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import pytest
+
+from tests.trainer import run_config
+from train import memory, model
+from train.config import Mesh, load_config
+from train.mesh import layout_of
+from train.report import plan
+from train.state import initial_state
+from train.step import make_train_step
+
+
+def of_1b(**bindings):
+    bound = [f"{name.replace('_', '.', 1)} = {value!r}" for name, value in bindings.items()]
+    return load_config(["configs/size/1b.gin"], ["Data.folder = 'data'", *bound])
+
+
+def test_what_lies_in_memory_between_steps_is_exact():
+    config = run_config()
+    state = initial_state(config)
+    step: Any = make_train_step(model.structure(config.model, 1), config)
+    batch = jax.ShapeDtypeStruct((8, 17), "int32")
+    arguments = step.lower(state, batch).compile().memory_analysis().argument_size_in_bytes
+    found = memory.estimate(config, 1, 1)
+    assert found.parameters == model.parameter_count(config.model) * 4
+    # Beside them tokens, counters and the method's state.
+    assert found.parameters + found.optimizer == pytest.approx(arguments, rel=0.02)
+
+
+def test_a_step_of_1b_on_an_h100():
+    """docs/results/h100/train.json has 38.5 GiB."""
+    assert memory.estimate(of_1b(), 1, 1).total / 2**30 == pytest.approx(38.5, rel=0.1)
+
+
+def test_devices_share_what_is_cut():
+    one, four = (memory.estimate(of_1b(Train_batch_size=8), 1, n) for n in (1, 4))
+    assert four.fixed == pytest.approx(one.fixed / 4, rel=1e-3)
+    assert four.activations * 4 == one.activations
+
+
+def test_dry_run_shows_devices_that_are_not_there():
+    text = plan(of_1b(Train_batch_size=8, Mesh_fsdp=4))
+    assert "4 (Mesh.data=1 x Mesh.fsdp=4)" in text
+    assert "GiB a device" in text
+    with pytest.raises(ValueError, match=r"Train.batch_size=2 .* use a multiple of 4"):
+        plan(of_1b(Mesh_fsdp=4))
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_number_of_devices(monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 2**34}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    with pytest.raises(ValueError, match=r"does not fit: .* 16.00 GiB each, .* use Mesh.fsdp=2 or more"):
+        memory.check_fits(of_1b(), 1, 1)
+    warning = memory.check_fits(of_1b(Train_batch_size=16), 1, 2)
+    assert warning is not None
+    assert "raise Train.accumulation" in warning
+    assert memory.check_fits(run_config(), 1, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (Mesh(data=2, fsdp=2), r"Mesh.data=2 x Mesh.fsdp=2 needs 4 devices, but there are 1"),
+        (Mesh(data=2, fsdp=None), r"Mesh.data=2 does not divide 1 devices"),
+    ],
+)
+def test_a_mesh_larger_than_the_machine_is_refused(mesh, message):
+    with pytest.raises(ValueError, match=message):
+        layout_of(dataclasses.replace(run_config(), mesh=mesh))
