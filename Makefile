@@ -1,7 +1,7 @@
 # Everything runs in .venv, made on first use with the versions in constraints.txt.
 #   make demo     train a small model on real text: dense, sparse, dense; run it again to continue
 #   make test     all tests (no network once .venv is there)
-#   make faults   kills, damaged files, full disks (as root: it mounts small disks)
+#   make faults   kills, damaged files, full disks (as root: it mounts small disks), random input, a long run
 #   make docs     the documentation with the API reference, into build/site
 #   make lint     style and types       make format   apply the style
 #   make clean    remove caches; runs/ and .venv stay
@@ -20,7 +20,8 @@ test: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 -m 'not slow' $(PYTEST_ARGS)
 
 faults: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_ARGS)
+	mkdir -p build
+	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_ARGS)
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict

@@ -162,4 +162,4 @@ def test_cutting_back_keeps_each_step_once(tmp_path):
     cut_metrics(tmp_path, 2)
     assert read_metrics(tmp_path) == lines[:4]
     cut_metrics(tmp_path, 0)
-    assert read_metrics(tmp_path) == lines[:1]
+    assert read_metrics(tmp_path) == []

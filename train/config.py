@@ -7,6 +7,7 @@ anything is compiled.
 
 import dataclasses
 import re
+import tokenize
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gin
+from gin import config_parser
 
 import configs
 from train.schedule import PhaseSchedule, resolve_step
@@ -399,19 +401,28 @@ class RunConfig:
         return max(phase.recipe.experts for phase in self.schedule.phases)
 
 
-def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[str] = ()) -> RunConfig:
+def load_config(
+    gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[str] = (), *, allow_imports: bool = False
+) -> RunConfig:
     """Reads gin files in order, then bindings.  A path is tried from the working directory, then from the package.
 
+    allow_imports: let them import modules, which runs those modules' code.
+
     Raises:
-      ValueError: an unknown name or parameter (with its file and line), a wrong type or value, a missing file.
+      ValueError: an unknown name or parameter (with its file and line), a wrong type or value, a missing file, an
+        import that is not allowed.
     """
     gin.clear_config()
     try:
         files = [find_config(name) for name in gin_files]
+        if not allow_imports:
+            for name in files:
+                _refuse_imports(Path(name).read_text(), name)
+            _refuse_imports("\n".join(gin_bindings), "a binding")
         gin.parse_config_files_and_bindings(files, list(gin_bindings), finalize_config=False)
         classes = (Model, Data, Optimizer, LearningRate, Phases, Train, Guard, Mesh)
         config = RunConfig(*(gin.get_configurable(cls)() for cls in classes), text=gin.config_str())
-    except (ValueError, SyntaxError, TypeError, OSError, ImportError, NameError) as error:
+    except (ValueError, SyntaxError, tokenize.TokenError, TypeError, OSError, ImportError, NameError) as error:
         raise ValueError(_one_line(error)) from error
     _check_unused(config)
     return config
@@ -420,6 +431,36 @@ def load_config(gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[s
 def bindings_in(text: str) -> dict[str, str]:
     """The bindings of a configuration's text by their names."""
     return dict(re.findall(r"^([\w/.]+) = (.+)$", text.replace("\\\n", " "), flags=re.MULTILINE))
+
+
+OWN_PACKAGES = {"configs", "pallas_kernels", "venom_jax", "train"}
+
+
+class _NoReferences(config_parser.ParserDelegate):
+    """Reads a file without looking anything up."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
+        return None
+
+    def macro(self, macro_name: str) -> None:
+        return None
+
+
+def _refuse_imports(text: str, where: str, including: tuple[str, ...] = ()) -> None:
+    """gin runs what a file imports, and a file may come from anywhere; the same for the files it includes."""
+    for statement in config_parser.ConfigParser(text, _NoReferences()):
+        if isinstance(statement, config_parser.ImportStatement):
+            if statement.module.split(".")[0] not in OWN_PACKAGES:
+                raise ValueError(
+                    f"{where} imports {statement.module}, which would run its code; give --gin_allow_imports if you "
+                    "trust it"
+                )
+        elif isinstance(statement, config_parser.IncludeStatement):
+            name = statement.filename
+            if name in including:
+                raise ValueError(f"{where} includes {name}, which includes it")
+            if Path(name).is_file():  # gin itself says that one is missing
+                _refuse_imports(Path(name).read_text(), name, (*including, name))
 
 
 def changed_bindings(old: str, new: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,6 +152,13 @@ def open_dataset(folder: str | Path, split: str = "train") -> TokenDataset:
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
+    try:
+        return _open(folder, manifest, split)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged, prepare the data again: {error!r}") from error
+
+
+def _open(folder: Path, manifest: dict[str, Any], split: str) -> TokenDataset:
     if split not in manifest["splits"]:
         raise ValueError(
             f"{folder} has no split {split!r}; it has {sorted(manifest['splits'])}. Held-out text comes from "
@@ -160,6 +167,8 @@ def open_dataset(folder: str | Path, split: str = "train") -> TokenDataset:
     content = manifest["splits"][split]
     itemsize = np.dtype(manifest["dtype"]).itemsize
     for entry in content["files"]:
+        if Path(entry["name"]).name != entry["name"]:
+            raise ValueError(f"{folder / MANIFEST} names the token file {entry['name']!r}, which is not in its folder")
         _check_shard(folder / entry["name"], entry, itemsize)
     _check_tokenizer(folder / TOKENIZER, manifest["tokenizer_sha256"])
     return TokenDataset(
@@ -175,21 +184,32 @@ def open_dataset(folder: str | Path, split: str = "train") -> TokenDataset:
     )
 
 
-def verify_shards(folder: str | Path, split: str) -> None:
+def verify_shards(folder: str | Path, split: str, known: Mapping[str, Any] | None = None) -> dict[str, list]:
     """Reads every token file of a split in full and compares it with the manifest: minutes for a large data set.
+
+    known: what an earlier call returned; a file with the same hash, size and time of change is not read again.
+
+    Returns:
+      [SHA-256, bytes, time of change] by each file's path.
 
     Raises:
       ValueError: a file's SHA-256 is not the manifest's; names it.
     """
-    folder = Path(folder)
+    folder, seen = Path(folder).absolute(), {}
     for entry in _read_manifest(folder)["splits"][split]["files"]:
-        with (folder / entry["name"]).open("rb") as file:
+        path = folder / entry["name"]
+        status = path.stat()
+        seen[str(path)] = [entry["sha256"], status.st_size, status.st_mtime_ns]
+        if known and known.get(str(path)) == seen[str(path)]:
+            continue
+        with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != entry["sha256"]:
             raise ValueError(
-                f"token file {folder / entry['name']} was changed after it was prepared: expected SHA-256 "
+                f"token file {path} was changed after it was prepared: expected SHA-256 "
                 f"{entry['sha256'][:16]}, found {found[:16]}; prepare the data again"
             )
+    return seen
 
 
 def window_order(first: int, count: int, seed: int) -> grain.MapDataset:

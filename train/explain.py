@@ -16,13 +16,13 @@ from jaxtyping import Array, Int
 
 from train.config import Model, RunConfig
 from train.cross_entropy import weighted_cross_entropy
-from train.model import assemble, pack_ffns, rms_norm
+from train.model import assemble, find_documents, pack_ffns, rms_norm
 from train.state import TrainState
 from venom_jax import Recipe
 
 _GRADIENT = "the gradient of "
 # Of one layer's parameters, the order in which the backward pass makes their gradients.
-_BACKWARD = ("ffn.w2", "ffn.w1", "ffn_scale", "attention.out", "attention.qkv", "attention_scale")
+_BACKWARD = ("ffn.w2", "ffn.w1", "ffn_scale", "attention.out", "attention", "attention_scale")
 
 
 def first_bad(
@@ -58,7 +58,8 @@ def _tensors(
     block, trained, fixed = nnx.split(decoder.blocks, nnx.Param, ...)
     # XLA, which splits this over the devices of a run, cannot split a kernel.
     implementation = train.implementation if jax.device_count() == 1 else "reference"
-    static: dict[str, Any] = {"block": block, "recipe": recipe, "implementation": implementation}
+    recipes = [own for first, end, own in recipe.parts(layers) for _ in range(first, end)]
+    static: dict[str, Any] = {"block": block, "implementation": implementation}
     parts = tokens.reshape(train.accumulation, -1, tokens.shape[-1])
     for i, (part, part_key) in enumerate(zip(parts, keys, strict=True)):
         where = f" in microbatch {i}" if train.accumulation > 1 else ""
@@ -67,12 +68,14 @@ def _tensors(
             (*jax.tree.map(lambda leaf, layer=layer: leaf[layer], (trained, fixed, packed)), layer_keys[layer])
             for layer in range(layers)
         ]
+        start = config.model.document_start
+        documents = None if start is None else find_documents(part[:, :-1], start)
         x = state.params["embedding"].astype(dtype)[part[:, :-1]]
         yield f"the embedded tokens{where}", x
         entered = []
         for layer, given in enumerate(inputs):
             entered.append(x)
-            x, ffn_input = _block(given[0], x, *given[1:], **static)
+            x, ffn_input = _block(given[0], x, *given[1:], documents, recipe=recipes[layer], **static)
             yield f"the FFN's input in layer {layer} (behind attention){where}", ffn_input
             yield f"the output of layer {layer} (behind the FFN){where}", x
         top = {name: leaf for name, leaf in state.params.items() if name != "blocks"}
@@ -82,22 +85,24 @@ def _tensors(
         yield f"the derivative by the output of layer {layers - 1}{where}", dx
         for layer in reversed(range(layers)):
             given = inputs[layer]
-            d_params, dx = _block_gradient(dx, given[0], entered[layer], *given[1:], **static)
+            d_params, dx = _block_gradient(
+                dx, given[0], entered[layer], *given[1:], documents, recipe=recipes[layer], **static
+            )
             gradients = dict(_paths(nnx.to_pure_dict(d_params)))
-            for name in sorted(gradients, key=_BACKWARD.index):
+            for name in sorted(gradients, key=_place):
                 yield f"{_GRADIENT}{name} in layer {layer}{where}", gradients[name]
             yield f"the derivative by the input of layer {layer}{where}", dx
 
 
 @partial(jax.jit, static_argnames=("block", "recipe", "implementation"))
-def _block(trained, x, fixed, packed, key, *, block, recipe: Recipe, implementation):
-    x, (_, ffn_input) = nnx.merge(block, trained, fixed)(x, recipe, key, packed, implementation)
+def _block(trained, x, fixed, packed, key, documents, *, block, recipe: Recipe, implementation):
+    x, (_, ffn_input) = nnx.merge(block, trained, fixed)(x, recipe, key, packed, implementation, documents)
     return x, ffn_input
 
 
 @partial(jax.jit, static_argnames=("block", "recipe", "implementation"))
-def _block_gradient(dy, trained, x, fixed, packed, key, **static):
-    _, pull = jax.vjp(lambda trained, x: _block(trained, x, fixed, packed, key, **static)[0], trained, x)
+def _block_gradient(dy, trained, x, *rest, **static):
+    _, pull = jax.vjp(lambda trained, x: _block(trained, x, *rest, **static)[0], trained, x)
     return pull(dy)
 
 
@@ -112,6 +117,11 @@ def _top(top: dict, x, labels, *, model: Model, slices: int):
         return weighted_cross_entropy(hidden, head, labels, weights, slices)
 
     return jax.value_and_grad(loss, (0, 1))(top, x)
+
+
+def _place(name: str) -> int:
+    """Where a layer's parameter stands in `_BACKWARD`."""
+    return _BACKWARD.index(name if name in _BACKWARD else name.split(".")[0])
 
 
 def _paths(tree: Any) -> Iterator[tuple[str, Array]]:

@@ -35,7 +35,7 @@ from train.sources import Dataset, identity, open_data, verify
 from train.state import TrainState, abstract_state, first_average, initial_state
 from train.step import make_diagnosis, make_ffn_inputs, make_train_step
 from train.wandb_run import require_wandb
-from train.workdir import WorkdirLock, claim_workdir, set_aside_damaged
+from train.workdir import VERIFIED, WorkdirLock, claim_workdir, set_aside_damaged
 from venom_jax import Recipe, StackRecipe, calibrate, phases
 from venom_jax.dispatch import resolve_implementation
 
@@ -90,8 +90,7 @@ def prepare(
         checkpoints.check(fingerprint)
         read_starts(workdir)  # refuses a damaged record now and not after the first steps
         starting = checkpoints.latest is None
-        if starting:
-            first_alone(lambda: verify(config))
+        first_alone(lambda: verify(config, workdir / VERIFIED))
         params = None
         if starting and init_from is not None:
             params = load_params(init_from, config.model)

@@ -17,7 +17,7 @@ from train.config import load_config
 from train.guard import BadStepError
 from train.workdir import local_path
 
-OPTIONS = ("dry_run", "distributed", "init_from", "init_state", "profile_steps")
+OPTIONS = ("dry_run", "gin_allow_imports", "distributed", "init_from", "init_state", "profile_steps")
 
 
 def run(
@@ -27,6 +27,7 @@ def run(
     *,
     dry_run: bool = False,
     distributed: str | None = None,
+    gin_allow_imports: bool = False,
     **options: Any,
 ) -> int:
     """Trains to the end; distributed as in ``processes.connect``, other options as in ``loop.prepare``.
@@ -35,7 +36,7 @@ def run(
     """
     try:
         processes.connect(distributed)
-        config = load_config(gin_files, gin_bindings)
+        config = load_config(gin_files, gin_bindings, allow_imports=gin_allow_imports)
         if dry_run:
             print(report.plan(config))
             return 0
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_multi_string("gin_file", [], "configuration file; later ones override earlier ones")
     flags.DEFINE_multi_string("gin_bindings", [], "single bindings, applied after the files")
+    flags.DEFINE_boolean("gin_allow_imports", False, "let gin files import modules, which runs those modules' code")
     flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plot")
     flags.DEFINE_string("init_from", None, "start with the weights of WORKDIR[@STEP] or of a Hugging Face folder")
     flags.DEFINE_boolean("init_state", False, "with --init_from=WORKDIR[@STEP]: its whole state, to go on from there")

@@ -66,14 +66,15 @@ def last_record(workdir: Path) -> dict[str, Any] | None:
 def cut_metrics(workdir: Path, step: int) -> None:
     """Drops what the steps after a checkpoint wrote, so that each step is there once after a resume.
 
-    A phase that starts at ``step`` goes too: the checkpoint is from before the switch, which happens again.
+    A phase that starts at ``step`` goes too: the checkpoint is from before the switch, which happens again, and a run
+    without a checkpoint begins its first phase again.
     """
     kept = [
         record
         for record in read_metrics(workdir)
         if record["step"] <= step
         and record["kind"] != "end"
-        and not (record["kind"] == "phase" and 0 < record["step"] == step)
+        and not (record["kind"] == "phase" and record["step"] == step)
     ]
     path = workdir / METRICS_FILE
     rewritten = path.with_suffix(".tmp")

@@ -3,6 +3,7 @@
 All three have the interface of `train.data.TokenDataset` as far as a run uses it.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,11 +181,27 @@ def open_data(config: RunConfig) -> tuple[Dataset, Dataset]:
     return splits
 
 
-def verify(config: RunConfig) -> None:
-    """Reads every token file in full and compares it with its manifest.  Raises ValueError for one that changed."""
+def verify(config: RunConfig, record: Path) -> None:
+    """Reads every token file in full and compares it with its manifest.  Raises ValueError for one that changed.
+
+    record: where to note size and time of what was read; a file that still has both is not read again.
+    """
+    noted = read_record(record)
+    known = dict(noted)
     for folder in folders(config.data):
         for split in SPLITS:
-            verify_shards(folder, split)
+            known |= verify_shards(folder, split, known)
+    if known != noted:
+        record.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `verify` noted; nothing, so that all is read again, where the record is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def identity(dataset: Dataset) -> dict[str, Any]:

@@ -16,6 +16,7 @@ LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
 DAMAGED = "damaged"
+VERIFIED = "verified.json"  # the token files that were read in full, with size and time of change
 
 
 def local_path(text: str | Path) -> Path:
@@ -156,6 +157,9 @@ def damage(workdir: Path, step: int) -> str | None:
         expected = json.loads(recorded.read_text())
     except ValueError:
         return f"{recorded} is no JSON"
+    entries = expected.values() if isinstance(expected, dict) else [None]
+    if not all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
+        return f"{recorded} holds no checksums"
     found = _sums(workdir / CHECKPOINTS / str(step))
     for name, (size, digest) in expected.items():
         if name not in found:

@@ -1,17 +1,24 @@
 """What happens to the files of a run: held by another process, damaged, on a disk that is full or read-only."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
-from tests.trainer import assert_same_bits, final_state, records, run_config, run_to_end, three_phases
-from train import loop
+from tests.faults.ledger import tried
+from tests.trainer import assert_same_bits, final_state, records, run_config, run_to_end, three_phases, token_folder
+from train import data, loop
 from train.checkpoint import CheckpointError
+from train.config import Data
+from train.metrics import read_metrics
 from train.workdir import CHECKPOINTS, CHECKSUMS, DAMAGED, WorkdirLock, set_aside_damaged
 
 HOLDER = """
@@ -73,6 +80,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside(tmp_path, capsys, damage):
     assert [path.name[:2] for path in (workdir / DAMAGED).iterdir()] == ["7-"]
     assert records(workdir) == records(uninterrupted)
     assert_same_bits(final_state(config, workdir), final_state(config, uninterrupted))
+    what = {"truncate": "truncated", "flip": "with one bit flipped", "unlink": "with a file missing"}[damage.__name__]
+    tried(f"newest checkpoint {what}", 1, "set aside, the one before it used, same final bits")
 
 
 def test_without_a_sound_checkpoint_nothing_is_moved(tmp_path):
@@ -83,6 +92,7 @@ def test_without_a_sound_checkpoint_nothing_is_moved(tmp_path):
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged \(step 12: .* bytes instead of"):
         set_aside_damaged(workdir)
     assert len(list((workdir / CHECKPOINTS).iterdir())) == 12
+    tried("all checkpoints truncated", 1, "refused, nothing moved")
 
 
 def test_checksums_are_those_of_the_checkpoints_there(tmp_path):
@@ -104,6 +114,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     holder.communicate()
     with WorkdirLock(tmp_path):
         assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
+    tried("second process on a workdir", 1, "refused with the name of the first")
 
 
 @pytest.mark.slow
@@ -123,6 +134,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path):
         assert set_aside_damaged(workdir) == []
         assert run_to_end(config, workdir) == 0
         assert_same_bits(final_state(config, workdir), final_state(config, uninterrupted))
+    tried("disk full during a save", 1, "stopped with a message; with room again the same final bits")
 
 
 def test_a_read_only_workdir_is_refused(tmp_path):
@@ -131,3 +143,84 @@ def test_a_read_only_workdir_is_refused(tmp_path):
         pytest.raises(ValueError, match=r"cannot be written to \(Read-only file system\)"),
     ):
         loop.prepare(run_config(), disk / "run")
+    tried("read-only file system under the workdir", 1, "refused before anything is computed")
+
+
+def test_a_workdir_mounted_read_only_is_refused_to_root_too(tmp_path):
+    """A bind mount: the folder's own permissions would let root write."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with mounted(workdir, "--bind", str(workdir)):
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(workdir)], check=True)
+        with pytest.raises(ValueError, match=r"cannot be written to \(Read-only file system\); give --workdir"):
+            loop.prepare(run_config(), workdir)
+    tried("workdir bind-mounted read-only, as root", 1, "refused before anything is computed")
+
+
+def prepare_only(config, workdir):
+    """All checks of a start, and nothing else."""
+    lock = loop.prepare(config, workdir).lock
+    assert lock is not None
+    lock.release()
+
+
+def begun(tmp_path, monkeypatch):
+    """A run at step 7, with token files of its own whose checked edges are short."""
+    monkeypatch.setattr(data, "EDGE_BYTES", 64)
+    folder, workdir = tmp_path / "tokens", tmp_path / "run"
+    shutil.copytree(token_folder(), folder)
+    manifest = json.loads((folder / data.MANIFEST).read_text())
+    for content in manifest["splits"].values():
+        for entry in content["files"]:
+            entry["edges_sha256"] = data.edges_sha256(folder / entry["name"])
+    (folder / data.MANIFEST).write_text(json.dumps(manifest))
+    shutil.copytree(three_phases()[1], workdir)
+    for step in range(8, 13):
+        shutil.rmtree(workdir / CHECKPOINTS / str(step))
+    config = replace(three_phases()[0], data=Data(str(folder)))
+    prepare_only(config, workdir)  # reads all and takes note
+    return config, workdir, folder / "train-00000.bin"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(os.unlink, "train-00000.bin is missing"), (truncate, "train-00000.bin is truncated"),
+     (flip, "train-00000.bin was changed after it was prepared")],
+    ids=["deleted", "truncated", "changed inside"],
+)  # fmt: skip
+def test_token_files_that_changed_between_two_starts_are_refused(tmp_path, monkeypatch, change, message):
+    config, workdir, shard = begun(tmp_path, monkeypatch)
+    change(shard)
+    with pytest.raises(ValueError, match=message):
+        loop.prepare(config, workdir)
+    tried(f"token file {message.split('.bin ')[1]}, between two starts", 1, "refused with its name")
+
+
+def test_token_files_are_read_in_full_once(tmp_path, monkeypatch):
+    """Later starts compare size and time of change; a copy with other times is read again, and taken."""
+    config, workdir, shard = begun(tmp_path, monkeypatch)
+    read, original = [], hashlib.file_digest
+    monkeypatch.setattr(data.hashlib, "file_digest", lambda file, kind: read.append(file.name) or original(file, kind))
+    prepare_only(config, workdir)
+    assert not any(name.endswith(".bin") for name in read)
+    os.utime(shard)
+    prepare_only(config, workdir)
+    assert [name for name in read if name.endswith(".bin")] == [str(shard)]
+
+
+@pytest.mark.slow
+def test_a_clock_set_back_changes_nothing(tmp_path, monkeypatch):
+    """The run goes on a day before its files were written."""
+    config, uninterrupted, _ = three_phases()
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    for step in range(8, 13):
+        shutil.rmtree(workdir / CHECKPOINTS / str(step))
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 86400)
+    assert run_to_end(config, workdir) == 0
+    assert records(workdir) == records(uninterrupted)
+    assert_same_bits(final_state(config, workdir), final_state(config, uninterrupted))
+    times = [record["time"] for record in read_metrics(workdir)]
+    assert times == sorted(times)
+    tried("clock set back by a day between two starts", 1, "same metrics, same final bits, times still increase")
