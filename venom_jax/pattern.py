@@ -189,10 +189,11 @@ class LayerRecipes:
 
     Where a whole stack is asked for its recipe, this may stand for it: `venom_jax.phases`, and the trainer.
 
-    Example:
+    Example: all24 in layers 0 to 3, routing above:
+
       >>> mixed = LayerRecipes(((0, Recipe.all24()), (4, Recipe.venom(4, 1))))
-      >>> [(first, end, part.experts) for first, end, part in mixed.parts(6)]
-      [(0, 4, 1), (4, 6, 4)]
+      >>> [part.experts for _, _, part in mixed.parts(6)]
+      [1, 4]
     """
 
     starts: tuple[tuple[int, Recipe], ...]
