@@ -180,16 +180,18 @@ def main() -> None:
     parser.add_argument("--json", required=True, help="file for the rows")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--recipes", default=",".join(RECIPES), help="names, separated by commas")
-    parser.add_argument("--stages", action="store_true", help="time the parts of each step too")
+    parser.add_argument("--d_model", type=int, nargs="*", default=[size[0] for size in SIZES], help="of the sizes")
+    parser.add_argument("--masters", nargs="*", default=["bfloat16", "float32"], help="dtypes of weights and gradients")
+    parser.add_argument("--stages", action="store_true", help="time the parts of each step with bfloat16 masters too")
     arguments = parser.parse_args()
-    rows: list[dict] = []
-    for masters in (jnp.bfloat16, jnp.float32):
+    names, rows = arguments.recipes.split(","), []
+    for masters in arguments.masters:
         for d_model, d_ffn in SIZES:
-            names = arguments.recipes.split(",")
-            stages_here = arguments.stages and masters == jnp.bfloat16
-            rows += measure(arguments.tokens, d_model, d_ffn, names, masters, stages_here)
-            with open(arguments.json, "w") as file:
-                json.dump(rows, file, indent=1)
+            if d_model in arguments.d_model:
+                with_stages = arguments.stages and masters == "bfloat16"
+                rows += measure(arguments.tokens, d_model, d_ffn, names, jnp.dtype(masters), with_stages)
+                with open(arguments.json, "w") as file:
+                    json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":
