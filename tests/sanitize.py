@@ -1,11 +1,10 @@
 """Every kernel and mode once on small shapes, with metadata and group sizes that lie: what a sanitizer watches.
 
     python -m tests.sanitize                 each case compared with the reference, where its input is honest
-    XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool=memcheck --error-exitcode=9 \\
-        python -m tests.sanitize --only_run
+    python -m tests.sanitize --only_run pack sparse24        the cases of these names, not compared
 
-Needs a Hopper GPU. Without pytest and with operands from numpy, so that the tool has little else to watch. The
-allocator named above gives each array memory of its own, whose ends memcheck knows. Names after the flag choose cases.
+`tests.sanitizer` runs them under compute-sanitizer. Needs a Hopper GPU. Without pytest and with operands from numpy, so
+that the tool has little else to watch.
 """
 
 import sys
@@ -21,8 +20,11 @@ from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.pack import api as packing
 from pallas_kernels.pack.activations import Packed
+from pallas_kernels.permute import api as permute
+from pallas_kernels.permute.reference import max_rows
 from pallas_kernels.sparse24 import sparse24
 from pallas_kernels.tiles import TileConfig
+from pallas_kernels.vnm import vnm
 from tests.helpers import relative_error
 from venom_jax import Recipe, sparse_ffn
 from venom_jax.dispatch import Implementation
@@ -82,7 +84,8 @@ def products() -> Iterator[Case]:
                     config=config,
                 )
 
-            yield f"sparse24 {m}x{n}x{k} {b_k_major=} {transpose_out=} {out_dtype} {honest=}", honest, product
+            tile = "" if config is None else f" in {config.tile_m}x{config.tile_n}"
+            yield f"sparse24 {m}x{n}x{k}{tile} {b_k_major=} {transpose_out=} {out_dtype} {honest=}", honest, product
 
 
 def grouped_products() -> Iterator[Case]:
@@ -143,6 +146,72 @@ def packings() -> Iterator[Case]:
             yield f"pack weights {axis=} {masters.__name__}", True, weights
 
 
+def any_int32(seed: int, *shape: int) -> jax.Array:
+    """Any bits as indices, negative ones too."""
+    return jnp.asarray(np.random.default_rng(seed).integers(-(2**31), 2**31, shape).astype(np.int32))
+
+
+def vnm_products() -> Iterator[Case]:
+    """V:N:M for each v: indices of columns that lie point anywhere."""
+    m, n, k, kept = 256, 136, 512, 4  # of each 16 columns four
+    for v in (64, 128, 256):
+        for transpose_out in (False, True):
+            for honest in (True, False):
+
+                def product(implementation, v=v, transpose_out=transpose_out, honest=honest):
+                    rng, groups = np.random.default_rng(v), k // 16
+                    columns = np.sort(rng.permuted(np.tile(np.arange(16), (m // v, groups, 1)), axis=-1)[..., :kept])
+                    columns = (columns + 16 * np.arange(groups)[:, None]).reshape(m // v, -1).astype(np.int32)
+                    where = jnp.asarray(columns) if honest else any_int32(v, *columns.shape)
+                    operands = packed(m, groups * kept, tiles=True, honest=honest)
+                    return vnm(
+                        *operands, where, normal(1, k, n), transpose_out=transpose_out, implementation=implementation
+                    )
+
+                yield f"vnm {v=} {transpose_out=} {honest=}", honest, product
+
+
+def permutations() -> Iterator[Case]:
+    """Tokens to experts and back: rows, copies and groups that lie are any numbers."""
+    tokens, top_k, groups = 200, 2, 4
+    rows = max_rows(tokens, top_k, groups, 64)
+    rng = np.random.default_rng(0)
+    group = np.sort(rng.permuted(np.tile(np.arange(groups, dtype=np.int32), (tokens, 1)), axis=1)[:, :top_k])
+    for honest in (True, False):
+        for dtype in (ml_dtypes.bfloat16, np.float32):
+
+            def gather(implementation, honest=honest, dtype=dtype):
+                found = jnp.asarray(np.arange(rows, dtype=np.int32) % (tokens + 1)) if honest else any_int32(1, rows)
+                return permute.gather_rows(normal(0, tokens, 72, dtype=dtype), found, implementation=implementation)
+
+            yield f"gather {dtype.__name__} {honest=}", honest, gather
+
+            def add_up(implementation, honest=honest, dtype=dtype):
+                slots = np.arange(tokens * top_k, dtype=np.int32).reshape(tokens, top_k)
+                found = jnp.asarray(slots) if honest else any_int32(2, tokens, top_k)
+                return permute.sum_copies(normal(0, rows, 72, dtype=dtype), found, implementation=implementation)
+
+            yield f"sum {dtype.__name__} {honest=}", honest, add_up
+        for interleaved in (True, False):
+
+            def sort(implementation, honest=honest, interleaved=interleaved):
+                given = jnp.asarray(group) if honest else any_int32(3, tokens, top_k)
+                return permute.sort_into_groups(
+                    given, groups, align=64, interleaved=interleaved, implementation=implementation
+                )
+
+            yield f"sort {interleaved=} {honest=}", honest, sort
+    for cosine in (True, False):
+
+        def choose(implementation, cosine=cosine):
+            return permute.choose_experts(
+                normal(0, tokens, 256), normal(1, 8, 256, dtype=np.float32), normal(2, 8, dtype=np.float32) / 100,
+                top_k, cosine=cosine, implementation=implementation,
+            )  # fmt: skip
+
+        yield f"choose {cosine=}", True, choose
+
+
 def ffns() -> Iterator[Case]:
     """The whole FFN with its gradients."""
     for recipe in (Recipe.all24(), Recipe.venom()):
@@ -171,22 +240,33 @@ def error_of(work: Callable[[Implementation], object], found: list) -> float:
     return max(relative_error(*pair) for pair in zip(found, wanted, strict=True))
 
 
-def main(names: list[str]) -> int:
+def cases() -> list[Case]:
+    """All of them; nothing is computed yet."""
+    return [
+        case for part in (products, grouped_products, packings, vnm_products, permutations, ffns) for case in part()
+    ]
+
+
+def choose_cases(names: list[str]) -> list[Case]:
+    """The cases of these names, or, where none is a whole name, whose names hold one of them; all without names."""
+    known = cases()
+    whole = [case for case in known if case[0] in names]
+    return whole or [case for case in known if not names or any(name in case[0] for name in names)]
+
+
+def main(arguments: list[str]) -> int:
     """Runs the cases.  Returns how many differ from the reference."""
-    compare = "--only_run" not in names
-    names = [name for name in names if not name.startswith("--")]
-    count = wrong = 0
-    for part in (products, grouped_products, packings, ffns):
-        for name, has_reference, work in part():
-            if names and not any(given in name for given in names):
-                continue
-            start = time.perf_counter()
-            found = jax.tree.leaves(jax.device_get(work("hopper")))
-            error = error_of(work, found) if compare and has_reference else 0.0
-            count, wrong = count + 1, wrong + (error > LIMIT)
-            told = f"error {error:.1e}" if compare and has_reference else "ran"
-            print(f"{'WRONG: ' * (error > LIMIT)}{name}: {told}, {time.perf_counter() - start:.1f} s", flush=True)
-    print(f"{count} cases, {wrong} wrong")
+    compare, wrong = "--only_run" not in arguments, 0
+    chosen = choose_cases([name for name in arguments if not name.startswith("--")])
+    for name, has_reference, work in chosen:
+        start = time.perf_counter()
+        found = jax.tree.leaves(jax.device_get(work("hopper")))
+        compared = compare and has_reference
+        error = error_of(work, found) if compared else 0.0
+        wrong += error > LIMIT
+        told = f"error {error:.1e}" if compared else "ran"
+        print(f"{'WRONG: ' * (error > LIMIT)}{name}: {told}, {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{len(chosen)} cases, {wrong} wrong")
     return wrong
 
 

@@ -154,9 +154,11 @@ def test_nothing_is_written_outside_the_output(kernel):
     jax.block_until_ready(guards)
     for i in range(33, 63, 2):  # the first ones may lie in what was left over elsewhere
         guards[i].delete()
-    out = jax.block_until_ready(run())
-    address = out.unsafe_buffer_pointer()
+    outputs = jax.block_until_ready([run() for _ in range(12)])  # what a run needs besides may take a hole too
     kept = {guard.unsafe_buffer_pointer(): (i, guard) for i, guard in enumerate(guards) if not guard.is_deleted()}
-    assert {address - size, address + size} <= kept.keys(), "the output does not lie between two guards"
+    between = [
+        {address - size, address + size} <= kept.keys() for address in (out.unsafe_buffer_pointer() for out in outputs)
+    ]
+    assert any(between), "no output lies between two guards"
     for i, guard in kept.values():
         assert (np.asarray(guard) == 0x5EED0000 + i).all()

@@ -120,6 +120,32 @@ def test_emulated_sort_into_one_of_many_groups(empty):
 
 
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_emulated_kernels_stay_inside_whatever_the_indices(seed, interleaved):
+    """Groups, rows and slots of any bits: numpy would refuse an index outside; honest tokens come back."""
+    rng, tokens, groups = np.random.default_rng(seed), 130, 4
+    group = np.sort(rng.permuted(np.tile(np.arange(groups), (tokens, 1)), axis=1)[:, :2]).astype(np.int32)
+    extreme = rng.choice([-(2**31), -1, groups, groups + 1, 127, 128, 2**31 - 1], group.shape).astype(np.int32)
+    lies = rng.random(group.shape) < (0.1, 0.5, 1.0)[seed]
+    found = api.sort_into_groups(
+        jnp.asarray(np.where(lies, extreme, group)), groups, align=64, interleaved=interleaved, implementation="hopper"
+    )
+    rows = found.token_of_row.shape[0]
+    assert (np.asarray(found.row_of_slot).view(np.uint32) < rows).all()
+    assert int(found.group_sizes.sum()) <= rows
+    x = jax.random.normal(jax.random.key(seed), (tokens, 72)).astype(jnp.bfloat16)
+    where = jnp.asarray(rng.choice([-(2**31), -1, 0, tokens - 1, tokens, 2**31 - 1], rows).astype(np.int32))
+    gathered = np.asarray(api.gather_rows(x, where, implementation="hopper"))
+    inside = (where >= 0) & (where < tokens)
+    np.testing.assert_array_equal(gathered, np.where(inside[:, None], np.asarray(x)[np.clip(where, 0, tokens - 1)], 0))
+    slots = jnp.asarray(rng.choice([-(2**31), -1, 0, rows - 1, rows, 2**31 - 1], (tokens, 2)).astype(np.int32))
+    assert np.isfinite(
+        np.asarray(api.sum_copies(jnp.asarray(gathered), slots, implementation="hopper"), np.float32)
+    ).all()
+
+
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (65, 3)])
 def test_emulated_rows(tokens, top_k, dtype):

@@ -25,12 +25,20 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "venom-jax"))
 
 
+DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
+"""No atomics, and no kernel chosen by timing it.
+
+XLA leaves its Triton products out of the deterministic ones, but only after it has made fusions for them, which its
+other backends then cannot compile: without the second flag it fails.
+"""
+
+
 def compute_deterministically() -> None:
-    """The same bits from every run on one kind of GPU: XLA without atomics and without choosing kernels by timing them.
+    """The same bits from every run on one kind of GPU, by `DETERMINISTIC_FLAGS` behind those of $XLA_FLAGS.
 
     To be called before anything is computed: XLA reads its flags once.
     """
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_FLAGS}".strip()
 
 
 def print_warning(text: str) -> None:

@@ -50,7 +50,8 @@ def top_p_logits(logits: Float[Array, " V"], top_p: float) -> Float[Array, " V"]
     order = jnp.argsort(logits, descending=True)
     probability = jax.nn.softmax(logits[order])
     kept = jnp.cumsum(probability) - probability < top_p
-    return jnp.where(jnp.zeros_like(kept).at[order].set(kept.at[0].set(True)), logits, -jnp.inf)
+    kept = jnp.zeros_like(kept).at[order].set(kept.at[0].set(True), unique_indices=True)
+    return jnp.where(kept, logits, -jnp.inf)
 
 
 def sample(

@@ -55,11 +55,15 @@ def gather(m: Machine, rows: Rows) -> None:
 
 
 def add_up(m: Machine, rows: Rows) -> None:
-    """tokens[t] = the sum of rows[row_of_slot[t, :]] from left to right in f32, rounded once; one copy is copied."""
+    """tokens[t] = the sum of rows[row_of_slot[t, :]] from left to right in f32, rounded once; one copy is copied.
+
+    A slot beyond the rows reads the last one.
+    """
     mine = rows.mine(m)
     slots = [
         [m.load_word("row_of_slot", piece // rows.pieces * rows.top_k + j) for j in range(rows.top_k)] for piece in mine
     ]
+    slots = [[m.minimum(row, rows.sources - 1) for row in of_piece] for of_piece in slots]
     found = [
         [m.load("rows", row * rows.pieces + piece % rows.pieces) for row in of_piece]
         for piece, of_piece in zip(mine, slots, strict=True)
