@@ -61,8 +61,8 @@ def test_the_exported_files_hold_the_same_function(tmp_path, shape):
 
 @SHAPES
 def test_transformers_computes_the_same_logits(tmp_path, shape):
-    torch = pytest.importorskip("torch", reason="needs torch (extra export-test)")
-    transformers = pytest.importorskip("transformers", reason="needs transformers (extra export-test)")
+    torch = pytest.importorskip("torch", reason="needs torch (extra export)")
+    transformers = pytest.importorskip("transformers", reason="needs transformers (extra export)")
     graphdef, params, method = loud(shape)
     ours = our_logits(graphdef, params, method)
     # Scaled to logits of order 1, so that 1e-4 means the same for both shapes.
@@ -75,7 +75,7 @@ def test_transformers_computes_the_same_logits(tmp_path, shape):
 
 
 def test_transformers_reads_the_tokenizer(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="needs transformers (extra export-test)")
+    transformers = pytest.importorskip("transformers", reason="needs transformers (extra export)")
     dataset = open_dataset(token_folder(), "train")
     loaded = transformers.AutoTokenizer.from_pretrained(write(tmp_path, MODEL, loud(MODEL)[1]), local_files_only=True)
     text = "the cat sees  a dog.\nmy house"

@@ -132,7 +132,7 @@ def test_windows_are_those_of_lm_eval():
 def test_bits_per_byte_of_a_text(tmp_path):
     tokenizer = open_dataset(token_folder(), "train").tokenizer
     texts = ["the cat sees a dog. my house was the state.", "a dog likes \u00e9t\u00e9."]
-    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, 3]))
     score = score_text(scorers()["dense"], tokenizer, tmp_path / "two.jsonl")
     ids = [tokenizer.encode(text) for text in texts]
     expected = -sum(
@@ -141,6 +141,7 @@ def test_bits_per_byte_of_a_text(tmp_path):
         for context, continuation in windows(text, [tokenizer.eos_id], LENGTH)
     )
     assert (score.documents, score.tokens, score.bytes) == (2, sum(map(len, ids)), len("".join(texts).encode()))
+    assert "line 3: field 'text' should be a string" in score.skipped.examples[0]
     assert score.nats == pytest.approx(expected, rel=1e-5)
     assert score.bits_per_byte == pytest.approx(expected / math.log(2) / score.bytes, rel=1e-5)
     assert score.loss == pytest.approx(expected / score.tokens, rel=1e-5)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from train import encode
+from train import documents, encode
 from train import prepare as prepare_module
 from train.data import open_dataset
 from train.documents import TXT_DOCUMENT_CHARS, Field, find_files, read_documents
@@ -157,7 +157,7 @@ def test_byte_order_marks_blank_lines_and_empty_documents_are_left_out(tmp_path)
     assert list(read_documents(tmp_path / "a.txt")) == ["hello"]
     assert list(read_documents(tmp_path / "b.jsonl")) == ["x"]
     manifest = prepare([tmp_path], tmp_path / "out", vocab_size=300, validation_fraction=0, progress=False)
-    assert manifest["skipped"] == {"documents": 0, "empty": 2, "examples": []}
+    assert (manifest["skipped"]["documents"], manifest["skipped"]["empty"]) == (0, 2)
 
 
 def test_progress_counts_the_bytes_of_the_file(tmp_path):
@@ -184,19 +184,19 @@ def test_find_files_takes_paths_patterns_and_folders_once_each_in_order(tmp_path
         (b'{"text": "a"}\n\xff\xfe\xfd\n', r"line 2: not valid JSON"),
         (b'{"text": "a"}\n[1]\n', r"line 2: expected a JSON object, found list"),
         (b'{"body": "a"}\n', r"line 1: no field 'text'; the fields are \['body'\].*--text_field"),
-        (b'{"text": 3}\n', r"line 1: field 'text' should be a string, found int .--skip_broken leaves such"),
+        (b'{"text": 3}\n', r"line 1: field 'text' should be a string, found int"),
         (b"", r"the input holds no t"),
     ],
 )
 def test_a_mistake_in_jsonl_names_file_and_line(content, message, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        prepare([tmp_path / "a.jsonl"], tmp_path / "out", vocab_size=300, progress=False)
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", vocab_size=300, progress=False, strict=True)
     with pytest.raises(ValueError, match=r"no manifest\.json.*interrupted"):
         open_dataset(tmp_path / "out")
 
 
-def test_broken_documents_are_skipped_and_counted_when_asked(tmp_path, monkeypatch):
+def test_broken_documents_are_left_out_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "UNIT_BYTES", 1)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
@@ -212,12 +212,20 @@ def test_broken_documents_are_skipped_and_counted_when_asked(tmp_path, monkeypat
     out = {}
     for folder in (whole, broken):
         out[folder] = tmp_path / f"{folder.name}-out"
-        prepare([folder], out[folder], vocab_size=300, validation_fraction=0, progress=False, skip_broken=True)
+        prepare([folder], out[folder], vocab_size=300, validation_fraction=0, progress=False)
     assert open_dataset(out[broken]).documents == 3 * len(TEXTS)
     np.testing.assert_array_equal(tokens_of(open_dataset(out[broken])), tokens_of(open_dataset(out[whole])))
     skipped = {folder: json.loads((out[folder] / "manifest.json").read_text())["skipped"] for folder in out}
-    assert skipped[whole] == {"documents": 0, "empty": 0, "examples": []}
+    assert skipped[whole] == {"documents": 0, "empty": 0, "examples": [], "files": []}
     assert skipped[broken]["documents"] == 5
+    assert skipped[broken]["files"] == [
+        {
+            "name": str(broken / "a.jsonl"),
+            "broken": {"no JSON object": 1, "no string": 1, "not valid JSON": 1, "without field 'text'": 1},
+            "empty": 0,
+        },
+        {"name": str(broken / "c.parquet"), "broken": {"no string": 1}, "empty": 0},
+    ]
     assert [example.split(":")[0].split("/")[-1] for example in skipped[broken]["examples"]] == [
         "a.jsonl, line 1",
         "a.jsonl, line 7",
@@ -231,15 +239,54 @@ def test_a_document_that_is_too_long_is_broken(tmp_path):
     options = {"vocab_size": 300, "validation_fraction": 0, "max_document_chars": 100, "progress": False}
     for name, where in (("a.jsonl", "line 2: a document of 101"), ("b.parquet", "row 1: a document of 102")):
         with pytest.raises(ValueError, match=rf"{name}, {where} characters, more than 100; .*--max_document_chars"):
-            prepare([tmp_path / name], tmp_path / "out", **options)
-    manifest = prepare([tmp_path], tmp_path / "out", skip_broken=True, **options)
+            prepare([tmp_path / name], tmp_path / "out", strict=True, **options)
+    manifest = prepare([tmp_path], tmp_path / "out", **options)
     assert (manifest["splits"]["train"]["documents"], manifest["skipped"]["documents"]) == (2, 2)
 
 
 def test_nothing_but_broken_documents_is_an_error_that_shows_one(jsonl, prepared, tmp_path):
-    options = {"text_field": "body", "tokenizer": prepared / "tokenizer.json", "skip_broken": True}
-    with pytest.raises(ValueError, match=r"no training document.*60 broken documents were skipped.*no field 'body'"):
+    options = {"text_field": "body", "tokenizer": prepared / "tokenizer.json", "max_broken": 1.0}
+    with pytest.raises(ValueError, match=r"no training document.*60 broken documents \(100.00%\).*no field 'body'"):
         prepare([jsonl], tmp_path / "out", progress=False, **options)
+
+
+def test_too_many_broken_documents_stop_with_the_remedy_and_a_higher_limit_goes_on(
+    jsonl, prepared, tmp_path, monkeypatch
+):
+    broken, out = tmp_path / "broken.jsonl", tmp_path / "out"
+    options: dict[str, Any] = {"tokenizer": prepared / "tokenizer.json", "validation_fraction": 0, "progress": False}
+    broken.write_bytes(jsonl.read_bytes() + b"{\n" * 11)
+    with pytest.raises(
+        ValueError, match=r"11 of 71 documents are broken.*max_broken=0\.01.*broken\.jsonl, line 61.*raise -"
+    ):
+        prepare([broken], out, **options)
+    monkeypatch.setattr(encode.Encoder, "encode", lambda *_: pytest.fail("encoded again"))
+    assert prepare([broken], out, max_broken=0.2, **options)["skipped"]["documents"] == 11
+
+
+def test_a_few_broken_documents_are_no_reason_to_stop(jsonl, prepared, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl.read_bytes() + b"{\n" * 10)
+    options: dict[str, Any] = {"tokenizer": prepared / "tokenizer.json", "validation_fraction": 0, "progress": False}
+    assert prepare([tmp_path / "a.jsonl"], tmp_path / "out", **options)["skipped"]["documents"] == 10
+
+
+def test_a_wrong_field_stops_before_the_whole_corpus_is_read(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "BROKEN_AT_ONCE", 20)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    options: dict[str, Any] = {"text_field": "body", "vocab_size": 300, "progress": False}
+    with pytest.raises(ValueError, match=r"20 of 20 documents are broken.*line 1: no field 'body'.*--text_field"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", **options)
+
+
+def test_strict_holds_for_what_an_earlier_run_left_out(jsonl, prepared, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl.read_bytes() + b"{\n")
+    options: dict[str, Any] = {"tokenizer": prepared / "tokenizer.json", "validation_fraction": 0, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare([tmp_path / "a.jsonl"], tmp_path / "out", **options)
+    with pytest.raises(ValueError, match=r"line 61: not valid JSON"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", strict=True, **options)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage inside", "not zst"])
@@ -433,10 +480,13 @@ def running(pid):
 def test_command_line(jsonl, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "train.prepare", f"--input={jsonl}", f"--output={out}", "--vocab_size=300"]
+    jsonl.write_bytes(jsonl.read_bytes() + b"{\n")
     first = subprocess.run([*command, "--validation_fraction=0.2"], capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
     assert f"{open_dataset(out).tokens:,} tokens" in first.stdout
     assert "vocabulary 300, uint16" in first.stdout
+    assert "1 broken documents (1.64%), in 1 files, were left out: 1 not valid JSON; the first:\n  " in first.stdout
+    assert f"{jsonl}, line 61: not valid JSON" in first.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert again.stderr == f"error: {out} already holds a finished dataset: choose another folder, or use --overwrite\n"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +21,18 @@ TXT_DOCUMENT_CHARS = 1 << 18
 # A document is encoded in one piece: a longer one, most likely a file taken for a line, would take many GB.
 MAX_DOCUMENT_CHARS = 1 << 26
 
+EXAMPLES = 3  # of broken documents that are kept in words
+FEW_BROKEN = 10  # so many may be broken whatever their share: one of twenty is no reason to stop
+BROKEN_AT_ONCE = 1000  # so many in one group of files show that something is wrong with all of it
+
 
 class BrokenDocumentError(ValueError):
     """One document that cannot be read, in a file that goes on behind it."""
+
+    def __init__(self, text: str, reason: str = ""):
+        """text: what is wrong, with file and line.  reason: the same in words that many documents share."""
+        super().__init__(text)
+        self.reason = reason
 
 
 class Field(NamedTuple):
@@ -34,18 +44,107 @@ class Field(NamedTuple):
     def checked(self, text: object, where: str) -> str:
         """The text.  Raises BrokenDocumentError if it is none, or too long."""
         if not isinstance(text, str):
-            raise BrokenDocumentError(f"{where}: field {self.name!r} should be a string, found {type(text).__name__}")
+            found = type(text).__name__
+            raise BrokenDocumentError(f"{where}: field {self.name!r} should be a string, found {found}", "no string")
         if len(text) > self.max_chars:
             raise BrokenDocumentError(
                 f"{where}: a document of {len(text):,} characters, more than {self.max_chars:,}; divide it, or raise "
-                "--max_document_chars"
+                "--max_document_chars",
+                "too long",
             )
         return text
 
 
+class Skipped:
+    """What was left out of some files: broken documents by file and reason, empty ones by file.
+
+    Attributes:
+      documents: how many were read, the left out ones not among them.
+      broken: by file, how many for each reason.
+      empty: by file.
+      examples: what was wrong with the first broken ones, with file and line.
+    """
+
+    def __init__(self, limit: float | None = None):
+        """limit: the largest share of broken documents, looked at once there are ``BROKEN_AT_ONCE``."""
+        self.documents = 0
+        self.broken: dict[str, Counter[str]] = {}
+        self.empty: Counter[str] = Counter()
+        self.examples: list[str] = []
+        self._limit = limit
+        self._count = 0
+
+    def add_broken(self, path: Path, error: BrokenDocumentError) -> None:
+        """Counts a broken document of a file.
+
+        Raises:
+          ValueError: too many were broken for the rest to be worth reading.
+        """
+        self._count += 1
+        self.broken.setdefault(str(path), Counter())[error.reason] += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(str(error))
+        if self._limit is not None and self._count >= BROKEN_AT_ONCE:
+            check_share(self.record(), self.documents, self._limit)
+
+    def add_empty(self, path: Path) -> None:
+        """Counts an empty document of a file."""
+        self.empty[str(path)] += 1
+
+    def record(self) -> dict[str, Any]:
+        """As a manifest keeps it."""
+        names = sorted(self.broken.keys() | self.empty.keys())
+        files = [
+            {"name": name, "broken": dict(sorted(self.broken.get(name, {}).items())), "empty": self.empty[name]}
+            for name in names
+        ]
+        return {"documents": self._count, "empty": self.empty.total(), "examples": self.examples, "files": files}
+
+
+def together(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Records of several groups of files as one."""
+    examples = [example for record in records for example in record["examples"]]
+    return {
+        "documents": sum(record["documents"] for record in records),
+        "empty": sum(record["empty"] for record in records),
+        "examples": examples[:EXAMPLES],
+        "files": [file for record in records for file in record["files"]],
+    }
+
+
+def describe_skipped(record: dict[str, Any], documents: int) -> list[str]:
+    """Lines about what was left out beside so many documents that were read; none if nothing was."""
+    lines = []
+    if record["documents"]:
+        total: Counter[str] = Counter()
+        for file in record["files"]:
+            total.update(file["broken"])
+        share = record["documents"] / (record["documents"] + documents)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in total.most_common())
+        files = sum(bool(file["broken"]) for file in record["files"])
+        count = f"{record['documents']:,} broken documents ({share:.2%}), in {files:,} files,"
+        lines.append(f"{count} were left out: {reasons}; the first:")
+        lines += [f"  {example}" for example in record["examples"]]
+    if record["empty"]:
+        lines.append(f"{record['empty']:,} empty documents were left out")
+    return lines
+
+
+def check_share(record: dict[str, Any], documents: int, limit: float) -> None:
+    """Raises ValueError if more than ``FEW_BROKEN`` documents and more than a share ``limit`` of all are broken."""
+    count = record["documents"]
+    if count > FEW_BROKEN and count > limit * (count + documents):
+        worst = max(record["files"], key=lambda file: sum(file["broken"].values()))["name"]
+        raise ValueError(
+            f"{count:,} of {count + documents:,} documents are broken, more than the share max_broken={limit:g}, most "
+            f"in {worst}; the first: {record['examples'][0]}. Mend the input, leave bad files out, or raise "
+            "--max_broken"
+        )
+
+
 def raise_broken(error: BrokenDocumentError) -> None:
     """What to do with a broken document, if nothing else is said."""
-    raise BrokenDocumentError(f"{error} (--skip_broken leaves such documents out and counts them)") from error
+    raise error
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -142,12 +241,13 @@ def _text_of(line: bytes, field: Field, where: str) -> str:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BrokenDocumentError(f"{where}: not valid JSON: {error}") from error
+        raise BrokenDocumentError(f"{where}: not valid JSON: {error}", "not valid JSON") from error
     if not isinstance(record, dict):
-        raise BrokenDocumentError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise BrokenDocumentError(f"{where}: expected a JSON object, found {type(record).__name__}", "no JSON object")
     if field.name not in record:
         raise BrokenDocumentError(
-            f"{where}: no field {field.name!r}; the fields are {sorted(record)}, choose one with --text_field"
+            f"{where}: no field {field.name!r}; the fields are {sorted(record)}, choose one with --text_field",
+            f"without field {field.name!r}",
         )
     return field.checked(record[field.name], where)
 

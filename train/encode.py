@@ -7,6 +7,7 @@ the token files do not depend on the number of processes nor on how often the wo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -23,15 +24,13 @@ from typing import Any
 import numpy as np
 
 from train import data
-from train.documents import BrokenDocumentError, Field, raise_broken, read_documents
+from train.documents import Field, Skipped, raise_broken, read_documents
 from train.tokenizer import load_tokenizer
 
 UNIT_BYTES = 1 << 26  # of input: a few seconds to a minute of work
 BATCH_CHARS = 1 << 22
 BATCH_DOCUMENTS = 4096
 POLL_SECONDS = 0.2
-
-EXAMPLES = 3  # of broken documents kept from each unit
 
 OnBytes = Callable[[int], object]
 
@@ -73,7 +72,7 @@ class Encoder:
       field: where the text is.
       held_out: share of the training documents that goes to "val", chosen by a hash of the text.
       shard_tokens: most tokens in one file.
-      skip_broken: leave broken documents out and count them, instead of stopping at the first.
+      max_broken: the largest share of broken documents, which are left out and counted; None: stop at the first.
     """
 
     folder: Path
@@ -82,7 +81,7 @@ class Encoder:
     field: Field
     held_out: float
     shard_tokens: int
-    skip_broken: bool
+    max_broken: float | None
 
     def record(self, unit: Unit) -> dict[str, Any] | None:
         """What a finished unit wrote, for each split, and what it skipped; None if it is not finished."""
@@ -94,41 +93,29 @@ class Encoder:
         tokenizer = load_tokenizer(self.tokenizer, self.eos_token)
         dtype = data.token_dtype(tokenizer.vocab_size)
         writers = {s: _ShardWriter(self.folder, f"{unit.index:05d}-{s}", dtype, self.shard_tokens) for s in data.SPLITS}
-        skipped: list[str] = []
-        count = empty = 0
-
-        def skip(error: BrokenDocumentError) -> None:
-            nonlocal count
-            count += 1
-            if len(skipped) < EXAMPLES:
-                skipped.append(str(error))
-
-        def count_empty() -> None:
-            nonlocal empty
-            empty += 1
-
+        skipped = Skipped(self.max_broken)
         try:
-            for batch in _batches(self.documents(unit.files, on_bytes, skip, count_empty)):
+            for batch in _batches(self.documents(unit.files, on_bytes, skipped)):
                 for (split, text), ids in zip(batch, tokenizer.encode_batch([t for _, t in batch]), strict=True):
                     writers[split].add(ids, tokenizer.eos_id, len(text.encode(errors="replace")))
         finally:
             for writer in writers.values():
                 writer.close()
-        record = {split: writer.summary() for split, writer in writers.items()}
-        record["skipped"] = {"documents": count, "empty": empty, "examples": skipped}
+        record = {split: writer.summary() for split, writer in writers.items()} | {"skipped": skipped.record()}
         write_atomically(self._record_path(unit), json.dumps(record))
 
     def documents(
         self,
         files: Iterable[tuple[Path, str]],
         on_bytes: OnBytes,
-        skip: Callable[[BrokenDocumentError], object] = lambda error: None,
-        on_empty: Callable[[], object] = lambda: None,
+        skipped: Skipped,
     ) -> Iterator[tuple[str, str]]:
-        """(split, text) of every document; `skip` hears of broken ones left out, if `skip_broken` allows it."""
-        on_broken = skip if self.skip_broken else raise_broken
+        """(split, text) of every document; `skipped` counts those left out."""
         for path, split in files:
+            on_broken = raise_broken if self.max_broken is None else functools.partial(skipped.add_broken, path)
+            on_empty = functools.partial(skipped.add_empty, path)
             for text in read_documents(path, self.field, on_bytes, on_broken, on_empty):
+                skipped.documents += 1
                 yield ("val" if split == "train" and _is_held_out(text, self.held_out) else split), text
 
     def _record_path(self, unit: Unit) -> Path:

@@ -22,6 +22,7 @@ from train import checkpoint, harness, model, sources
 from train.command import program
 from train.config import RunConfig, load_config
 from train.data import Windows, eval_batches
+from train.documents import describe_skipped
 from train.likelihood import Scorer, score_text
 from train.mesh import ONE_DEVICE, Layout
 from train.schedule import Phase
@@ -186,6 +187,8 @@ def report_text(run: Restored, path: Path, *, sparse: bool) -> None:
             f"step {run.step}, {name}: {score.bits_per_byte:.4f} bits per byte (loss {score.loss:.4f}) of {path}: "
             f"{score.documents:,} documents, {score.tokens:,} tokens, {score.bytes:,} bytes"
         )
+        for line in describe_skipped(score.skipped.record(), score.documents):
+            print(line)
 
 
 def report_tasks(run: Restored, workdir: Path, tasks: Sequence[str], *, sparse: bool, **options: Any) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from train.config import RunConfig
-from train.documents import SUFFIXES, read_documents
+from train.documents import SUFFIXES, Skipped, read_documents
 from train.model import assemble
 from train.tokenizer import Tokenizer
 from venom_jax import StackRecipe
@@ -128,6 +128,7 @@ class TextScore:
     documents: int
     tokens: int
     bytes: int
+    skipped: Skipped
 
     @property
     def bits_per_byte(self) -> float:
@@ -142,32 +143,36 @@ class TextScore:
 def score_text(scorer: Scorer, tokenizer: Tokenizer, path: Path, *, progress: bool = False) -> TextScore:
     """-log p of a file's documents, each begun by the end-of-document token, which is not counted itself.
 
-    Files are read as ``train.prepare`` reads them; one of another suffix is one document of UTF-8 text.
+    Files are read as ``train.prepare`` reads them, broken documents left out and counted; one of another suffix is one
+    document of UTF-8 text.
 
     Raises:
-      ValueError: no such file, no text in it, or broken content, with the line.
+      ValueError: no such file, no text in it, or a file that is broken as a whole.
     """
-    nats, documents, tokens, size = [], 0, 0, 0
+    nats, tokens, size = [], 0, 0
+    skipped = Skipped()
 
     def pieces() -> Iterator[Pair]:
-        nonlocal documents, tokens, size
-        for text in _documents(path):
+        nonlocal tokens, size
+        for text in _documents(path, skipped):
             ids = tokenizer.encode(text)
-            documents, tokens, size = documents + 1, tokens + len(ids), size + len(text.encode(errors="replace"))
+            skipped.documents += 1
+            tokens, size = tokens + len(ids), size + len(text.encode(errors="replace"))
             yield from windows(ids, [tokenizer.eos_id], scorer.max_length)
 
     for some in batched(pieces(), WINDOWS_AT_ONCE):
         nats += [-logp for logp, _ in scorer(some, progress=progress)]
     if not tokens:
-        raise ValueError(f"{path} holds no text")
-    return TextScore(math.fsum(nats), documents, tokens, size)
+        raise ValueError(". ".join([f"{path} holds no text", *skipped.examples]))
+    return TextScore(math.fsum(nats), skipped.documents, tokens, size, skipped)
 
 
-def _documents(path: Path) -> Iterable[str]:
+def _documents(path: Path, skipped: Skipped) -> Iterable[str]:
     if not path.is_file():
         raise ValueError(f"no file {path}")
     if path.name.endswith(SUFFIXES):
-        return read_documents(path)
+        on_broken, on_empty = partial(skipped.add_broken, path), partial(skipped.add_empty, path)
+        return read_documents(path, on_broken=on_broken, on_empty=on_empty)
     try:
         return [path.read_text(encoding="utf-8-sig")]
     except UnicodeDecodeError as error:

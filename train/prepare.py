@@ -22,13 +22,14 @@ from absl import app, flags
 from tqdm import tqdm
 
 from train import data
-from train.documents import MAX_DOCUMENT_CHARS, Field, find_files
-from train.encode import EXAMPLES, Encoder, Unit, encode_units, units_of, write_atomically
+from train.documents import MAX_DOCUMENT_CHARS, Field, Skipped, check_share, describe_skipped, find_files, together
+from train.encode import Encoder, Unit, encode_units, units_of, write_atomically
 from train.tokenizer import END_OF_DOCUMENT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
 
 DEFAULT_VOCAB_SIZE = 16384
 DEFAULT_VALIDATION_FRACTION = 0.01
 SHARD_TOKENS = 1 << 27
+MAX_BROKEN = 0.01
 BPE_TEXT_BYTES = 1 << 28  # the tokenizer is trained on the first 256 MiB of the training text
 UNFINISHED = ".unfinished"  # folder inside the output: what a later run needs to go on
 SETTINGS = "settings.json"
@@ -46,7 +47,8 @@ def prepare(
     text_field: str = "text",
     max_document_chars: int = MAX_DOCUMENT_CHARS,
     shard_tokens: int = SHARD_TOKENS,
-    skip_broken: bool = False,
+    max_broken: float = MAX_BROKEN,
+    strict: bool = False,
     processes: int = 1,
     overwrite: bool = False,
     progress: bool = True,
@@ -65,8 +67,9 @@ def prepare(
       text_field: field or column with the text.
       max_document_chars: a longer document counts as broken.
       shard_tokens: most tokens in one file.
-      skip_broken: leave documents out that cannot be read, and count them in the manifest; by default the first
-        one is an error. A file that is broken as a whole is an error in any case.
+      max_broken: documents that cannot be read are left out, and counted in the manifest by file and reason; more
+        than this share of them (and more than ten) is an error. A file that is broken as a whole always is.
+      strict: the first broken document is an error.
       processes: how many encode side by side, each its own part of the input files; the result is the same.
         With more than 1, the calling script needs the usual `if __name__ == "__main__":`.
       overwrite: replace a finished dataset in `output`.
@@ -90,6 +93,8 @@ def prepare(
     fraction = DEFAULT_VALIDATION_FRACTION if validation_fraction is None else validation_fraction
     if not 0 <= fraction < 1:
         raise ValueError(f"validation_fraction={fraction} must be at least 0 and below 1")
+    if not 0 <= max_broken <= 1:
+        raise ValueError(f"{max_broken=} must be between 0 and 1")
 
     train_files = find_files(inputs)
     val_files = find_files(validation) if validation else []
@@ -108,7 +113,6 @@ def prepare(
         "text_field": text_field,
         "max_document_chars": max_document_chars,
         "shard_tokens": shard_tokens,
-        "skip_broken": skip_broken,
     }
     _claim(output, settings, overwrite)
     tokenizer_path = output / data.TOKENIZER
@@ -119,7 +123,7 @@ def prepare(
         field=Field(text_field, max_document_chars),
         held_out=settings["held_out"],
         shard_tokens=shard_tokens,
-        skip_broken=skip_broken,
+        max_broken=None if strict else max_broken,
     )
     size = sum(path.stat().st_size for path, _ in files)
 
@@ -130,19 +134,23 @@ def prepare(
     if not tokenizer_path.exists():
         if given is None:
             with bar("train tokenizer") as shown:
-                documents = encoder.documents(files, shown.update)
+                documents = encoder.documents(files, shown.update, Skipped(encoder.max_broken))
                 training_text = (text for split, text in documents if split == "train")
                 given = train_bpe(_first_bytes(training_text, BPE_TEXT_BYTES), vocab_size or DEFAULT_VOCAB_SIZE)
         write_atomically(tokenizer_path, given.to_json())
     units = units_of(files)
     with bar("encode") as shown:
         encode_units(encoder, units, processes, shown.update)
-    skipped = _skipped(encoder, units)
+    skipped = together([record["skipped"] for unit in units if (record := encoder.record(unit))])
     contents = {split: _gather(encoder, units, split) for split in splits}
     for split, content in contents.items():
         if not content["documents"]:
             shutil.rmtree(encoder.folder)  # nothing there is worth going on with
-            raise ValueError(_empty_message(split, fraction, bool(validation)) + _skipped_message(skipped))
+            left_out = " ".join(describe_skipped(skipped, _documents(contents)))
+            raise ValueError(_empty_message(split, fraction, bool(validation)) + (f". {left_out}" if left_out else ""))
+    if strict and skipped["documents"]:  # of units that an earlier run without it encoded
+        raise ValueError(skipped["examples"][0])
+    check_share(skipped, _documents(contents), max_broken)
     manifest = _finish(output, load_tokenizer(tokenizer_path, encoder.eos_token), contents, skipped)
     shutil.rmtree(encoder.folder)
     return manifest
@@ -204,19 +212,8 @@ def _gather(encoder: Encoder, units: Sequence[Unit], split: str) -> dict[str, An
     return total
 
 
-def _skipped(encoder: Encoder, units: Sequence[Unit]) -> dict[str, Any]:
-    """How many documents were left out as broken and as empty, and what was wrong with the first of the broken ones."""
-    records = [record["skipped"] for unit in units if (record := encoder.record(unit))]
-    examples = [example for record in records for example in record["examples"]]
-    counts = {kind: sum(record[kind] for record in records) for kind in ("documents", "empty")}
-    return counts | {"examples": examples[:EXAMPLES]}
-
-
-def _skipped_message(skipped: dict[str, Any]) -> str:
-    text = f"; {skipped['empty']:,} empty documents were left out" if skipped["empty"] else ""
-    if skipped["documents"]:
-        text += f"; {skipped['documents']:,} broken documents were skipped, the first: {skipped['examples'][0]}"
-    return text
+def _documents(contents: dict[str, dict[str, Any]]) -> int:
+    return sum(content["documents"] for content in contents.values())
 
 
 def _finish(output: Path, tokenizer: Tokenizer, contents: dict[str, Any], skipped: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +253,8 @@ def main(argv: Sequence[str]) -> int:
             text_field=values.text_field,
             max_document_chars=values.max_document_chars,
             shard_tokens=values.shard_tokens,
-            skip_broken=values.skip_broken,
+            max_broken=values.max_broken,
+            strict=values.strict,
             processes=values.processes,
             overwrite=values.overwrite,
         )
@@ -268,10 +266,9 @@ def main(argv: Sequence[str]) -> int:
             f"{split}: {content['documents']:,} documents, {content['bytes']:,} bytes, "
             f"{content['tokens']:,} tokens ({content['bytes'] / content['tokens']:.2f} bytes per token)"
         )
-    print(
-        f"{values.output}: vocabulary {manifest['vocab_size']:,}, {manifest['dtype']}"
-        f"{_skipped_message(manifest['skipped'])}"
-    )
+    print(f"{values.output}: vocabulary {manifest['vocab_size']:,}, {manifest['dtype']}")
+    for line in describe_skipped(manifest["skipped"], _documents(manifest["splits"])):
+        print(line)
     return 0
 
 
@@ -289,7 +286,10 @@ def define_flags() -> None:
     flags.DEFINE_string("text_field", "text", "field (.jsonl) or column (.parquet) with the text")
     flags.DEFINE_integer("max_document_chars", MAX_DOCUMENT_CHARS, "a longer document counts as broken")
     flags.DEFINE_integer("shard_tokens", SHARD_TOKENS, "most tokens in one file")
-    flags.DEFINE_boolean("skip_broken", False, "leave broken documents out and count them, instead of stopping")
+    flags.DEFINE_float("max_broken", MAX_BROKEN, "stop if more than ten and this share of the documents are broken")
+    flags.DEFINE_boolean(
+        "strict", False, "stop at the first broken document, instead of leaving it out and counting it"
+    )
     flags.DEFINE_integer("processes", os.cpu_count() or 1, "how many encode side by side (default: one per core)")
     flags.DEFINE_boolean("overwrite", False, "replace a finished dataset in the output folder")
 
