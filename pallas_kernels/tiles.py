@@ -69,6 +69,8 @@ class TileConfig:
     deferred: a tile's result is kept in registers in 16 bits and stored chunk by chunk between the products of the
       next tile, while the other warpgroup multiplies. Where the result has 32 bits, or the epilogue reads an array, it
       is stored at once all the same.
+    gather_lag: where rows of B are gathered (hopper/gather.py), 0: the copies announce a stage themselves; else their
+      threads do, after so many more stages were begun.
     """
 
     warpgroup_m: int = 64
@@ -80,6 +82,7 @@ class TileConfig:
     raster_m: int = 8
     raster_n: int = 1024
     deferred: bool = False
+    gather_lag: int = 0
 
     @property
     def tile_m(self) -> int:
@@ -93,11 +96,6 @@ class TileConfig:
     def warpgroups(self) -> int:
         """Warpgroups that compute."""
         return self.warpgroups_m * self.warpgroups_n
-
-    @property
-    def gather_lag(self) -> int:
-        """Stages whose gathered rows are on their way while the next one is begun."""
-        return max(1, self.stages - 2)
 
     def load_registers(self, problem: Problem) -> int:
         """Registers that a loading thread keeps."""
@@ -114,6 +112,10 @@ class TileConfig:
         chunk = GRANULE * CHUNK_BYTES
         barriers = 1024
         return self.stages * (a + metadata + b) + self.warpgroups * self.store_slots * chunk + barriers
+
+    def index_bytes(self) -> int:
+        """Shared memory of the ring's indices where rows are gathered, a word for each of a stage's, in whole KiB."""
+        return -(-self.stages * TILE_K * 4 // 1024) * 1024
 
     def violation(self, problem: Problem) -> str | None:
         """THE statement of what a tile must satisfy: the first broken rule in words, or None."""
@@ -133,9 +135,11 @@ class TileConfig:
             return f"{self.raster_m=}, {self.raster_n=}: a strip is at least one tile wide and a band one tile high"
         if self.stages < 2 or self.store_slots < 1:
             return f"{self.stages=}, {self.store_slots=}: at least two stages and one slot are needed"
-        table = GROUP_TABLE_BYTES if problem.mode == "contraction" else 0
-        if self.smem_bytes() + table > HOPPER_SMEM_BYTES:
-            return f"{self.smem_bytes() + table} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"
+        if not 0 <= self.gather_lag <= self.stages - 2:
+            return f"{self.gather_lag=}, {self.stages=}: two stages must be with the tensor core or on the way there"
+        tables = GROUP_TABLE_BYTES * (problem.mode == "contraction") + self.index_bytes() * bool(problem.v)
+        if self.smem_bytes() + tables > HOPPER_SMEM_BYTES:
+            return f"{self.smem_bytes() + tables} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"
         if problem.groups > MAX_GROUPS:
             return f"{problem.groups=}: at most {MAX_GROUPS} groups, one per thread of a warpgroup"
         if problem.v and (problem.v % self.tile_m or self.tile_n not in GATHER_TILE_N):

@@ -13,6 +13,8 @@ import pytest
 from pallas_kernels import device
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.hopper import gather
+from pallas_kernels.hopper.schedule import next_in_place
+from pallas_kernels.sparse24 import sparse24
 from pallas_kernels.tiles import TileConfig
 from pallas_kernels.vnm import bench, best_form, hopper, vnm, vnm_transposed
 from pallas_kernels.vnm.bench_shapes import Case, cases
@@ -57,14 +59,27 @@ def test_gathered_pieces_lie_where_the_tensor_core_reads_them(tile_n):
     wanted = plain ^ ((plain >> 7 & 7) << 4)
     seen = np.zeros(64 * tile_n // 8, int)
     warp, lane = np.arange(128) // 32, np.arange(128) % 32
-    for copy in range(gather.pieces_per_lane(tile_n)):
-        piece = gather.piece_of(warp, lane, copy, tile_n)
-        np.testing.assert_array_equal(piece.row // 16, warp)  # so that a warp's lanes hold the indices it needs
-        np.testing.assert_array_equal(piece.offset, wanted[piece.row, piece.piece * 8])
-        seen[piece.offset // 16] += 1
-        banks = (piece.offset // 16 % 8).reshape(-1, 8)
+    first = gather.first_byte(warp, lane, tile_n)
+    for turn in range(gather.pieces_per_lane(tile_n)):
+        piece = gather.piece_of(warp, lane, turn, tile_n)
+        np.testing.assert_array_equal(piece.row // 16, warp)  # whose indices the warp renews itself
+        np.testing.assert_array_equal(piece.row, gather.piece_of(warp, lane, 0, tile_n).row + turn)  # loaded in vectors
+        offset = (first ^ piece.swap) + piece.skip
+        np.testing.assert_array_equal(offset, wanted[piece.row, piece.piece * 8])
+        seen[offset // 16] += 1
+        banks = (offset // 16 % 8).reshape(-1, 8)
         assert all(len(set(eight)) == 8 for eight in banks)  # eight lanes write to all banks
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 16, 33])
+@pytest.mark.parametrize("stages", [2, 4, 5, 8])
+def test_indices_go_where_their_stage_will_look_for_them(steps, stages):
+    """Stage s of all tiles' stages takes place s mod stages, so next to it there comes s + stages."""
+    i = np.arange(steps)
+    near, is_far, stage = next_in_place(i, stages, steps)
+    np.testing.assert_array_equal((near + is_far) * steps + stage, i + stages)
+    assert set(np.asarray(stage).tolist()) == set(range(steps))
 
 
 def tiles() -> dict[TileConfig, int]:
@@ -105,6 +120,7 @@ def lower(monkeypatch, v, config, *, transpose_out, dtype="bfloat16", out_dtype=
     [
         (64, TileConfig(64, 256, 2, 1), "tile_m=128.*problem.v=64"),
         (128, TileConfig(128, 192, 1, 1), "tile_n=192"),
+        (128, TileConfig(gather_lag=3), "gather_lag=3, self.stages=4"),
     ],
 )
 def test_tiles_that_cannot_gather_are_refused(v, config, message):
@@ -174,6 +190,10 @@ def test_bench_names_read_as_documented_and_operands_are_right():
     out = reference(*operands, out_dtype="float32")
     assert bench.relative_error(operands, out) < 1e-6
     assert bench.relative_error(operands, out.at[3, 5].add(100)) > 2e-3
+    values, metadata = bench.as_24(case, *operands[:3])
+    plain = sparse24(values, metadata, operands[3], implementation="reference")
+    assert bench.relative_error(operands, plain) < 2e-3
+    assert {bench.form_of(case) for case in cases().values()} == {"vnm", "sparse24"}
     found = bench.least_times(cases()["16384x4096x4096 V=64 M=16"])
     other = bench.least_times(cases()["16384x4096x4096 V=128 M=16"])
     assert 1.7 < found["l2_ms"] / other["l2_ms"] < 2.0  # half as many rows share what is gathered

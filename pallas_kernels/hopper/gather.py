@@ -5,20 +5,22 @@ bytes, and its piece c of 16 bytes lies at place c xor r, so that eight rows lie
 takes a box of consecutive rows only; for rows of any choice each thread of the loading warpgroup copies pieces itself
 (`cp.async`), a warp 16 of the 64 rows, 512 bytes an instruction.
 
-Such a copy is complete where its thread has waited for it. Then the thread passes a fence, since the tensor core
-reads through another proxy, and arrives at the stage's barrier. So a stage is announced `lag` stages after its copies
-were begun, and as many are in flight.
+Such a copy writes as an ordinary store does, and the tensor core reads through another proxy: between the two lies a
+fence. Either the copies of a stage arrive at its barrier themselves as they land, and whoever multiplies passes the
+fence; or (`gather_lag` > 0) their thread waits for those of `gather_lag` stages ago, passes the fence and arrives. The
+fence holds its thread until what the thread has under way is through, so the second way keeps less in flight.
+
+Indices take the same way: with a stage's rows a warp copies its 16 indices of the stage that will use this place of the
+ring next. An index is a trip to L2 ahead of its row, behind all that is on its way, and a load into a register would be
+awaited with the newest one of all that are under way.
 """
 
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref
+from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.hopper.mlir_words import Word, i32, to_value
 
@@ -27,77 +29,128 @@ ROWS = 64
 _WARP_ROWS = 16
 _PIECE = 8  # elements of 16 bits
 _TILE_BYTES = 1024
-_INDICES = plgpu.Layout.WG_STRIDED((utils.WARPGROUP_SIZE,), vec_size=1)
+_VECTOR = 4  # indices in 16 bytes
 
 
 class Piece(NamedTuple):
-    """16 bytes that a lane copies: row of the stage, piece of that row, and the byte of the stage where they go."""
+    """16 bytes that a lane copies in one of its turns."""
 
     row: Any
+    """Row of the stage."""
     piece: Any
-    offset: Any
+    """Piece of that row."""
+    swap: int
+    """The byte of the stage where they go is that of the lane's first turn xor `swap`, ..."""
+    skip: int
+    """... plus `skip`: what changes from turn to turn is known to the compiler."""
 
 
 def pieces_per_lane(tile_n: int) -> int:
-    """Copies of one lane that fill a stage, with those of the others."""
+    """Copies of one lane that fill a stage, with those of the others; each is of a row of its own."""
     return _WARP_ROWS * tile_n // _PIECE // 32
 
 
-def piece_of(warp, lane, copy: int, tile_n: int) -> Piece:
-    """What a lane copies in its `copy`-th turn. Words, integers and arrays of them alike."""
-    pieces = tile_n // _PIECE
-    row = lane // pieces + copy * (32 // pieces) + warp * _WARP_ROWS
-    piece = lane % pieces
+def piece_of(warp, lane, turn: int, tile_n: int) -> Piece:
+    """What a lane copies in its `turn`-th turn: neighbouring rows. Words, integers and arrays of them alike."""
+    row, piece = _first_row(warp, lane, tile_n) + turn, lane % (tile_n // _PIECE)
+    return Piece(row, piece, turn % 8 * (128 + 16), turn // 8 * (tile_n // 64) * _TILE_BYTES)
+
+
+def first_byte(warp, lane, tile_n: int):
+    """Where in the stage a lane's first piece goes."""
+    row, piece = _first_row(warp, lane, tile_n), lane % (tile_n // _PIECE)
     tile = row // 8 * (tile_n // 64) + piece // 8
-    return Piece(row, piece, tile * _TILE_BYTES + row % 8 * 128 + (piece % 8 ^ row % 8) * 16)
+    return tile * _TILE_BYTES + row % 8 * 128 + (piece % 8 ^ row % 8) * 16
 
 
-def load_indices(columns_gmem, block, first):
-    """columns[block, first : first + 64], the rows of B of a stage: lane l of warp w holds entry 16 w + l mod 16."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((utils.WARPGROUP_SIZE,), jnp.int32, layout=_INDICES),
-    )
-    def load(_, columns, block, first):
-        warp, lane = _place()
-        at = Word(first.registers.item()) + warp * _WARP_ROWS + lane % _WARP_ROWS
-        index = ir.IndexType.get()
-        word = memref.load(columns, [arith.index_cast(index, v) for v in (block.registers.item(), at.value)])
-        vector = ir.VectorType.get((1,), i32())
-        registers = np.array([llvm.bitcast(vector, word)], dtype=object)
-        return fa.FragmentedArray(_registers=registers, _layout=_INDICES.to_mgpu(), _is_signed=True)
-
-    return load(columns_gmem, block, first)
+def _first_row(warp, lane, tile_n: int):
+    return lane // (tile_n // _PIECE) * pieces_per_lane(tile_n) + warp * _WARP_ROWS
 
 
-def begin_copies(indices, b_gmem, b_smem, first_column, *, transforms) -> None:
-    """Begin to copy 64 rows, columns from `first_column` on; zeros for an index or a column that B does not have."""
+class Place(NamedTuple):
+    """Where the indices of a stage begin in `columns`."""
+
+    block: Any
+    first: Any
+
+
+def begin_copies(
+    columns_gmem, b_gmem, b_smem, indices_smem, now: Place, later: Place, is_first, first_column, *, transforms
+):
+    """Begin to copy 64 rows, columns from `first_column` on; zeros for an index or a column that B does not have.
+
+    Args:
+      indices_smem: int32 [64], of this place of the ring: this stage's indices, unless nothing was there before
+        (`is_first` is not 0), when they are read from `columns`. Those of the stage `later` are copied there.
+    """
     k, n = b_gmem.shape
 
-    @plgpu.inline_mgpu(arg_types=(_INDICES, plgpu.RefType(), plgpu.RefType(transforms), plgpu.Layout.WG_SPLAT))
-    def copy(_, indices, b, stage, first_column):
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.RefType(), plgpu.RefType(), plgpu.RefType(transforms), plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * 6
+        )
+    )  # fmt: skip
+    def copy(_, columns, b, stage, indices, *scalars):
         tile_n = ir.MemRefType(stage.type).shape[1] * 64
-        own_index = Word(llvm.bitcast(i32(), indices.registers.item()))
-        warp, lane = _place()
-        source, target = llvm.ptrtoint(_i64(), utils.memref_ptr(b)), Word(llvm.ptrtoint(i32(), utils.memref_ptr(stage)))
-        column = Word(first_column.registers.item()) + lane % (tile_n // _PIECE) * _PIECE
-        has_column = _below(column, n)
-        for turn in range(pieces_per_lane(tile_n)):
-            row, _, offset = piece_of(warp, lane, turn, tile_n)
-            index = _shuffle(own_index, row % _WARP_ROWS)
-            exists = arith.andi(has_column, _below(index, k))
-            start = arith.muli(_wide(_or_zero(exists, index)), arith.constant(_i64(), 2 * n))
-            within = arith.muli(_wide(_or_zero(exists, column)), arith.constant(_i64(), 2))
-            _ptx(
-                "cp.async.cg.shared.global [$0], [$1], 16, $2;",
-                (target + offset).value,
-                arith.addi(source, arith.addi(start, within)),
-                _or_zero(exists, Word(to_value(16))).value,
+        block, first, later_block, later_first, is_first, first_column = (Word(s.registers.item()) for s in scalars)
+        warp, lane = _thread()
+        row_length = ir.MemRefType(columns.type).shape[1]
+        columns, here = llvm.ptrtoint(_i64(), utils.memref_ptr(columns)), utils.memref_ptr(indices)
+        anywhere = llvm.ptrtoint(_i64(), llvm.addrspacecast(llvm.PointerType.get(), here))
+        own = arith.select(
+            arith.cmpi(arith.CmpIPredicate.ne, is_first.value, to_value(0)),
+            arith.addi(columns, _bytes(block * row_length + first, 4)),
+            anywhere,
+        )
+        own = arith.addi(own, _bytes(_first_row(warp, lane, tile_n), 4))
+        rows = [
+            Word(row)
+            for i in range(pieces_per_lane(tile_n) // _VECTOR)
+            for row in utils.inline_ptx(
+                f"ld.v4.b32 {{$0, $1, $2, $3}}, [$4 + {16 * i}];",
+                own,
+                result_types=[i32()] * _VECTOR,
+                has_side_effects=True,
             )
+        ]
+        # A stage begins at a multiple of 1 KiB, so that bits may be exchanged in its address as in an offset.
+        target = Word(llvm.ptrtoint(i32(), utils.memref_ptr(stage))) + first_byte(warp, lane, tile_n)
+        column = first_column + lane % (tile_n // _PIECE) * _PIECE
+        has_column = _below(column, n)
+        source = arith.addi(llvm.ptrtoint(_i64(), utils.memref_ptr(b)), _bytes(column, 2))
+        for turn, row in enumerate(rows):
+            piece = piece_of(warp, lane, turn, tile_n)
+            # Of no bytes nothing is read, whatever the address.
+            size = arith.select(arith.andi(has_column, _below(row, k)), to_value(16), to_value(0))
+            start = arith.addi(source, _bytes(row, 2 * n))
+            _ptx(
+                f"cp.async.cg.shared.global [$0 + {piece.skip}], [$1], 16, $2;",
+                (target ^ piece.swap).value,
+                start,
+                size,
+            )
+        # Four lanes renew what all lanes of the warp have read.
+        _ptx("bar.warp.sync 0xffffffff;")
+        offset = warp * _WARP_ROWS + lane * _VECTOR
+        utils.inline_ptx(
+            "cp.async.cg.shared.global [$0], [$1], 16;",
+            (Word(llvm.ptrtoint(i32(), here)) + offset * 4).value,
+            arith.addi(columns, _bytes(later_block * row_length + later_first + offset, 4)),
+            predicate=_below(lane, _WARP_ROWS // _VECTOR),
+            has_side_effects=True,
+        )
+
+    copy(columns_gmem, b_gmem, b_smem, indices_smem, *now, *later, is_first, first_column)
+
+
+def end_stage() -> None:
+    """The copies begun since the last call are one stage's, for `wait_for_copies`."""
+
+    @plgpu.inline_mgpu()
+    def end(_):
         _ptx("cp.async.commit_group;")
 
-    copy(indices, b_gmem, b_smem, first_column)
+    end()
 
 
 def wait_for_copies(pending: int) -> None:
@@ -111,7 +164,7 @@ def wait_for_copies(pending: int) -> None:
     wait()
 
 
-def _place() -> tuple[Word, Word]:
+def _thread() -> tuple[Word, Word]:
     """Warp of the warpgroup, and lane of the warp."""
     thread = Word(utils.thread_idx()) % utils.WARPGROUP_SIZE
     return thread // 32, thread % 32
@@ -121,25 +174,13 @@ def _i64() -> ir.Type:
     return ir.IntegerType.get_signless(64)
 
 
-def _wide(word: Word) -> ir.Value:
-    return arith.extui(_i64(), word.value)
+def _bytes(word: Word, each: int) -> ir.Value:
+    """word x each, in 64 bits."""
+    return arith.muli(arith.extui(_i64(), word.value), arith.constant(_i64(), each))
 
 
 def _below(word: Word, limit: int) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.ult, word.value, to_value(limit))
-
-
-def _or_zero(condition: ir.Value, word: Word) -> Word:
-    return Word(arith.select(condition, word.value, to_value(0)))
-
-
-def _shuffle(word: Word, lane: Word) -> Word:
-    """The word of another lane of the warp."""
-    shuffle = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
-    found = utils.inline_ptx(
-        shuffle, word.value, lane.value, result_types=i32(), has_side_effects=True, convergent=True
-    )
-    return Word(found)
 
 
 def _ptx(code: str, *arguments: ir.Value) -> None:

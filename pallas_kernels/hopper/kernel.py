@@ -16,7 +16,7 @@ from jax import lax
 
 from pallas_kernels import tile_order
 from pallas_kernels.hopper import gather, main_loop, ring
-from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, sort_groups
+from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, next_in_place, sort_groups
 from pallas_kernels.tiles import (
     GRANULE,
     MAX_TILE,
@@ -100,8 +100,10 @@ def _scratch(problem: Problem, config: TileConfig, *, in_rows: bool) -> dict:
     chunk = (columns, GRANULE) if problem.transpose_out else (GRANULE, columns)
     chunk_row = SWIZZLE // out_dtype.itemsize
     chunk_tiling = (plgpu.TilingTransform((8, chunk_row)), plgpu.SwizzleTransform(SWIZZLE))
-    sorted_groups = {"groups": plgpu.SMEM((3, problem.groups), jnp.int32)} if problem.mode == "contraction" else {}
-    return sorted_groups | {
+    own = {"groups": plgpu.SMEM((3, problem.groups), jnp.int32)} if problem.mode == "contraction" else {}
+    if problem.v:
+        own["indices"] = plgpu.SMEM((stages, gather.ROWS), jnp.int32)
+    return own | {
         "values": plgpu.SMEM((stages, c.tile_m, TILE_K // 2), dtype, transforms=_SWIZZLED_A)
         if in_rows
         else plgpu.SMEM((stages, c.tile_m // GRANULE, *tile_order.SHAPE), dtype),
@@ -125,11 +127,11 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
     @pl.when(wg == config.warpgroups)
     def _load():
         plgpu.set_max_registers(config.load_registers(problem), action="decrease")
-        load = functools.partial(_load_tile, gmem, scratch, problem, config)
-        step = _for_each_tile(schedule, load, jnp.int32(0))
         if problem.v:
-            for lag in range(config.gather_lag, 0, -1):
-                _announce(scratch, config, step, lag)
+            _load_gathered(gmem, scratch, schedule)
+        else:
+            load = functools.partial(_load_tile, gmem, scratch, problem, config)
+            _for_each_tile(schedule, load, jnp.int32(0))
 
     @pl.when(wg < config.warpgroups)
     def _compute():
@@ -163,51 +165,74 @@ def _for_each_tile(schedule: Schedule, visit, state):
 
 
 def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
-    c, in_rows = config, len(gmem["values"].shape) == 2
-    row_tile, a_tile = lax.div(tile.a_row, GRANULE), lax.div(tile.a_k, TILE_K)
-
-    def packed(i, row_tile, a_tile):
-        return ring.span(row_tile, c.tile_m // GRANULE), ring.at(ring.add(a_tile, i))
-
-    def rows_of_a(i, row_tile, a_tile):
-        stored = ring.multiply(ring.add(a_tile, i), TILE_K // 2)
-        return ring.span(ring.multiply(row_tile, GRANULE), c.tile_m), ring.span(stored, TILE_K // 2)
+    c = config
 
     def b_of(i, k, n):
         rows, columns = ring.span(ring.add(k, ring.multiply(i, TILE_K)), TILE_K), ring.span(n, c.tile_n)
         return (columns, rows) if problem.b_k_major else (rows, columns)
 
-    from_a = [
-        ring.Copy(
-            gmem["values"],
-            scratch["values"],
-            _SWIZZLED_A if in_rows else (),
-            rows_of_a if in_rows else packed,
-            (row_tile, a_tile),
-        ),
-        ring.Copy(gmem["metadata"], scratch["metadata"], (), packed, (row_tile, a_tile)),
+    from_b = ring.Copy(gmem["b"], scratch["b"], _SWIZZLED, b_of, (tile.b_k, tile.b_n))
+    ring.load_stages([*_copies_of_a(gmem, scratch, c, tile), from_b], scratch["ring"], c.stages, tile.steps, step)
+    return step + tile.steps
+
+
+def _copies_of_a(gmem, scratch, config: TileConfig, tile: Tile, stage=0) -> list[ring.Copy]:
+    """A's part of a tile's stages from `stage` on: stored values and metadata."""
+    in_rows = len(gmem["values"].shape) == 2
+    scalars = (lax.div(tile.a_row, GRANULE), lax.div(tile.a_k, TILE_K) + stage)
+
+    def packed(i, row_tile, a_tile):
+        return ring.span(row_tile, config.tile_m // GRANULE), ring.at(ring.add(a_tile, i))
+
+    def rows_of_a(i, row_tile, a_tile):
+        stored = ring.multiply(ring.add(a_tile, i), TILE_K // 2)
+        return ring.span(ring.multiply(row_tile, GRANULE), config.tile_m), ring.span(stored, TILE_K // 2)
+
+    transforms, slice_of = (_SWIZZLED_A, rows_of_a) if in_rows else ((), packed)
+    return [
+        ring.Copy(gmem["values"], scratch["values"], transforms, slice_of, scalars),
+        ring.Copy(gmem["metadata"], scratch["metadata"], (), packed, scalars),
     ]
-    if not problem.v:
-        from_b = ring.Copy(gmem["b"], scratch["b"], _SWIZZLED, b_of, (tile.b_k, tile.b_n))
-        ring.load_stages([*from_a, from_b], scratch["ring"], c.stages, tile.steps, step)
-        return step + tile.steps
 
-    block = lax.div(tile.a_row, problem.v)
 
-    def load_gathered(i, carry):
-        step, indices = carry
-        next_stage = jnp.minimum(i + 1, tile.steps - 1)
-        next_indices = gather.load_indices(gmem["columns"], block, next_stage * TILE_K)  # a stage ahead of its use
-        ring.await_emptied(scratch["ring"], c.stages, step)
-        stage = [copy._replace(scalars=(row_tile, a_tile + i)) for copy in from_a]
-        ring.load_stages(stage, scratch["ring"], c.stages, 1, step)
-        b_smem = scratch["b"].at[lax.rem(step, c.stages)]
-        gather.begin_copies(indices, gmem["b"], b_smem, tile.b_n, transforms=_SWIZZLED)
-        _announce(scratch, c, step + 1, c.gather_lag + 1, pending=c.gather_lag)
-        return step + 1, next_indices
+def _load_gathered(gmem, scratch, schedule: Schedule) -> None:
+    """Fill the stages of all of this block's tiles with A and with gathered rows of B."""
+    p, c = schedule.problem, schedule.config
+    steps, tiles, num_sms = p.k // TILE_K, schedule.count(), lax.axis_size("sm")
 
-    step, _ = lax.fori_loop(0, tile.steps, load_gathered, (step, gather.load_indices(gmem["columns"], block, 0)))
-    return step
+    def tile_of(round_) -> Tile:
+        """After this block's last tile some other one, whose indices are copied for nothing."""
+        return schedule.locate(schedule.start(), jnp.minimum(round_ * num_sms + lax.axis_index("sm"), tiles - 1))[1]
+
+    def load_tile(round_, step):
+        near, *_ = next_in_place(0, c.stages, steps)
+        tile, (near_row, far_row) = tile_of(round_), (tile_of(round_ + near + i).a_row for i in range(2))
+
+        def load_stage(i, step):
+            _, is_far, next_stage = next_in_place(i, c.stages, steps)
+            now = gather.Place(lax.div(tile.a_row, p.v), i * TILE_K)
+            later = gather.Place(lax.div(jnp.where(is_far, far_row, near_row), p.v), next_stage * TILE_K)
+            ring.await_emptied(scratch["ring"], c.stages, step)
+            b_smem, indices = (scratch[name].at[lax.rem(step, c.stages)] for name in ("b", "indices"))
+            is_first = jnp.int32(step < c.stages)
+            gather.begin_copies(
+                gmem["columns"], gmem["b"], b_smem, indices, now, later, is_first, tile.b_n, transforms=_SWIZZLED
+            )
+            if c.gather_lag:
+                gather.end_stage()
+            else:
+                ring.arrive_filled(scratch["ring"], c.stages, step, as_copied=True)
+            ring.load_stages(_copies_of_a(gmem, scratch, c, tile, i), scratch["ring"], c.stages, 1, step)
+            if c.gather_lag:
+                _announce(scratch, c, step + 1, c.gather_lag + 1, pending=c.gather_lag)
+            return step + 1
+
+        return lax.fori_loop(0, steps, load_stage, step)
+
+    rounds = ceil_div(tiles - lax.axis_index("sm"), num_sms)
+    step = lax.fori_loop(0, rounds, load_tile, jnp.int32(0))
+    for lag in range(c.gather_lag, 0, -1):
+        _announce(scratch, c, step, lag)
 
 
 def _announce(scratch, config: TileConfig, step, lag: int, pending: int = 0):
@@ -326,7 +351,14 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
             descriptor = launch._get_tma_desc(out, (), None, (GRANULE, chunk_columns(problem.out_dtype)), SWIZZLE, None)
             deferred = main_loop.Deferred(rounded, tuple(place), chunks, descriptor, problem.transpose_out)
         return main_loop.multiply(
-            shape, stages, step, steps, deferred, b_k_major=problem.b_k_major, dtype=problem.dtype
+            shape,
+            stages,
+            step,
+            steps,
+            deferred,
+            b_k_major=problem.b_k_major,
+            dtype=problem.dtype,
+            fences=bool(problem.v) and not config.gather_lag,
         )
 
     return multiply(*operands, *scalars)

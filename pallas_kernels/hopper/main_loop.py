@@ -70,6 +70,7 @@ def multiply(
     *,
     b_k_major: bool,
     dtype: str,
+    fences: bool = False,
 ):
     """The sum over the products of `steps` stages of the ring from step `step` on, f32 [m, n] in WGMMA layout.
 
@@ -78,6 +79,7 @@ def multiply(
       step, steps: i32.
       deferred: what to store meanwhile.
       dtype: "bfloat16" or "float16", of both operands.
+      fences: threads wrote part of a stage and passed no fence towards the tensor core.
     """
     ring_size, (row_tiles, n) = ir.MemRefType(stages.a.type).shape[0], (shape[0] // _MMA_M, shape[1])
     a_base, b_base, b_offsets, b_transposed = _descriptors(stages, n, b_k_major)
@@ -119,6 +121,7 @@ def multiply(
         b_offsets=b_offsets,
         b_transposed=b_transposed,
         ptx_type=_PTX_TYPE[dtype],
+        fences=fences,
         chunks=chunks,
         slots=slots,
         kept=[f"${first_kept + i}" for i in range(len(kept))],
@@ -155,6 +158,7 @@ class _Program(NamedTuple):
     """Bytes from the stage's B to that of each instruction."""
     b_transposed: bool
     ptx_type: str
+    fences: bool = False
     chunks: int = 0
     slots: int = 1
     kept: list[str] = []  # noqa: RUF012
@@ -209,6 +213,7 @@ class _Program(NamedTuple):
             f"WAIT_{label}:",
             "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [barrier], parity;",
             f"@!done bra WAIT_{label};",
+            *(["fence.proxy.async.shared::cta;"] if self.fences else []),
             f"mad.lo.u32 address, slot, {self.strides['words']}, {self.names['words']};",
             *(f"ld.shared.b32 {word}{row}, [address + {row * 512}];" for row in range(self.row_tiles)),
         ]

@@ -54,13 +54,34 @@ def barrier(words, stages: int, index) -> utils.BarrierRef:
 
 
 def await_emptied(barriers_smem, stages: int, step) -> None:
-    """Wait, in every thread, until the stage of a step may be filled."""
-    _at_step(barriers_smem, step, lambda words, step: _await_emptied(words, stages, step))
+    """Wait, in every thread, until the stage of a step may be filled.
+
+    Its last filling is awaited too: over long ago, but only who waited for it may read what was copied there.
+    """
+
+    def wait(words, step):
+        _await_emptied(words, stages, step)
+        _await_last(words, stages, step, first_barrier=0)
+
+    _at_step(barriers_smem, step, wait)
 
 
-def arrive_filled(barriers_smem, stages: int, step) -> None:
-    """Say, from each thread of the loading warpgroup, that its part of a step's stage is there."""
-    _at_step(barriers_smem, step, lambda words, step: barrier(words, stages, arith.remui(step, _i32(stages))).arrive())
+def arrive_filled(barriers_smem, stages: int, step, *, as_copied: bool = False) -> None:
+    """Say, from each thread of the loading warpgroup, that its part of a step's stage is there.
+
+    as_copied: it will be when the thread's `cp.async` begun so far are through; the hardware arrives for it then. The
+    barrier counts that arrival already (`initialize`), hence "noinc".
+    """
+
+    def arrive(words, step):
+        filled = barrier(words, stages, arith.remui(step, _i32(stages)))
+        if as_copied:
+            code = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];"
+            utils.inline_ptx(code, filled.get_ptr(), has_side_effects=True)
+        else:
+            filled.arrive()
+
+    _at_step(barriers_smem, step, arrive)
 
 
 def _at_step(barriers_smem, step, act) -> None:
@@ -72,11 +93,16 @@ def _at_step(barriers_smem, step, act) -> None:
 
 
 def _await_emptied(words, stages: int, step) -> None:
+    _await_last(words, stages, step, first_barrier=stages)
+
+
+def _await_last(words, stages: int, step, first_barrier: int) -> None:
+    """Wait for a barrier's phase of the step that used the stage before."""
     slot, turn = arith.remui(step, _i32(stages)), arith.divui(step, _i32(stages))
     # The first time round this waits for the phase before the first, which counts as over.
     parity = arith.xori(arith.andi(turn, _i32(1)), _i32(1))
-    emptied = barrier(words, stages, arith.addi(slot, _i32(stages)))
-    nvvm.mbarrier_try_wait_parity(emptied.get_ptr(), parity, _i32(_WAIT_TICKS))
+    awaited = barrier(words, stages, arith.addi(slot, _i32(first_barrier)))
+    nvvm.mbarrier_try_wait_parity(awaited.get_ptr(), parity, _i32(_WAIT_TICKS))
 
 
 class Copy(NamedTuple):

@@ -46,6 +46,16 @@ def ceil_div(a, b):
     return lax.div(a + (b - 1), b)
 
 
+def next_in_place(stage, stages: int, steps: int):
+    """The stage that takes the place of a tile's `stage` in a ring of `stages`, where every tile has `steps`.
+
+    Returns: the fewest tiles that it may be on, whether it is one more, and which of that tile's stages it is.
+    """
+    near = stages // steps
+    ahead = stage + stages - near * steps
+    return near, ahead >= steps, ahead - jnp.where(ahead >= steps, steps, 0)
+
+
 def raster(index, m_tiles, n_tiles, config: TileConfig):
     """The (m, n) tile of a linear index: strip by strip along n, in a strip band by band along m, in a band down m."""
     strip = lax.div(index, config.raster_n * m_tiles)

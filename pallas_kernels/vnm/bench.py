@@ -2,10 +2,11 @@
 
 Rows as in `pallas_kernels.bench`, under the same rules: a case is timed only after its result has passed the comparison
 with a product in f64, all rivals take turns. Rivals: the best dense product, the best of cuSPARSELt's search, and
-this project's plain 2:4 kernel (`sparse24`), a floor since every V:2:M matrix is a 2:4 matrix. More fields: `ideal` is
-M / 2, the dense product's work over the stored entries'; `share` is speedup / ideal, against dense only; `l2_ms` and
-`dram_ms` are the least times of the bytes that the tiles load from L2, and of all operands and the result once through
-memory.
+this project's plain 2:4 kernel (`sparse24`), a floor since every V:2:M matrix is a 2:4 matrix. What is timed is what
+the dispatcher takes where the matrix is kept in both forms: `form` says which, and if it is "sparse24", the V:N:M
+kernel is a rival too (`vnm`). More fields: `ideal` is M / 2, the dense product's work over the stored entries'; `share`
+is speedup / ideal, against dense only; `l2_ms` and `dram_ms` are the least times of the bytes that the V:N:M kernel's
+tiles load from L2, and of all operands and the result once through memory.
 
 --search times the tiles of `TILES` first, prints their milliseconds, and takes the fastest for each case.
 """
@@ -22,9 +23,10 @@ from pallas_kernels import bench, device, rivals, timing, tune
 from pallas_kernels.hopper import kernel
 from pallas_kernels.metadata import pack_positions
 from pallas_kernels.sparse24 import bench_shapes as sparse_shapes
-from pallas_kernels.tile_order import SHAPE, TILE
+from pallas_kernels.tile_order import SHAPE, TILE, to_tiles
 from pallas_kernels.tiles import TILE_K, Problem, TileConfig
 from pallas_kernels.vnm import hopper, reference
+from pallas_kernels.vnm.api import Form, best_form, vnm
 from pallas_kernels.vnm.bench_shapes import Case, cases
 from pallas_kernels.vnm.shapes import KEPT
 
@@ -34,16 +36,17 @@ DRAM_BYTES_PER_MS = 3.0e9
 TILES = {
     64: (
         hopper.TILES[64],
-        TileConfig(64, 128, 1, 2, stages=5, raster_m=32, raster_n=4),
         TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
-        TileConfig(64, 256, 1, 1, stages=5, raster_m=32, raster_n=4, deferred=True),
+        TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=1, raster_n=2, deferred=True),
+        TileConfig(64, 256, 1, 1, stages=5, store_slots=1, raster_m=1024, raster_n=1, deferred=True),
+        TileConfig(64, 64, 1, 2, stages=9, store_slots=1, raster_m=1024, raster_n=1, deferred=True),
     ),
     128: (
         hopper.TILES[128],
-        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=32, raster_n=4),
         TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
-        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=8, raster_n=1024, deferred=True),
-        TileConfig(128, 128, 1, 2, stages=5, store_slots=1, raster_m=32, raster_n=4, deferred=True),
+        TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=1, raster_n=2, deferred=True),
+        TileConfig(128, 128, 1, 2, stages=5, store_slots=1, raster_m=1024, raster_n=1, deferred=True),
+        TileConfig(64, 128, 2, 1, stages=8, store_slots=1, raster_m=1024, raster_n=1, deferred=True),
     ),
 }
 """What --search times, by v."""
@@ -79,6 +82,18 @@ def argument_sets(case: Case) -> list[tuple]:
     return [operands(case, seed) for seed in range(min(8, max(2, math.ceil(1e12 / work))))]
 
 
+def form_of(case: Case) -> Form:
+    """What the dispatcher takes where it may choose."""
+    return best_form(case.m, case.n, case.k, v=case.pattern_v, compressed=case.stored.columns, has_24=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def as_24(case: Case, values, metadata, columns) -> tuple[jax.Array, jax.Array]:
+    """The same matrix as plain 2:4 in tiles, and its metadata."""
+    values, positions = reference.as_24(values, metadata, columns, case.k)
+    return to_tiles(values), pack_positions(positions)
+
+
 def relative_error(arguments: tuple, out: jax.Array) -> float:
     """||out - A B|| / ||A B|| with the product in f64."""
     with jax.enable_x64(True):
@@ -90,6 +105,11 @@ def _relative_error(values, metadata, columns, b, out):
     a = reference.to_dense(values, metadata, columns, b.shape[0]).astype(jnp.float64)
     wanted = a @ b.astype(jnp.float64)
     return jnp.linalg.norm(out.astype(jnp.float64) - wanted) / jnp.linalg.norm(wanted)
+
+
+def dispatched(values, metadata, columns, b, *plain_24):
+    """The product as a user calls it."""
+    return vnm(values, metadata, columns, b, as_24=plain_24)
 
 
 def launch(case: Case, config: TileConfig | None = None):
@@ -111,15 +131,21 @@ def launch(case: Case, config: TileConfig | None = None):
 
 
 def prepare(
-    case: Case, config: TileConfig | None = None, sets: list[tuple] | None = None
+    case: Case, config: TileConfig | None = None, sets: list[tuple] | None = None, form: Form = "vnm"
 ) -> tuple[timing.Run, int, float]:
     """Compile a case and check it: its run, the calls in it, and its relative error.
 
+    Args:
+      form: another one than "vnm" is run through the dispatcher, which takes it by itself (`form_of`).
+
     Raises:
-      RuntimeError: the kernel's result is wrong; nothing is to be timed.
+      RuntimeError: the result is wrong; nothing is to be timed.
     """
     sets = sets or argument_sets(case)
-    run = timing.repeated(launch(case, config), sets)
+    if form == "vnm":
+        run = timing.repeated(launch(case, config), sets)
+    else:
+        run = timing.repeated(dispatched, [(*given, *as_24(case, *given[:3])) for given in sets])
     error = relative_error(sets[0], run()[0])
     if not error <= bench.MAX_ERROR:
         raise RuntimeError(f"{case.name}: relative error {error:.2e} exceeds {bench.MAX_ERROR:.0e}; not timed")
@@ -147,18 +173,23 @@ def least_times(case: Case) -> dict[str, float]:
     }
 
 
-def time_case(case: Case, prepared: tuple[timing.Run, int, float]) -> list[dict]:
-    """The rows of one case."""
-    run, count, error = prepared
+def time_case(case: Case, config: TileConfig | None = None) -> list[dict]:
+    """The rows of one case, with a tile for the V:N:M kernel to use instead of the chosen one."""
+    form, sets = form_of(case), argument_sets(case)
+    kernel_run, count, error = prepare(case, config, sets)
+    runs, calls = {"ours": kernel_run}, {"ours": count}
+    if form != "vnm":
+        runs["vnm kernel"], calls["vnm kernel"] = kernel_run, count
+        runs["ours"], calls["ours"], error = prepare(case, sets=sets, form=form)
     m, n, k = case.m, case.n, case.k
-    runs, calls = {"ours": run}, {"ours": count}
     for rival, (rival_run, rival_count) in (
         rivals.dense(m, n, k) | rivals.cusparselt(m, n, k) | _plain_24(m, n, k)
     ).items():
         runs[rival], calls[rival] = rival_run, rival_count
-    ideal = case.pattern_m / 2
-    rows = bench.rows_of("vnm", case.name, timing.race(runs, calls), error, ideal=ideal, **least_times(case))
+    ideal, times = case.pattern_m / 2, timing.race(runs, calls)
+    rows = bench.rows_of("vnm", case.name, times, error, ideal=ideal, **least_times(case))
     for row in rows:
+        row["form"] = form
         if row["rival"] == "dense":
             row["share"] = round(row["speedup"] / ideal, 3)
     return rows
@@ -180,7 +211,8 @@ def search(case: Case) -> TileConfig:
 
 def label(tile: TileConfig) -> str:
     """A tile in few characters, with the part of one warpgroup."""
-    return f"{tune.label(tile)}/{tile.warpgroup_m}x{tile.warpgroup_n}"
+    lag = f"/lag{tile.gather_lag}" * bool(tile.gather_lag)
+    return f"{tune.label(tile)}/{tile.warpgroup_m}x{tile.warpgroup_n}{lag}"
 
 
 def main() -> None:
@@ -196,13 +228,14 @@ def main() -> None:
     for name, case in wanted.items():
         try:
             tile = search(case) if arguments.search else None
-            found = time_case(case, prepare(case, tile))
+            found = time_case(case, tile)
         except Exception as error:  # the other cases are worth timing all the same
             failures.append(error)
             print(f"{name}: {error!r}"[:500], flush=True)
             continue
         rows += found
-        print(*(f"{name}: {r['ms']:.4f} ms, {r['speedup']:.2f}x {r['rival']}" for r in found), sep="\n", flush=True)
+        words = (f"{name}: {r['ms']:.4f} ms as {r['form']}, {r['speedup']:.2f}x {r['rival']}" for r in found)
+        print(*words, sep="\n", flush=True)
         with open(arguments.json, "w") as file:
             file.write("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     if failures:
