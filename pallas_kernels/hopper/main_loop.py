@@ -185,15 +185,16 @@ class _Program(NamedTuple):
             "@done bra EMPTY;",
             *self._await_stage("even", "FIRST"),
         ]
+        ends = 0 if self.fences else 1
         for i in range(self.chunks):
-            lines += self._stage(i % 2, f"CHUNK_{i}", f"END_{i + 1}", self._store(i))
+            lines += self._stage(i % 2, f"CHUNK_{i}", f"END_{i + ends}", self._store(i))
         lines += [
             "LOOP:",
             *self._stage(self.chunks % 2, "LOOP_1", f"END_{self.chunks}", []),
             *self._stage((self.chunks + 1) % 2, "LOOP_2", f"END_{self.chunks}", []),
             "bra LOOP;",
         ]
-        for i in range(1, self.chunks):
+        for i in range(ends, self.chunks):
             lines += [f"END_{i}:", *self._store(i)]
         lines += [
             f"END_{self.chunks}:",
@@ -257,7 +258,7 @@ class _Program(NamedTuple):
             "and.pred begun, begun, leads;",
             *self._give_back("begun"),
             "setp.eq.b32 begun, left, left;",
-            *meanwhile,
+            *([] if self.fences else meanwhile),
             "mov.b32 before, slot;",
             "add.u32 slot, slot, 1;",
             f"setp.eq.u32 last, slot, {self.ring_size};",
@@ -267,6 +268,8 @@ class _Program(NamedTuple):
             "setp.eq.s32 done, left, 0;",
             f"@done bra {end};",
             *self._await_stage(other, label),
+            # A fence waits for what a store has begun: it goes first.
+            *(meanwhile if self.fences else []),
         ]
 
     def _store(self, chunk: int) -> list[str]:

@@ -7,9 +7,9 @@ from pallas_kernels.tiles import GRANULE, Problem, TileConfig
 _TALL = 1 << 10
 """Tiles down a strip of columns: the strip of B that all multiprocessors gather from stays in L2."""
 TILES = {
-    64: TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=_TALL, raster_n=1, deferred=True),
-    128: TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=_TALL, raster_n=1, deferred=True),
-    256: TileConfig(128, 128, 2, 1, stages=5, store_slots=1, raster_m=_TALL, raster_n=1, deferred=True),
+    64: TileConfig(64, 128, 1, 2, stages=5, store_slots=1, raster_m=_TALL, raster_n=1),
+    128: TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=_TALL, raster_n=1),
+    256: TileConfig(128, 128, 2, 1, stages=5, store_slots=1, raster_m=_TALL, raster_n=1),
 }
 """The tile for each v: those that ran on a GPU; `python -m pallas_kernels.vnm.bench --search` times others."""
 
