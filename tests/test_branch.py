@@ -8,8 +8,6 @@ import pytest
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, three_phases
 from train import loop
 from train.config import LearningRate, changed_bindings, load_config
-from train.main import run
-from train.workdir import local_path
 
 
 def going_on(config, workdir, **options):
@@ -75,14 +73,3 @@ def test_changes_are_read_from_the_texts_that_gin_writes():
     ]
     assert changed_bindings(*texts) == ("LearningRate.peak = 0.01 -> 0.5", "Train.seed = 0 -> 5")
     assert changed_bindings("", "Train.seed = 1\n") == ("Train.seed = None -> 1",)
-
-
-@pytest.mark.parametrize("workdir", ["gs://bucket/run", "s3://bucket/run"])
-def test_addresses_of_object_storage_are_refused(workdir, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run([], gin_bindings(), workdir) == 2
-    assert f"'{workdir}' is no path" in capsys.readouterr().err
-    assert run([], gin_bindings(Data_folder=workdir), tmp_path / "run") == 2
-    assert "mount it as a folder" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-    assert local_path("runs/a@3000").name == "a@3000"

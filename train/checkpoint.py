@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from train.config import Model, Optimizer, RunConfig
 from train.processes import first_alone, is_first
+from train.remote import Remote
 from train.state import TrainState
 from train.workdir import CHECKPOINTS, forget_checksums, write_checksums
 from venom_jax import LayerRecipes, StackRecipe
@@ -91,14 +92,18 @@ class CheckpointError(Exception):
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: Path, keep: int, keep_every: int = 0, *, writer: bool = True):
+    def __init__(
+        self, workdir: Path, keep: int, keep_every: int = 0, *, writer: bool = True, remote: Remote | None = None
+    ):
         """The newest ``keep`` stay, and those of steps that are multiples of ``keep_every`` (0: none).
 
-        writer: False for who only reads, perhaps beside a run that is just writing one.
+        writer: False for who only reads, perhaps beside a run that is just writing one.  remote: what is complete is
+        sent there.
         """
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self.workdir = workdir
+        self._remote = remote
         self._writing: tuple[int, Future[None]] | None = None
         self._failed = False
         self._executor = ThreadPoolExecutor(1, "checksums")
@@ -193,6 +198,8 @@ class Checkpoints:
         response.result()
         if is_first():
             write_checksums(self.workdir, step)
+            if self._remote is not None:
+                self._remote.send(step)
 
     def _failure(self, step: int, error: Exception) -> CheckpointError:
         self._failed = True

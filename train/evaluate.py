@@ -25,10 +25,10 @@ from train.data import Windows, eval_batches
 from train.documents import describe_skipped
 from train.likelihood import Scorer, score_text
 from train.mesh import ONE_DEVICE, Layout
+from train.remote import Remote, is_remote
 from train.schedule import Phase
 from train.state import TrainState, abstract_state
 from train.step import make_eval_step
-from train.workdir import local_path
 from venom_jax import Recipe, StackRecipe, phases
 
 CONFIG_FILE = "config.gin"  # in the workdir: the bindings of the run
@@ -129,12 +129,21 @@ class Restored(NamedTuple):
 
 
 def split_source(source: str | Path) -> tuple[Path, int | None]:
-    """`WORKDIR@STEP` as a folder and a step, `WORKDIR` with None for its newest."""
-    path = local_path(source)
+    """`WORKDIR@STEP` as a folder and a step, `WORKDIR` with None for its newest; of an address a local copy.
+
+    Raises:
+      ValueError: an address that cannot be read, or holds no such checkpoint.
+    """
     found = re.fullmatch(r"(.+)@(\d+)", str(source))
-    if found is None or path.is_dir():
-        return path, None
-    return Path(found[1]), int(found[2])
+    if found is None or Path(source).is_dir():
+        place, step = str(source), None
+    else:
+        place, step = found[1], int(found[2])
+    if not is_remote(place):
+        return Path(place), step
+    remote = Remote(place, use="reading")
+    remote.bring(step)
+    return remote.local, step
 
 
 def read_config(workdir: Path) -> RunConfig:

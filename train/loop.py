@@ -28,6 +28,7 @@ from train.optimizer import decay_mask, learning_rate
 from train.plot import plot_run
 from train.processes import first_alone, is_first
 from train.profiler import Profiler, parse_steps
+from train.remote import Remote
 from train.report import Logger, summary
 from train.run_info import read_starts, record_start
 from train.run_report import write_report
@@ -63,11 +64,13 @@ def prepare(
     profile_steps: str | None = None,
     init_from: str | None = None,
     init_state: bool = False,
+    remote: Remote | None = None,
 ) -> Run:
     """Opens and checks all that a run needs.  Raises ValueError or NotImplementedError with what to change.
 
     profile_steps: 'START:STOP', the steps to trace.  init_from: what a new run takes its weights from, see
     ``load_params``, or with init_state everything, see ``branch``; a run with a checkpoint goes on from that.
+    remote: the address that ``workdir`` is the local copy of.
     """
     if init_state and init_from is None:
         raise ValueError("--init_state says what to take from --init_from=WORKDIR@STEP, which is missing")
@@ -80,9 +83,10 @@ def prepare(
     if (warning := check_fits(config, *mesh_shape(config, jax.device_count()))) is not None and is_first():
         print_warning(warning)
     train_data, val_data = open_data(config)
-    lock = first_alone(lambda: lock_workdir(workdir))
+    lock = first_alone(lambda: lock_workdir(workdir, remote))
     try:
-        checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every)
+        train = config.train
+        checkpoints = checkpoint.Checkpoints(workdir, train.keep_checkpoints, train.keep_every, remote=remote)
         fingerprint = checkpoint.fingerprint(config, identity(train_data))
         if init_state and checkpoints.latest is None:
             branch(str(init_from), workdir, fingerprint)
@@ -104,11 +108,13 @@ def prepare(
     return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, lock, layout, profiled, params, changed)
 
 
-def lock_workdir(workdir: Path) -> WorkdirLock:
-    """Takes the workdir for this run and sets damaged checkpoints aside."""
+def lock_workdir(workdir: Path, remote: Remote | None = None) -> WorkdirLock:
+    """Takes the workdir for this run, brings what is at its address and sets damaged checkpoints aside."""
     claim_workdir(workdir)
     lock = WorkdirLock(workdir)
     try:
+        if remote is not None:
+            remote.bring()
         for line in set_aside_damaged(workdir):
             print_warning(line)
     except BaseException:

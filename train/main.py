@@ -15,7 +15,7 @@ from train.checkpoint import CheckpointError
 from train.command import compute_deterministically, keep_compiled_programs, print_error
 from train.config import load_config
 from train.guard import BadStepError
-from train.workdir import local_path
+from train.remote import Remote, is_remote
 
 OPTIONS = ("dry_run", "gin_allow_imports", "distributed", "init_from", "init_state", "profile_steps")
 
@@ -40,12 +40,17 @@ def run(
         if dry_run:
             print(report.plan(config))
             return 0
-        prepared = loop.prepare(config, local_path(workdir), **options)
+        remote = Remote(str(workdir)) if is_remote(workdir) else None
+        prepared = loop.prepare(config, remote.local if remote else Path(workdir), remote=remote, **options)
     except (ValueError, NotImplementedError) as error:
         print_error(str(error))
         return 2
     try:
-        return loop.train(prepared)
+        try:
+            return loop.train(prepared)
+        finally:
+            if remote:
+                remote.send_records()
     except (BadStepError, CheckpointError, OSError) as error:
         print_error(str(error))
         return 1
@@ -72,7 +77,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("gin_file", [], "configuration file; later ones override earlier ones")
     flags.DEFINE_multi_string("gin_bindings", [], "single bindings, applied after the files")
     flags.DEFINE_boolean("gin_allow_imports", False, "let gin files import modules, which runs those modules' code")
-    flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, plot")
+    flags.DEFINE_string("workdir", None, "folder of the run, or an address such as gs://bucket/run")
     flags.DEFINE_string("init_from", None, "start with the weights of WORKDIR[@STEP] or of a Hugging Face folder")
     flags.DEFINE_boolean("init_state", False, "with --init_from=WORKDIR[@STEP]: its whole state, to go on from there")
     flags.DEFINE_string("profile_steps", None, "START:STOP: write a profiler's trace of these steps into the workdir")

@@ -15,8 +15,8 @@ from jaxtyping import Int32, Integer
 
 from train.config import Data, RunConfig
 from train.data import SPLITS, TokenDataset, open_dataset, verify_shards, window_order
+from train.remote import is_remote
 from train.tokenizer import Tokenizer
-from train.workdir import local_path
 
 SYNTHETIC_WINDOWS = {"train": 1 << 40, "val": 256}
 
@@ -147,7 +147,10 @@ def open_split(config: RunConfig, split: str) -> Dataset:
     """
     data = config.data
     for folder in folders(data):
-        local_path(folder)
+        if is_remote(folder):
+            raise ValueError(
+                f"Data: {folder!r} is no path: token files are mapped into memory; copy the folder, or mount it"
+            )
     if data.synthetic:
         return Synthetic(split, config.model.vocab_size)
     if data.folder is not None:

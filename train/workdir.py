@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 import uuid
@@ -17,20 +16,6 @@ CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
 DAMAGED = "damaged"
 VERIFIED = "verified.json"  # the token files that were read in full, with size and time of change
-
-
-def local_path(text: str | Path) -> Path:
-    """A path of the file system.
-
-    Raises:
-      ValueError: an address such as gs://bucket/run.
-    """
-    if re.match(r"[a-z][a-z0-9+.-]*://", str(text)):
-        raise ValueError(
-            f"{str(text)!r} is no path: a run locks, checks and appends to files, which object storage does not do; "
-            "mount it as a folder, or give a local one and copy its finished checkpoints"
-        )
-    return Path(text)
 
 
 def claim_workdir(workdir: Path) -> None:
