@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from pallas_kernels import device
 from venom_jax import advise, bench, dispatch
 from venom_jax.advise import Shape, compute_capability, is_same_gpu, read_rows
 
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 H100 = "NVIDIA H100 80GB HBM3"
 SHAPE = Shape(2048, 8192, 16384)
 
@@ -157,10 +159,28 @@ def test_tables_are_found_and_bad_ones_named(tmp_path):
             read_rows(tmp_path)
 
 
-def test_an_installed_wheel_has_its_tables_elsewhere(tmp_path, monkeypatch):
-    (tmp_path / "ffn.json").write_text(json.dumps([ffn("act24", 1.25)]))
-    monkeypatch.setattr(advise, "RESULTS", (tmp_path / "no checkout", tmp_path))
-    assert len(read_rows()) == 1
+def test_the_package_holds_the_tables_of_docs():
+    """After a new measurement: python -m venom_jax.advise --collect=docs/results"""
+    assert advise.collect(RESULTS) == advise.MEASURED.read_text()
+
+
+def test_what_is_collected_leaves_stages_out_and_is_read_as_it_was(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"holds none of ffn\.json, kernels\.json, train\.json"):
+        advise.collect(tmp_path)
+    rows = [ffn("act24", 1.25), product("one", 1.5)]
+    (tmp_path / "ffn.json").write_text(json.dumps([rows[0] | {"stage_ms": {"y1": 1.0}}]))
+    (tmp_path / "kernels.json").write_text(json.dumps(rows[1:]))
+    monkeypatch.setattr(advise, "MEASURED", tmp_path / "measured")
+    monkeypatch.setattr(sys, "argv", ["advise", f"--collect={tmp_path}"])
+    assert advise.main() == 0
+    assert read_rows() == rows
+
+
+def test_whole_training_steps_are_told_of_the_same_gpu():
+    step = ffn("", 1.35) | {"bench": "train_step", "case": "1b venom E=4 k=1", "ms": 280.2}
+    dense = step | {"case": "1b dense", "speedup": 1.0}
+    assert lines(advise.advise(SHAPE, "h100", [dense, step]), "- 1b") == ["- 1b venom E=4 k=1: 1.35x dense (280 ms)"]
+    assert "- No table (train.json) for h200." in advise.advise(SHAPE, "h200", [step])
 
 
 def test_the_committed_tables_can_be_read():

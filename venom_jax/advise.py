@@ -1,17 +1,18 @@
 """Will it pay? Speed of each recipe on one FFN, as measured: python -m venom_jax.advise --d_model=2048 --d_ffn=8192
 
 Prints, for every recipe, the measured speed of the whole FFN (forward, backward and every conversion) against XLA's
-dense one where this very shape was measured, and "not measured" where it was not: nothing is interpolated. Measured
-tables are the files ffn.json and kernels.json that `python -m venom_jax.bench` and `python -m pallas_kernels.bench`
-write; those of this project are in docs/results. Below it, the measured shapes on either side of the break-even, and
-what each kind of GPU gets today.
+dense one where this very shape was measured, and "not measured" where it was not: nothing is interpolated. Below it,
+the measured shapes on either side of the break-even, whole training steps, and what each kind of GPU gets today.
+Measured tables are ffn.json, kernels.json and train.json, as `python -m venom_jax.bench`, `python -m
+pallas_kernels.bench` and `python -m train.bench` write them. The package holds those of docs/results as measured.json:
+
+    python -m venom_jax.advise --collect=docs/results      writes it anew
 """
 
 import argparse
 import json
 import re
 import sys
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,8 @@ from venom_jax.bench import RECIPES
 
 Row = dict[str, Any]
 
-# Where the tables are: in a checkout, or where a wheel puts them.
-RESULTS = (
-    Path(__file__).resolve().parent.parent / "docs" / "results",
-    Path(sysconfig.get_path("data")) / "share" / "venom-jax" / "results",
-)
+MEASURED = Path(__file__).with_name("measured.json")  # the rows of TABLES, without those of single stages
+TABLES = ("ffn.json", "kernels.json", "train.json")
 
 KERNELS = "all six products on sparse tensor cores, by default, in bf16 and fp16"
 REFERENCE = "the masked reference: the same results, by dense products, not faster than dense"
@@ -85,14 +83,13 @@ class Measurement:
 
 
 def read_rows(folder: Path | None = None) -> list[Row]:
-    """The rows of every ffn.json and kernels.json below `folder`, or below where this installation keeps them.
+    """The rows of every table below `folder`, or those that the package holds.
 
     Raises:
       ValueError: a file that is no list of rows.
     """
-    folders = [folder] if folder is not None else [f for f in RESULTS if f.is_dir()][:1]
     rows: list[Row] = []
-    for path in sorted(p for f in folders for p in f.rglob("*.json") if p.name in ("ffn.json", "kernels.json")):
+    for path in [MEASURED] if folder is None else sorted(p for p in folder.rglob("*.json") if p.name in TABLES):
         try:
             found = json.loads(path.read_text())
         except json.JSONDecodeError as error:
@@ -101,6 +98,18 @@ def read_rows(folder: Path | None = None) -> list[Row]:
             raise ValueError(f"{path} is no list of benchmark rows; write it anew with the benchmark")
         rows += found
     return rows
+
+
+def collect(folder: Path) -> str:
+    """Content of ``MEASURED`` for the tables below `folder`: one row a line.
+
+    Raises:
+      ValueError: a file that is no list of rows, or no file at all.
+    """
+    rows = [{name: value for name, value in row.items() if name != "stage_ms"} for row in read_rows(folder)]
+    if not rows:
+        raise ValueError(f"--collect={folder} holds none of {', '.join(TABLES)}")
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
 
 
 def measurements(rows: Sequence[Row]) -> list[Measurement]:
@@ -174,6 +183,7 @@ def advise(shape: Shape, gpu: str, rows: Sequence[Row], masters: str = "float32"
         lines.append(f"| {name} | {pattern} | {speed} | {ms} | {dense_ms} |")
     if hopper:
         lines += ["", "## Break-even", "", *_break_even(gpu, masters, here, measured, rows)]
+        lines += ["", "## Whole training steps", "", *_training_steps(gpu, rows)]
     lines += ["", "## What runs where", "", "| GPU | compute capability | runs |", "|---|---|---|"]
     lines += [f"| {names} | {capability} | {runs} |" for names, capability, runs in SUPPORT]
     return "\n".join(lines) + "\n"
@@ -228,19 +238,32 @@ def _break_even(
     return lines
 
 
+def _training_steps(gpu: str, rows: Sequence[Row]) -> list[str]:
+    """What whole steps of some models gained, attention, logits and optimizer included."""
+    found = [r for r in rows if r["bench"] == "train_step" and is_same_gpu(gpu, r["device"]) and r["speedup"]]
+    lines = [f"- {r['case']}: {r['speedup']:.2f}x dense ({r['ms']:.0f} ms)" for r in found if "dense" not in r["case"]]
+    return lines or [f"- No table (train.json) for {gpu}."]
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--d_model", type=int, required=True, help="D")
-    parser.add_argument("--d_ffn", type=int, required=True, help="F")
+    parser.add_argument("--d_model", type=int, help="D")
+    parser.add_argument("--d_ffn", type=int, help="F")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens in one call on one device (default 16384)")
     parser.add_argument("--gpu", help="such as h100, a100, 'RTX 4090' (default: this machine's)")
     parser.add_argument("--masters", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
-    parser.add_argument("--results", type=Path, help="folder of tables (default: those of this installation)")
+    parser.add_argument("--results", type=Path, help="folder of tables (default: those in the package)")
+    parser.add_argument("--collect", type=Path, help="write the package's tables from this folder, and stop")
     arguments = parser.parse_args()
+    if arguments.collect is None and None in (arguments.d_model, arguments.d_ffn):
+        parser.error("give --d_model and --d_ffn")
     current = device.current()
     gpu = arguments.gpu or (current.name if current else "cpu")
     try:
+        if arguments.collect is not None:
+            MEASURED.write_text(collect(arguments.collect))
+            return 0
         if arguments.results is not None and not arguments.results.is_dir():
             raise ValueError(f"--results={arguments.results} is no folder")
         shape = Shape(arguments.d_model, arguments.d_ffn, arguments.tokens)
