@@ -1,0 +1,291 @@
+"""What limits each case of the benchmark: python -m pallas_kernels.roofline --json FILE [--table FILE] [--cases WORD]
+
+Runs itself once under Nsight Compute (`ncu`), which reads the hardware counters of one launch of each case with its
+tuned tile, caches cold and the clock as the card sets it. From counters and peaks follow the times that each unit alone
+would need (`bounds`). A few cases run a second time with twice the contraction (`2k`): what does not grow with it is
+launch, first loads and epilogue. Then the same cases, with random operands and with zeros, and the dense product run in
+a loop outside ncu, where power, energy and clock are read (power.py).
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import bench, counters, device, power, timing
+from pallas_kernels.grouped24 import bench_shapes as grouped_shapes
+from pallas_kernels.tiles import GRANULE, TILE_K, Problem, TileConfig
+from pallas_kernels.tuned import choose
+
+FLOP_PER_CYCLE = 8192
+"""Dense-equivalent operations of a multiprocessor's sparse tensor cores in bf16: 989.4 TFLOP/s dense of 132 at 1.83 GHz
+are 4096, and 2:4 counts twice."""
+SMEM_BYTES_PER_CYCLE = 128
+DRAM_BYTES_PER_SECOND = 3.35e12
+"""H100 SXM's datasheet."""
+
+TWICE = (
+    "16384x4096x4096 b=nmajor",
+    "16384x4096x4096 b=kmajor",
+    "16384x16384x4096 b=kmajor",
+    "8192x16384x2048 b=nmajor",
+    "4096x16384x4096 b=nmajor",
+    *(
+        f"E={e} D={d} F={4 * d} mode={mode} sizes=equal"
+        for e, d in ((16, 2048), (4, 4096))
+        for mode in grouped_shapes.MODES
+    ),
+)
+"""Cases that also run with twice the contraction."""
+POWER = (TWICE[0], TWICE[2], TWICE[3], *TWICE[5:7], TWICE[8])
+"""Cases whose power is read."""
+
+
+def cases(words: str = "") -> dict[str, tuple[Problem, bench.Sizes, TileConfig]]:
+    """Problem, group sizes and tile of what is launched: `TWICE` and their doubles, other cases, ragged ones last."""
+    known = bench.problems()
+    found = {name: (*known[name], choose(known[name][0])) for name in (*TWICE, *known)}
+    for name in TWICE:
+        problem, sizes, config = found[name]
+        if problem.mode == "contraction" and sizes is not None:
+            sizes = tuple(2 * size for size in sizes)
+        found[f"{name} 2k"] = (dataclasses.replace(problem, k=2 * problem.k), sizes, config)
+    first = {name: found[name] for base in TWICE for name in (base, f"{base} 2k")}
+    rest = {name: found[name] for name in sorted(found, key=lambda name: "ragged" in name)}
+    return {name: case for name, case in (first | rest).items() if words in name}
+
+
+def tile_stages(problem: Problem, config: TileConfig, sizes: bench.Sizes) -> np.ndarray:
+    """Stages of each tile, in the order in which blocks take them."""
+    p, c = problem, config
+    steps, m_tiles, n_tiles = -(-p.k // TILE_K), -(-p.m // c.tile_m), -(-p.n // c.tile_n)
+    if sizes is None:
+        return np.full(m_tiles * n_tiles, steps)
+    if p.mode == "contraction":
+        return np.repeat(sorted((size // TILE_K for size in sizes), reverse=True), m_tiles * n_tiles)
+    if p.mode == "rows":
+        return np.full(sum(-(-size // c.tile_m) for size in sizes) * n_tiles, steps)
+    return np.full(sum(-(-size // c.tile_n) for size in sizes) * -(-(p.m // p.groups) // c.tile_m), steps)
+
+
+def busiest(problem: Problem, config: TileConfig, sizes: bench.Sizes, sms: int) -> tuple[int, int]:
+    """Stages and tiles of the multiprocessor that has most of them."""
+    stages = tile_stages(problem, config, sizes)
+    rounds = np.pad(stages, (0, -len(stages) % sms)).reshape(-1, sms)
+    if problem.mode == "contraction":  # every other round backwards (hopper/kernel.py)
+        rounds[1::2] = rounds[1::2, ::-1]
+    return int(rounds.sum(axis=0).max()), len(rounds)
+
+
+def bounds(problem: Problem, config: TileConfig, sizes: bench.Sizes, sms: int, read: dict[str, float]) -> dict:
+    """Microseconds that each unit alone would need, at the clock of the launch.
+
+    tensor: 2 m n k operations (of a group's k) at `FLOP_PER_CYCLE` on all multiprocessors.
+    rounds: as tensor, but for the whole tiles of the busiest multiprocessor.
+    smem: operands that its `wgmma` read, per 64 rows of A 64 x 32 values and again all of B, at `SMEM_BYTES_PER_CYCLE`.
+    load: what reached a multiprocessor from L2, at the counter's peak. l2: what L2 served, at the counter's peak.
+    dram: bytes read and written at `DRAM_BYTES_PER_SECOND`.
+    epilogue: its results written to shared memory and read again, at `SMEM_BYTES_PER_CYCLE`; beside products where
+      the tile is deferred.
+    """
+    p, c = problem, config
+    stages, tiles = busiest(p, c, sizes, sms)
+    flop = 2 * p.m * p.n * p.k / (p.groups if p.mode == "columns" else 1)
+    out_bytes = jnp.dtype(p.out_dtype).itemsize
+    operands = c.warpgroups * (c.warpgroup_m // GRANULE) * TILE_K * (GRANULE + 2 * c.warpgroup_n)
+    cycles = {
+        "tensor": flop / FLOP_PER_CYCLE / sms,
+        "rounds": stages * 2 * c.tile_m * c.tile_n * TILE_K / FLOP_PER_CYCLE,
+        "smem": stages * operands / SMEM_BYTES_PER_CYCLE,
+        "epilogue": tiles * 2 * c.tile_m * c.tile_n * out_bytes / SMEM_BYTES_PER_CYCLE,
+    }
+    found = {name: 1e6 * count / read["hertz"] for name, count in cycles.items()}
+    us = read["ns"] / 1e3
+    found |= {name: us * read[name] / 100 for name in ("load", "l2") if name in read}
+    if "dram_read" in read and "dram_written" in read:
+        found["dram"] = 1e6 * (read["dram_read"] + read["dram_written"]) / DRAM_BYTES_PER_SECOND
+    return {name: round(time, 2) for name, time in found.items()}
+
+
+def row_of(name: str, read: dict[str, float], sms: int) -> dict:
+    """A case's row: its counters, bounds, the largest of them and the share of the time that is above it."""
+    problem, sizes, config = cases()[name]
+    units = bounds(problem, config, sizes, sms, read)
+    us = read["ns"] / 1e3
+    limit = max((unit for unit in units if unit != "epilogue"), key=units.__getitem__)
+    stages, tiles = busiest(problem, config, sizes, sms)
+    return {
+        "bench": "sparse24" if sizes is None else "grouped24",
+        "case": name,
+        "tile": f"{config.tile_m}x{config.tile_n}{' deferred' if config.deferred else ''}",
+        "us": round(us, 2),
+        "ghz": round(read["hertz"] / 1e9, 3),
+        "stages": stages,
+        "tiles": tiles,
+        "bounds": units,
+        "limit": limit,
+        "rest": round(1 - units[limit] / us, 3),
+        "counters": read,
+    }
+
+
+def add_slopes(rows: list[dict]) -> None:
+    """From a case and its double: `stage_cycles`, what one more stage costs, and `fixed_cycles`, the rest."""
+    by_name = {row["case"]: row for row in rows}
+    for name, row in by_name.items():
+        if double := by_name.get(f"{name} 2k"):
+            cycles, more = (r["counters"]["cycles"] for r in (row, double))
+            row["stage_cycles"] = round((more - cycles) / (double["stages"] - row["stages"]), 1)
+            row["fixed_cycles"] = round(cycles - row["stage_cycles"] * row["stages"])
+
+
+def launch(words: str, seconds: float) -> None:
+    """Launch each case once and print its name, for `seconds`; then only what has been launched counts."""
+    end = time.monotonic() + seconds
+
+    def prepare(problem, sizes, config):
+        arguments = (*bench.operands(problem, 0), bench.group_array(problem, sizes))
+        return jax.jit(bench.launch(problem, config)).lower(*arguments).compile(), arguments
+
+    for batch in itertools.batched(cases(words).items(), 16):
+        built = timing.build({name: functools.partial(prepare, *case) for name, case in batch}, at_once=16)
+        for name, ready in built.items():
+            if isinstance(ready, Exception):
+                print(f"skipped {name}: {ready!r}", flush=True)
+                continue
+            if time.monotonic() > end:
+                return
+            compiled, arguments = ready
+            jax.block_until_ready(compiled(*arguments))
+            print(f"launched {name}", flush=True)
+
+
+def read_counters(words: str, seconds: float, log: str) -> list[dict]:
+    """The rows of all cases that ncu saw."""
+    command = [sys.executable, "-m", "pallas_kernels.roofline", "--launch", f"--seconds={seconds}", f"--cases={words}"]
+    rows = [row_of(name, read, device.sm_count()) for name, read in counters.count(command, log).items()]
+    add_slopes(rows)
+    return rows
+
+
+def draw(words: str) -> list[dict]:
+    """Power, energy and clock in a loop of each case of `POWER`: "sparse", the same with "zeros", and "dense".
+
+    The dense product is XLA's of the same sizes, and of the whole layer for groups.
+    """
+    meter, rows = power.Meter(), []
+    kinds = itertools.product((name for name in POWER if words in name), ("sparse", "zeros", "dense"))
+    built = timing.build({key: functools.partial(_loop, *key) for key in kinds}, at_once=18)
+    for (name, kind), ready in built.items():
+        if isinstance(ready, Exception):
+            print(f"skipped {name} {kind}: {ready!r}", flush=True)
+            continue
+        read = power.measure(meter, *ready)
+        rows.append({"bench": "power", "case": name, "operands": kind, "limit_watts": meter.limit_watts(), **read})
+        print(f"power {name} {kind}: {read}", flush=True)
+    return rows
+
+
+def _loop(name: str, kind: str) -> tuple[timing.Run, int]:
+    problem, sizes = bench.problems()[name]
+    if kind == "dense":
+        m, n, k = problem.m, problem.n, problem.k
+        if sizes is not None:
+            m, k, n = grouped_shapes.cases()[name].full
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = ((m, k), (k, n)) * 2
+        a, b, a2, b2 = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+        return timing.repeated(jnp.matmul, [(a, b), (a2, b2)]), 2
+    sets = bench.argument_sets(problem)
+    if kind == "zeros":
+        sets = [(jnp.zeros_like(values), metadata, jnp.zeros_like(b)) for values, metadata, b in sets]
+    groups = bench.group_array(problem, sizes)
+    run = timing.repeated(bench.launch(problem, choose(problem)), [(*arguments, groups) for arguments in sets])
+    return run, len(sets)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as two Markdown tables, counters and power."""
+    head = "Generated by `python -m pallas_kernels.roofline`: {device}, jax {jax}, {date}.\n".format(**rows[0])
+    lines = [
+        head,
+        "| case | tile | us | GHz | tensor us, busy | rounds us | SMEM us, pipe | load us | L2 us, hits | DRAM us, GB "
+        "| epilogue us | limit | above it | cycles a stage | fixed cycles |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (row for row in rows if row["bench"] != "power"):
+        units, read = row["bounds"], row["counters"]
+
+        def cell(unit, share="", units=units, read=read):
+            time = f"{units[unit]:.1f}" if unit in units else ""
+            return f"{time}, {read[share]:.0f} %" if share in read else time
+
+        moved = (read.get("dram_read", 0) + read.get("dram_written", 0)) / 1e9
+        lines.append(
+            f"| {row['case']} | {row['tile']} | {row['us']:.1f} | {row['ghz']:.2f} | {cell('tensor', 'tensor')} "
+            f"| {cell('rounds')} | {cell('smem', 'smem_pipe')} | {cell('load')} | {cell('l2', 'l2_hits')} "
+            f"| {cell('dram')}, {moved:.2f} | {cell('epilogue')} | {row['limit']} | {row['rest']:.0%} "
+            f"| {row.get('stage_cycles', '')} | {row.get('fixed_cycles', '')} |"
+        )
+    lines += ["", "| case | operands | ms | W | J | GHz | held by the power limit |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row['case']} | {row['operands']} | {row['ms']:.4f} | {row['watts']:.0f} of {row['limit_watts']:.0f} "
+        f"| {row['joules']:.3f} | {row['ghz']:.2f} | {row['capped']:.0%} of the time |"
+        for row in rows
+        if row["bench"] == "power"
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", default="roofline.json", help="the file of results")
+    parser.add_argument("--table", help="also write them as Markdown tables")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=600.0, help="launch nothing for counters after so many")
+    parser.add_argument("--launch", action="store_true", help="only launch the cases: what ncu runs")
+    parser.add_argument("--parts", default="counters,power", help="which of the two")
+    arguments = parser.parse_args()
+    if arguments.launch:
+        launch(arguments.cases, arguments.seconds)
+        return
+    rows, failures = [], []
+
+    def save(found: list[dict]) -> None:
+        gpu = device.current()
+        stamp = {
+            "device": gpu.name if gpu else "none",
+            "jax": jax.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        rows.extend(row | stamp for row in found)
+        with open(arguments.json, "w") as file:
+            file.write("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        if arguments.table and rows:
+            pathlib.Path(arguments.table).write_text(table(rows))
+
+    parts = {
+        # First, in a process of its own: this one takes the GPU's memory when it asks for the device.
+        "counters": lambda: read_counters(arguments.cases, arguments.seconds, f"{arguments.json}.ncu.csv"),
+        "power": lambda: draw(arguments.cases),
+    }
+    for part in (part for part in parts if part in arguments.parts):
+        try:
+            save(parts[part]())
+        except (RuntimeError, ValueError, OSError) as error:
+            failures.append(f"{part}: {error}")
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()
