@@ -10,6 +10,8 @@ from pallas_kernels.epilogue import Epilogue
 
 Mode = Literal["dense", "rows", "columns", "contraction"]
 """What the groups split: nothing, the rows of A (tokens), the columns of B (tokens), or the contraction (tokens)."""
+AForm = Literal["sparse", "k_major", "m_major"]
+"""A is 2:4 along k, or dense as an array [m, k] or [k, m]."""
 
 GRANULE = 64
 """Rows, and logical columns of A, that one metadata word per thread covers: groups start at multiples of it."""
@@ -24,6 +26,8 @@ LOAD_REGISTERS = 40
 """Registers of a loading thread."""
 GATHER_REGISTERS = 72
 """... where it copies rows of B itself."""
+PACK_REGISTERS = 120
+"""Registers of a thread that packs the result."""
 GATHER_TILE_N = (64, 128, 256)
 """Columns of a tile whose rows of B are gathered: a warp copies whole rows (hopper/gather.py)."""
 CHUNK_BYTES = 128
@@ -31,8 +35,23 @@ CHUNK_BYTES = 128
 
 
 @dataclasses.dataclass(frozen=True)
+class Packing:
+    """The result, transposed, is y1 or dy2 of the FFN and is packed in the epilogue instead of being stored.
+
+    gradient: dy2, of which entries are taken where y1's were kept; else y1, of which two of four are kept.
+    features, tokens: along what.
+    interleaved: which tokens make a four (pack/activations.py).
+    """
+
+    gradient: bool
+    features: bool
+    tokens: bool
+    interleaved: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
-    """out[m, n] = A[m, k] B[k, n], A 2:4 along k; all sizes are multiples of 64 (the callers pad).
+    """out[m, n] = A[m, k] B[k, n], A 2:4 along k unless `a` says else; all sizes are multiples of 64 (callers pad).
 
     With groups, out of group g is (rows) A[rows of g] B[g k : (g + 1) k], (columns) A[g-th part of m] B[:, columns
     of g], (contraction) A[:, columns of g] B[rows of g]. m and k are A's whole sizes, n is that of B.
@@ -49,6 +68,9 @@ class Problem:
     out_dtype: str = "bfloat16"
     epilogue: Epilogue = dataclasses.field(default_factory=Epilogue)
     v: int = 0
+    packing: Packing | None = None
+    b_interleaved: bool = False
+    a: AForm = "sparse"
 
     @property
     def out_shape(self) -> tuple[int, int]:
@@ -103,15 +125,21 @@ class TileConfig:
 
     def compute_registers(self, problem: Problem) -> int:
         """Registers a computing thread may use once the loading warpgroup has given its own away."""
-        return min(240, (512 - self.load_registers(problem)) // self.warpgroups // 8 * 8)
+        left = 512 - self.load_registers(problem) - (0 if problem.packing is None else PACK_REGISTERS)
+        return min(240, left // self.warpgroups // 8 * 8)
 
-    def smem_bytes(self) -> int:
-        a = self.tile_m * TILE_K  # half of the columns, two bytes each
-        metadata = self.tile_m * TILE_K // 8
+    def chunks(self, problem: Problem) -> int:
+        """Output chunks in shared memory for each warpgroup: where the result is packed, all of its part."""
+        return self.store_slots if problem.packing is None else self.warpgroup_m * self.warpgroup_n // GRANULE**2
+
+    def smem_bytes(self, problem: Problem) -> int:
+        sparse = problem.a == "sparse"
+        a = self.tile_m * TILE_K * (1 if sparse else 2)  # half of the columns or all, two bytes each
+        metadata = self.tile_m * TILE_K // 8 if sparse else 0
         b = self.tile_n * TILE_K * 2
         chunk = GRANULE * CHUNK_BYTES
         barriers = 1024
-        return self.stages * (a + metadata + b) + self.warpgroups * self.store_slots * chunk + barriers
+        return self.stages * (a + metadata + b) + self.warpgroups * self.chunks(problem) * chunk + barriers
 
     def index_bytes(self) -> int:
         """Shared memory of the ring's indices where rows are gathered, a word for each of a stage's, in whole KiB."""
@@ -138,8 +166,8 @@ class TileConfig:
         if not 0 <= self.gather_lag <= self.stages - 2:
             return f"{self.gather_lag=}, {self.stages=}: two stages must be with the tensor core or on the way there"
         tables = GROUP_TABLE_BYTES * (problem.mode == "contraction") + self.index_bytes() * bool(problem.v)
-        if self.smem_bytes() + tables > HOPPER_SMEM_BYTES:
-            return f"{self.smem_bytes() + tables} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"
+        if self.smem_bytes(problem) + tables > HOPPER_SMEM_BYTES:
+            return f"{self.smem_bytes(problem) + tables} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"
         if problem.groups > MAX_GROUPS:
             return f"{problem.groups=}: at most {MAX_GROUPS} groups, one per thread of a warpgroup"
         if problem.v and (problem.v % self.tile_m or self.tile_n not in GATHER_TILE_N):
@@ -149,6 +177,17 @@ class TileConfig:
             )
         if problem.v and (problem.mode != "dense" or problem.b_k_major or problem.m % problem.v):
             return f"{problem}: rows of B are gathered for whole blocks of v rows, without groups, from B [k, n]"
+        packs = problem.packing is not None
+        if packs and not (problem.mode in ("dense", "columns") and problem.b_k_major and problem.transpose_out):
+            return f"{problem}: what is packed are weights times tokens [n, k], whole or by columns, token-major"
+        if packs and (problem.epilogue != Epilogue() or problem.out_dtype != problem.dtype):
+            return f"{problem}: what is packed passes through no other epilogue, and is rounded to the operands' type"
+        if problem.a != "sparse" and not packs:
+            return f"{problem}: a dense product is XLA's, unless its result is packed"
+        if packs and self.warpgroups == 2 and self.warpgroup_n > 192:
+            return f"{self.warpgroup_n=}: four warpgroups begin with 128 registers a thread, too few for that product"
+        if problem.b_interleaved and (problem.mode != "dense" or problem.b_k_major or problem.v):
+            return f"{problem}: rows of B [k, n] are interleaved for a whole product"
         if problem.mode == "rows" and problem.k % TILE_K:
             return f"{problem.k=} is no multiple of {TILE_K}: a step would reach into the next group's B"
         return None

@@ -10,6 +10,7 @@ that the tool has little else to watch.
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.pack import api as packing
 from pallas_kernels.pack.activations import Packed
+from pallas_kernels.pack.product import pack_product, take_product
 from pallas_kernels.permute import api as permute
 from pallas_kernels.permute.reference import max_rows
 from pallas_kernels.sparse24 import sparse24
@@ -136,6 +138,22 @@ def packings() -> Iterator[Case]:
             )
 
         yield f"take {honest=}", honest, taking
+    for sizes in (None, (70, 0, 64), (1 << 30, -5, 1 << 30)):
+        for form in ("sparse", "k_major", "m_major"):
+
+            def product(implementation, sizes=sizes, form=form):
+                groups = None if sizes is None else jnp.asarray(sizes, jnp.int32)
+                a = normal(0, *((192, 384) if form == "m_major" else (384, 192)))
+                weights = Packed(*packed(384, 192, tiles=True)) if form == "sparse" else a
+                options: dict[str, Any] = {"interleaved": sizes is None, "implementation": implementation}
+                options["transposed"] = form == "m_major"
+                found = pack_product(weights, normal(1, 320, 192), groups, features=True, tokens=True, **options)
+                return found, take_product(
+                    weights, normal(2, 320, 192), found.features, found.tokens, groups, **options
+                )
+
+            # Dense sums run in another order than XLA's, and what is near may be chosen the other way.
+            yield f"pack product {sizes=} {form=}", form == "sparse", product
     for axis in (0, 1):
         for masters in (np.float32, ml_dtypes.bfloat16):
 

@@ -78,12 +78,12 @@ def test_few_tokens(name, tokens):
 def test_packing_along_tokens(interleaved):
     a = jax.nn.relu(jax.random.normal(jax.random.key(0), (128, 64)))
     packed = activations.pack_tokens(a, interleaved=interleaved)
-    rows = activations.contraction_order(a, interleaved=interleaved)
+    rows = pack.contraction_order(a, interleaved=interleaved)
     expected = jnp.where(pack.select24(rows, 0), rows, 0)
     np.testing.assert_array_equal(activations.unpack(packed), expected.T)
     other = jax.random.normal(jax.random.key(1), (128, 64))
     taken = activations.take_tokens(other, packed.metadata, interleaved=interleaved)
-    rows = activations.contraction_order(other, interleaved=interleaved)
+    rows = pack.contraction_order(other, interleaved=interleaved)
     np.testing.assert_array_equal(
         activations.unpack(Packed(taken, packed.metadata)), jnp.where(pack.select24(expected, 0), rows, 0).T
     )
@@ -102,7 +102,7 @@ def test_packing_along_features():
 
 def test_interleaved_order_is_the_groupings():
     a = jnp.arange(128.0)[:, None]
-    order = activations.contraction_order(a, interleaved=True)[:8, 0]
+    order = pack.contraction_order(a, interleaved=True)[:8, 0]
     np.testing.assert_array_equal(order, [0, 32, 64, 96, 1, 33, 65, 97])
 
 

@@ -1,6 +1,7 @@
 """sparse24: errors and dispatch everywhere; on a Hopper GPU the kernel against f64 and its behaviour at the edges."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from pallas_kernels import device, dispatch, tune
 from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.pack.reference import contraction_order
 from pallas_kernels.sparse24 import dense_wins, hopper, sparse24
 from pallas_kernels.tile_order import to_tiles
 from pallas_kernels.tiles import TileConfig
@@ -124,6 +126,27 @@ def test_dispatch_takes_the_kernel_on_hopper_where_it_wins(monkeypatch):
 # -------------------------------------------------------------------------------------------- on a Hopper GPU
 
 SIZES = [(64, 64, 64), (8, 8, 8), (1000, 520, 264), (72, 1032, 520), (512, 768, 1024), (2056, 136, 4104)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, TileConfig(), TileConfig(warpgroup_m=128, warpgroup_n=128)])
+@pytest.mark.parametrize(("m", "n", "k"), [(64, 64, 64), (320, 448, 192), (1024, 2048, 4160)])
+def test_interleaved_rows_of_b_give_the_bits_of_sorted_ones(m, n, k, config):
+    values, metadata = pack(normal(0, m, k))
+    b = normal(1, k, n)
+    options: dict[str, Any] = {"transpose_out": True, "implementation": "hopper", "config": config}
+    expected = sparse24(values, metadata, contraction_order(b, interleaved=True), **options)
+    np.testing.assert_array_equal(sparse24(values, metadata, b, b_interleaved=True, **options), expected)
+
+
+def test_interleaved_rows_of_b():
+    values, metadata = pack(normal(0, 64, 128))
+    b = normal(1, 128, 64)
+    expected = sparse24(values, metadata, contraction_order(b, interleaved=True), implementation="reference")
+    found = sparse24(values, metadata, b, b_interleaved=True, implementation="reference")
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="b_interleaved takes b"):
+        sparse24(values, metadata, b.T, b_k_major=True, b_interleaved=True)
 
 
 @pytest.mark.gpu

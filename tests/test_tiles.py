@@ -51,7 +51,7 @@ def test_the_contraction_needs_room_for_its_groups():
 def test_shared_memory_adds_up():
     config = TileConfig(64, 128, 2, 1, stages=3, store_slots=2)
     a, words, b, chunk = 128 * 32 * 2, 2 * 128 * 4, 64 * 128 * 2, 64 * 128
-    assert config.smem_bytes() == 3 * (a + words + b) + 2 * 2 * chunk + 1024
+    assert config.smem_bytes(PROBLEM) == 3 * (a + words + b) + 2 * 2 * chunk + 1024
 
 
 def test_every_tuned_tile_fits_its_problem():

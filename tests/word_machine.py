@@ -58,6 +58,9 @@ class NumpyMachine(Machine):
     def store_shared(self, piece, words):
         self._shared[self.block, piece] = np.stack(words, -1)
 
+    def load_shared(self, piece):
+        return list(np.moveaxis(self._shared[self.block, piece], -1, 0))
+
     def barrier(self):
         pass  # threads run in step
 

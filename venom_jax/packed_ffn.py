@@ -19,7 +19,7 @@ from pallas_kernels.array_types import Array
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.grouped24 import reference as dense_groups
-from pallas_kernels.pack import activations, api
+from pallas_kernels.pack import activations, api, product
 from pallas_kernels.pack.activations import Packed
 from pallas_kernels.sparse24.api import sparse24
 from venom_jax.formats import Sparse24
@@ -93,6 +93,29 @@ class TokenRows:
             return sparse24(sparse.values, sparse.metadata, rows, **options)
         return grouped.columns(sparse.values, sparse.metadata, rows, self.grouping.expert_sizes, **options)
 
+    def pack_hidden(
+        self, rows: Array, sparse: Sparse24 | None, dense: Array, *, features: bool, tokens: bool
+    ) -> api.PackedActivations:
+        """`pack_activations` of rows times the weight [D, F] of each row's expert, which is never in memory."""
+        weights, options = self._weights(sparse, dense)
+        along = {"features": features, "tokens": tokens, "transposed": sparse is None}
+        return product.pack_product(weights, rows, self._sizes, **along, **options)
+
+    def take_hidden(
+        self, rows: Array, sparse: Sparse24 | None, dense: Array, features: Packed, tokens: Packed
+    ) -> api.TakenActivations:
+        """`take_activations` of rows times the transposed weight [F, D] of each row's expert."""
+        weights, options = self._weights(sparse, dense)
+        return product.take_product(weights, rows, features, tokens, self._sizes, **options)
+
+    def _weights(self, sparse: Sparse24 | None, dense: Array) -> tuple[Packed | Array, dict[str, Any]]:
+        options = {"interleaved": self.interleaved, "implementation": self.implementation}
+        return dense if sparse is None else Packed(sparse.values, sparse.metadata), options
+
+    @property
+    def _sizes(self) -> Array | None:
+        return None if self.grouping is None else self.grouping.expert_sizes
+
     def back(self, packed: Packed | None, dense_rows: Array | None, weight: Array, *, k_major: bool) -> Array:
         """Activations [R, Fe] times the weight of each row's expert, [F, D] or, `k_major`, [D, F]: [R, D]."""
         experts = self.recipe.experts
@@ -117,8 +140,7 @@ class TokenRows:
             return out.T if transpose else out
         options = {"transpose_out": transpose, "out_dtype": dtype, "implementation": self.implementation}
         if self.grouping is None:
-            rows = activations.contraction_order(rows, interleaved=True)
-            return sparse24(*packed, rows, **options)
+            return sparse24(*packed, rows, b_interleaved=True, **options)
         out = grouped.contraction(*packed, rows, self.grouping.expert_sizes, **options)
         return out.reshape(out.shape[0], -1) if transpose else out.reshape(-1, out.shape[2])
 
@@ -149,16 +171,15 @@ def forward(
     w1, w2: the masters. sparse_w1: given where y1 reads W1 2:4.
     """
     order = TokenRows(recipe, grouping, x.shape[0], implementation)
-    y1 = order.hidden(order.enter(x), sparse_w1, w1.astype(x.dtype))
-    packed = api.pack_activations(
-        y1,
-        features=recipe.activations,
-        tokens=recipe.wgrad == "24" and recipe.token_copy == "kept",
-        interleaved=order.interleaved,
-        implementation=implementation,
-    )
-    density = packed.positives / (x.shape[0] * recipe.top_k * y1.shape[1])
-    dense = None if recipe.activations else jax.nn.relu(y1)
+    rows, dense = order.enter(x), None
+    along = {"features": recipe.activations, "tokens": recipe.wgrad == "24" and recipe.token_copy == "kept"}
+    if recipe.activations:
+        packed = order.pack_hidden(rows, sparse_w1, w1.astype(x.dtype), **along)
+    else:
+        y1 = order.hidden(rows, sparse_w1, w1.astype(x.dtype))
+        packed = api.pack_activations(y1, **along, interleaved=order.interleaved, implementation=implementation)
+        dense = None if recipe.activations else jax.nn.relu(y1)
+    density = packed.positives / (x.shape[0] * recipe.top_k * (w1.shape[1] // recipe.experts))
     dense_y2 = None if dense is None else dense * dense
     y3 = order.leave(order.back(packed.squared, dense_y2, w2.astype(x.dtype), k_major=False), x.dtype)
     saved = Residuals(grouping, dense, packed.features, packed.tokens)
@@ -184,15 +205,18 @@ def backward(
     if recipe.wgrad == "24" and tokens is None:
         tokens = _along_tokens(order, dense, features)
     rows, dy3_rows = order.enter(x), order.enter(dy3)
-    dy2 = order.hidden(dy3_rows, sparse_w2, w2.astype(x.dtype).T)
-
-    taken = api.take_activations(dy2, features, tokens, interleaved=order.interleaved, implementation=implementation)
-    dense_dy1 = None
     if dense is None and tokens is None:
         assert features is not None
         dense = activations.unpack(features)
-    if dense is not None:
-        dense_dy1 = 2 * dy2 * dense
+    dense_dy1 = None
+    if dense is None:
+        assert features is not None
+        assert tokens is not None
+        taken = order.take_hidden(dy3_rows, sparse_w2, w2.astype(x.dtype), features, tokens)
+    else:
+        dy2, options = order.hidden(dy3_rows, sparse_w2, w2.astype(x.dtype).T), {"interleaved": order.interleaved}
+        taken = api.take_activations(dy2, features, tokens, **options, implementation=implementation)
+        dense_dy1 = None if dense is None else 2 * dy2 * dense
     dx = order.leave(order.back(taken.features, dense_dy1, w1.astype(x.dtype), k_major=True), x.dtype)
 
     if tokens is None:

@@ -20,7 +20,9 @@ def problem(
 ) -> Problem:
     """The kernel's description of a grouped product; `sizes` holds m, n and k of all groups together."""
     return Problem(
-        **sizes,
+        m=sizes["m"],
+        n=sizes["n"],
+        k=sizes["k"],
         mode=mode,
         groups=groups,
         b_k_major=b_k_major,

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tile_order
-from pallas_kernels.hopper import gather, main_loop, ring
+from pallas_kernels.hopper import gather, main_loop, packing, ring
 from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, next_in_place, sort_groups
 from pallas_kernels.tiles import (
     GRANULE,
     MAX_TILE,
+    PACK_REGISTERS,
     TILE_K,
     Problem,
     TileConfig,
@@ -58,25 +59,47 @@ def matmul(
       operand: an array of the output's shape for the epilogue.
       row_scale: f32 [rows of the output's m side].
     """
-    config.check(problem)
-    operands = {"values": values, "metadata": jax.lax.bitcast_convert_type(metadata, jnp.int32), "b": b}
     if row_scale is not None:
         row_scale = jnp.pad(row_scale, (0, MAX_TILE))  # a tile at the edge reads scales it does not use
     extra = {"groups": groups, "columns": columns, "operand": operand, "row_scale": row_scale}
+    operands = {"values": values, "metadata": metadata, "b": b}
     operands |= {name: array for name, array in extra.items() if array is not None}
-    names = tuple(operands)
+    out = {"out": jax.ShapeDtypeStruct(problem.out_shape, problem.out_dtype)}
+    return _launch(operands, out, problem, config, num_sms)["out"]
+
+
+def matmul_packed(
+    a: tuple[jax.Array, ...], b, *, problem: Problem, config: TileConfig, num_sms: int, groups=None, kept=None
+) -> dict[str, jax.Array]:
+    """As `matmul`, for a problem whose result is packed: what `packing.outputs` names.
+
+    Args:
+      a: values and metadata, or a dense A alone.
+      kept: where a gradient is packed, the arrays that `packing.inputs` names.
+    """
+    operands = dict(zip(("values", "metadata"), a, strict=False)) | {"b": b, **(kept or {})}
+    operands |= {} if groups is None else {"groups": groups}
+    return _launch(operands, packing.outputs(problem), problem, config, num_sms)
+
+
+def _launch(
+    operands: dict[str, jax.Array], out: dict[str, Any], problem: Problem, config: TileConfig, num_sms: int
+) -> dict[str, jax.Array]:
+    config.check(problem)
+    names = (*operands, *out)
 
     def body(*refs):
-        inputs, (out_gmem, scratch) = refs[: len(names)], refs[len(names) :]
-        _block(dict(zip(names, inputs, strict=True)), out_gmem, scratch, problem, config)
+        *arrays, scratch = refs
+        gmem = dict(zip(names, arrays, strict=True))
+        _block(gmem, gmem.get("out"), scratch, problem, config)
 
     launch = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(problem.out_shape, problem.out_dtype),
-        scratch_types=[_scratch(problem, config, in_rows=values.ndim == 2)],
+        out_type=tuple(jax.ShapeDtypeStruct(t.shape, _signed(t.dtype)) for t in out.values()),
+        scratch_types=[_scratch(problem, config, in_rows=operands["values"].ndim == 2)],
         grid=(num_sms,),
         grid_names=("sm",),
-        num_threads=config.warpgroups + 1,
+        num_threads=config.warpgroups + (1 if problem.packing is None else 2),
         thread_name="wg",
         # Safe here: a chunk of shared memory is written by one warpgroup, committed, and rewritten only after
         # wait_smem_to_gmem, which synchronizes the warpgroup; everything else is ordered by barriers below.
@@ -84,7 +107,18 @@ def matmul(
     )
     # Under `jax.vmap` one launch after the other, each of which fills the GPU. One more grid axis, which `plgpu.kernel`
     # would add, does not lower: tiles of five dimensions are more than the copy engine's descriptors are made for.
-    return jax.custom_batching.sequential_vmap(launch)(*operands.values())
+    found = jax.custom_batching.sequential_vmap(launch)(
+        *(jax.lax.bitcast_convert_type(array, _signed(array.dtype)) for array in operands.values())
+    )
+    return {
+        name: jax.lax.bitcast_convert_type(array, type_.dtype)
+        for (name, type_), array in zip(out.items(), found, strict=True)
+    }
+
+
+def _signed(dtype):
+    """Mosaic has no unsigned words."""
+    return jnp.int32 if dtype == jnp.uint32 else dtype
 
 
 def _span(start, size: int, of: int = GRANULE):
@@ -100,16 +134,23 @@ def _scratch(problem: Problem, config: TileConfig, *, in_rows: bool) -> dict:
     chunk = (columns, GRANULE) if problem.transpose_out else (GRANULE, columns)
     chunk_row = SWIZZLE // out_dtype.itemsize
     chunk_tiling = (plgpu.TilingTransform((8, chunk_row)), plgpu.SwizzleTransform(SWIZZLE))
-    own = {"groups": plgpu.SMEM((3, problem.groups), jnp.int32)} if problem.mode == "contraction" else {}
+    extra: dict[str, Any] = {}
+    if problem.mode == "contraction":
+        extra["groups"] = plgpu.SMEM((3, problem.groups), jnp.int32)
     if problem.v:
-        own["indices"] = plgpu.SMEM((stages, gather.ROWS), jnp.int32)
-    return own | {
-        "values": plgpu.SMEM((stages, c.tile_m, TILE_K // 2), dtype, transforms=_SWIZZLED_A)
-        if in_rows
-        else plgpu.SMEM((stages, c.tile_m // GRANULE, *tile_order.SHAPE), dtype),
-        "metadata": plgpu.SMEM((stages, c.tile_m // GRANULE, 128), jnp.int32),
+        extra["indices"] = plgpu.SMEM((stages, gather.ROWS), jnp.int32)
+    if problem.packing is not None:
+        extra |= {name: plgpu.Barrier(num_barriers=c.warpgroups) for name in ("part_ready", "part_packed")}
+    if problem.a != "sparse":
+        a_shape = (c.tile_m, TILE_K) if problem.a == "k_major" else (TILE_K, c.tile_m)
+        extra["values"] = plgpu.SMEM((stages, *a_shape), dtype, transforms=_SWIZZLED)
+    else:
+        shape = (c.tile_m, TILE_K // 2) if in_rows else (c.tile_m // GRANULE, *tile_order.SHAPE)
+        extra["values"] = plgpu.SMEM((stages, *shape), dtype, transforms=_SWIZZLED_A if in_rows else ())
+        extra["metadata"] = plgpu.SMEM((stages, c.tile_m // GRANULE, 128), jnp.int32)
+    return extra | {
         "b": plgpu.SMEM((stages, *b_shape), dtype, transforms=_SWIZZLED),
-        "chunks": plgpu.SMEM((c.warpgroups, c.store_slots, *chunk), out_dtype, transforms=chunk_tiling),
+        "chunks": plgpu.SMEM((c.warpgroups, c.chunks(problem), *chunk), out_dtype, transforms=chunk_tiling),
         "ring": ring.barriers(stages),
         "operand_filled": plgpu.Barrier(num_barriers=c.warpgroups * c.store_slots),
     }
@@ -132,6 +173,15 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
         else:
             load = functools.partial(_load_tile, gmem, scratch, problem, config)
             _for_each_tile(schedule, load, jnp.int32(0))
+
+    if problem.packing is not None:
+
+        @pl.when(wg > config.warpgroups)
+        def _pack():
+            plgpu.set_max_registers(PACK_REGISTERS, action="decrease")
+            for part in range(config.warpgroups):
+                plgpu.barrier_arrive(scratch["part_packed"].at[part])  # nothing is to be packed yet
+            _for_each_tile(schedule, functools.partial(_pack_tile, gmem, scratch, problem, config), jnp.int32(0))
 
     @pl.when(wg < config.warpgroups)
     def _compute():
@@ -165,19 +215,23 @@ def _for_each_tile(schedule: Schedule, visit, state):
 
 
 def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
-    c = config
+    c, order = config, _token_order(problem, config)
 
     def b_of(i, k, n):
+        if order is not None:
+            rows = ring.add(k, ring.multiply(i, TILE_K))
+            return (n, rows) if problem.b_k_major else (rows, n)
         rows, columns = ring.span(ring.add(k, ring.multiply(i, TILE_K)), TILE_K), ring.span(n, c.tile_n)
         return (columns, rows) if problem.b_k_major else (rows, columns)
 
-    from_b = ring.Copy(gmem["b"], scratch["b"], _SWIZZLED, b_of, (tile.b_k, tile.b_n))
-    ring.load_stages([*_copies_of_a(gmem, scratch, c, tile), from_b], scratch["ring"], c.stages, tile.steps, step)
+    from_b = ring.Copy(gmem["b"], scratch["b"], _SWIZZLED, b_of, (tile.b_k, tile.b_n), order)
+    from_a = _copies_of_a(gmem, scratch, problem, c, tile)
+    ring.load_stages([*from_a, from_b], scratch["ring"], c.stages, tile.steps, step)
     return step + tile.steps
 
 
-def _copies_of_a(gmem, scratch, config: TileConfig, tile: Tile, stage=0) -> list[ring.Copy]:
-    """A's part of a tile's stages from `stage` on: stored values and metadata."""
+def _copies_of_a(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, stage=0) -> list[ring.Copy]:
+    """A's part of a tile's stages from `stage` on: stored values and metadata, or a dense A."""
     in_rows = len(gmem["values"].shape) == 2
     scalars = (lax.div(tile.a_row, GRANULE), lax.div(tile.a_k, TILE_K) + stage)
 
@@ -188,6 +242,13 @@ def _copies_of_a(gmem, scratch, config: TileConfig, tile: Tile, stage=0) -> list
         stored = ring.multiply(ring.add(a_tile, i), TILE_K // 2)
         return ring.span(ring.multiply(row_tile, GRANULE), config.tile_m), ring.span(stored, TILE_K // 2)
 
+    def dense_a(i, row_tile, a_tile):
+        rows = ring.span(ring.multiply(row_tile, GRANULE), config.tile_m)
+        columns = ring.span(ring.multiply(ring.add(a_tile, i), TILE_K), TILE_K)
+        return (rows, columns) if problem.a == "k_major" else (columns, rows)
+
+    if problem.a != "sparse":
+        return [ring.Copy(gmem["values"], scratch["values"], _SWIZZLED, dense_a, scalars)]
     transforms, slice_of = (_SWIZZLED_A, rows_of_a) if in_rows else ((), packed)
     return [
         ring.Copy(gmem["values"], scratch["values"], transforms, slice_of, scalars),
@@ -222,7 +283,7 @@ def _load_gathered(gmem, scratch, schedule: Schedule) -> None:
                 gather.end_stage()
             else:
                 ring.arrive_filled(scratch["ring"], c.stages, step, as_copied=True)
-            ring.load_stages(_copies_of_a(gmem, scratch, c, tile, i), scratch["ring"], c.stages, 1, step)
+            ring.load_stages(_copies_of_a(gmem, scratch, p, c, tile, i), scratch["ring"], c.stages, 1, step)
             if c.gather_lag:
                 _announce(scratch, c, step + 1, c.gather_lag + 1, pending=c.gather_lag)
             return step + 1
@@ -233,6 +294,12 @@ def _load_gathered(gmem, scratch, schedule: Schedule) -> None:
     step = lax.fori_loop(0, rounds, load_tile, jnp.int32(0))
     for lag in range(c.gather_lag, 0, -1):
         _announce(scratch, c, step, lag)
+
+
+def _token_order(problem: Problem, config: TileConfig) -> ring.TokenOrder | None:
+    if problem.packing is not None:
+        return ring.TokenFours(problem.packing.interleaved)
+    return ring.Interleaved(config.tile_n) if problem.b_interleaved else None
 
 
 def _announce(scratch, config: TileConfig, step, lag: int, pending: int = 0):
@@ -247,8 +314,23 @@ def _announce(scratch, config: TileConfig, step, lag: int, pending: int = 0):
 def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
     acc = _multiply(scratch, problem, config, tile.steps, step)
     wg, m, n = _part_of_tile(config)
+    if problem.packing is not None:
+        plgpu.barrier_wait(scratch["part_packed"].at[wg])
+        packing.hand_over(acc.astype(problem.dtype), scratch["chunks"].at[wg], problem)
+        plgpu.barrier_arrive(scratch["part_ready"].at[wg])
+        return step + tile.steps
     _store(acc, gmem, out_gmem, scratch, problem, config, tile, wg, m, n)
     return step + tile.steps
+
+
+def _pack_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
+    """Pack a tile, part by part, while the warpgroups that computed it compute the next one."""
+    for part in range(config.warpgroups):
+        m, n = divmod(part, config.warpgroups_n)
+        plgpu.barrier_wait(scratch["part_ready"].at[part])
+        packing.pack(gmem, scratch["chunks"].at[part], problem, config, tile, m, n)
+        plgpu.barrier_arrive(scratch["part_packed"].at[part])
+    return state
 
 
 class _Kept(NamedTuple):
@@ -264,7 +346,7 @@ class _Kept(NamedTuple):
 def _deferred(problem: Problem, config: TileConfig) -> bool:
     e = problem.epilogue
     two_bytes = jnp.dtype(problem.out_dtype).itemsize == 2
-    return config.deferred and two_bytes and e.operand is None and not e.row_scale
+    return config.deferred and two_bytes and e.operand is None and not e.row_scale and problem.packing is None
 
 
 def _nothing_kept(problem: Problem, config: TileConfig) -> _Kept:
@@ -320,17 +402,26 @@ def _zeros(config: TileConfig):
 
 def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: _Kept | None = None, out_gmem=None):
     """This warpgroup's part of a tile of `steps` stages from the ring's `step` on; stores what is `kept` meanwhile."""
-    c, in_rows = config, len(scratch["values"].shape) == 3
+    c, sparse, values = config, problem.a == "sparse", scratch["values"]
     wg, m, n = _part_of_tile(config)
-    row_tiles = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE)
-    values = scratch["values"].at[:, _span(m, c.warpgroup_m)] if in_rows else scratch["values"].at[:, row_tiles]
+    row_tiles, layout = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE), _SWIZZLED
+    if problem.a == "m_major":
+        values = values.at[:, :, _span(m, c.warpgroup_m)]
+    elif not sparse or len(values.shape) == 3:
+        values, layout = values.at[:, _span(m, c.warpgroup_m)], _SWIZZLED_A if sparse else _SWIZZLED
+    else:
+        values, layout = values.at[:, row_tiles], ()
     b = scratch["b"]
     if c.tile_n > c.warpgroup_n:
         columns = _span(n, c.warpgroup_n)
         b = b.at[:, columns] if problem.b_k_major else b.at[:, :, columns]
-    shape, count = (c.warpgroup_m, c.warpgroup_n), len(main_loop.Stages._fields)
-    types = [plgpu.RefType(_SWIZZLED_A if in_rows else ()), plgpu.RefType(), plgpu.RefType(_SWIZZLED), plgpu.RefType()]
-    operands = [values, scratch["metadata"].at[:, row_tiles], b, scratch["ring"]]
+    shape = (c.warpgroup_m, c.warpgroup_n)
+    types = [plgpu.RefType(layout), plgpu.RefType(_SWIZZLED), plgpu.RefType()]
+    operands = [values, b, scratch["ring"]]
+    if sparse:
+        types.append(plgpu.RefType())
+        operands.append(scratch["metadata"].at[:, row_tiles])
+    count = len(operands)
     scalars = [step, jnp.int32(steps)]
     if kept is not None:
         types += [plgpu.Layout.WGMMA, plgpu.RefType(_SWIZZLED), plgpu.RefType()]
@@ -350,16 +441,9 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
             # Private, but the only way to a description of the output for PTX of our own.
             descriptor = launch._get_tma_desc(out, (), None, (GRANULE, chunk_columns(problem.out_dtype)), SWIZZLE, None)
             deferred = main_loop.Deferred(rounded, tuple(place), chunks, descriptor, problem.transpose_out)
-        return main_loop.multiply(
-            shape,
-            stages,
-            step,
-            steps,
-            deferred,
-            b_k_major=problem.b_k_major,
-            dtype=problem.dtype,
-            fences=bool(problem.v) and not config.gather_lag,
-        )
+        fences = bool(problem.v) and not config.gather_lag
+        options = {"b_k_major": problem.b_k_major, "dtype": problem.dtype, "a": problem.a, "fences": fences}
+        return main_loop.multiply(shape, stages, step, steps, deferred, **options)
 
     return multiply(*operands, *scalars)
 

@@ -18,18 +18,20 @@ from jax.experimental.mosaic.gpu import mma_utils, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.tiles import CHUNK_BYTES, GRANULE, TILE_K
+from pallas_kernels.tiles import CHUNK_BYTES, GRANULE, TILE_K, AForm
 
 _MMA_M = 64
 """Rows of one instruction."""
 _MMA_K = 32
-"""Logical columns of A, and rows of B, of one instruction."""
+"""Logical columns of A, and rows of B, of one instruction; of a dense one:"""
+_DENSE_MMA_K = 16
 
 # A tile of A in shared memory: 64 rows of 64 bytes, swizzled over 64 bytes (tile_order.py).
 _ROW_BYTES = 64
 _TILE_BYTES = _MMA_M * _ROW_BYTES
 
 _PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
+_TILE = CHUNK_BYTES // 2  # elements of 16 bits in a swizzled row
 _CHUNK_SIZE = GRANULE * CHUNK_BYTES
 _CHUNK_COLUMNS = CHUNK_BYTES // 2
 
@@ -38,13 +40,14 @@ class Stages(NamedTuple):
     """The ring as this warpgroup sees it, all in shared memory."""
 
     a: Any
-    """[S, m / 64, 8, 256] stored values tile by tile (tile_order.py), or the same bytes as [S, m, 32]."""
-    metadata: Any
-    """int32 [S, m / 64, 128]: one word per thread."""
+    """[S, m / 64, 8, 256] stored values tile by tile (tile_order.py), or the same bytes as [S, m, 32]; or a dense A,
+    [S, m, 64] or [S, 64, m] as `Problem.a` says, tiled and swizzled as B."""
     b: Any
     """[S, 64, n], or [S, n, 64] where B is k-major, tiled (8, 64) and swizzled over 128 bytes."""
     barriers: Any
     """`ring.barriers`."""
+    metadata: Any = None
+    """int32 [S, m / 64, 128]: one word per thread; None with a dense A."""
 
 
 class Deferred(NamedTuple):
@@ -70,6 +73,7 @@ def multiply(
     *,
     b_k_major: bool,
     dtype: str,
+    a: AForm,
     fences: bool = False,
 ):
     """The sum over the products of `steps` stages of the ring from step `step` on, f32 [m, n] in WGMMA layout.
@@ -82,18 +86,23 @@ def multiply(
       fences: threads wrote part of a stage and passed no fence towards the tensor core.
     """
     ring_size, (row_tiles, n) = ir.MemRefType(stages.a.type).shape[0], (shape[0] // _MMA_M, shape[1])
-    a_base, b_base, b_offsets, b_transposed = _descriptors(stages, n, b_k_major)
+    sparse = stages.metadata is not None
+    b_base, b_offsets, b_transposed = _describe_b(stages.b, n, b_k_major, _MMA_K if sparse else _DENSE_MMA_K)
+    a_base, a_offsets, a_rows, a_transposed = _describe_sparse(stages.a) if sparse else _describe_dense(stages.a, a)
     thread = arith.remui(utils.thread_idx(), _i32(utils.WARPGROUP_SIZE))
     inputs = {
         "a": a_base,
         "b": b_base,
-        "words": arith.addi(_address(stages.metadata), arith.muli(thread, _i32(4))),
         "barriers": _address(stages.barriers),
         "slot": arith.remui(step, _i32(ring_size)),
         "parity": arith.andi(arith.divui(step, _i32(ring_size)), _i32(1)),
         "steps": steps,
         "thread": thread,
     }
+    strides = {name: mma_utils.encode_addr(_stage_bytes(smem)) for name, smem in (("a", stages.a), ("b", stages.b))}
+    if sparse:
+        inputs["words"] = arith.addi(_address(stages.metadata), arith.muli(thread, _i32(4)))
+        strides["words"] = _stage_bytes(stages.metadata)
     chunks, slots, kept = 0, 1, []
     if deferred is not None:
         inputs |= dict(zip(("m", "n", "m_end", "n_end"), deferred.place, strict=True))
@@ -110,14 +119,12 @@ def multiply(
     first_kept = count + len(inputs)
     program = _Program(
         names={name: f"${count + i}" for i, name in enumerate(inputs)},
-        strides={
-            "a": mma_utils.encode_addr(_stage_bytes(stages.a)),
-            "b": mma_utils.encode_addr(_stage_bytes(stages.b)),
-            "words": _stage_bytes(stages.metadata),
-        },
+        strides=strides,
         ring_size=ring_size,
         row_tiles=row_tiles,
         n=n,
+        a_offsets=[[row * a_rows + offset for row in range(row_tiles)] for offset in a_offsets],
+        a_transposed=a_transposed,
         b_offsets=b_offsets,
         b_transposed=b_transposed,
         ptx_type=_PTX_TYPE[dtype],
@@ -154,8 +161,11 @@ class _Program(NamedTuple):
     ring_size: int
     row_tiles: int
     n: int
+    a_offsets: list[list[int]]
+    """Bytes from the stage's A to that of each instruction: for each step along k, of each 64 rows."""
+    a_transposed: bool
     b_offsets: list[int]
-    """Bytes from the stage's B to that of each instruction."""
+    """Bytes from the stage's B to that of each step along k."""
     b_transposed: bool
     ptx_type: str
     fences: bool = False
@@ -165,15 +175,19 @@ class _Program(NamedTuple):
     """Operands that hold the deferred tile: for each 64 rows and 8 columns two words, rows g and g + 8."""
     out_transposed: bool = False
 
+    @property
+    def sparse(self) -> bool:
+        return "words" in self.names
+
     def text(self) -> str:
         """The first stages store a chunk each; then two stages that differ in the registers of metadata, in a loop."""
-        words = [f"{name}{row}" for name in ("even", "odd") for row in range(self.row_tiles)]
+        words = [f"{name}{row}" for name in ("even", "odd") for row in range(self.row_tiles if self.sparse else 0)]
         lines = [
             "{",
             ".reg .pred last, done, leads, begun;",
             ".reg .b32 left, slot, parity, before, barrier, address;",
             ".reg .b64 a_desc, b_desc, slot64;",
-            f".reg .b32 {', '.join(words)};",
+            *([f".reg .b32 {', '.join(words)};"] if words else []),
             *(f"mov.f32 ${i}, 0f00000000;" for i in range(self.row_tiles * self.n // 2)),
             f"mov.b32 left, {self.names['steps']};",
             f"mov.b32 slot, {self.names['slot']};",
@@ -209,12 +223,17 @@ class _Program(NamedTuple):
         return "\n".join(lines)
 
     def _await_stage(self, word: str, label: str) -> list[str]:
-        return [
+        found = [
             f"mad.lo.u32 barrier, slot, 8, {self.names['barriers']};",
             f"WAIT_{label}:",
             "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [barrier], parity;",
             f"@!done bra WAIT_{label};",
             *(["fence.proxy.async.shared::cta;"] if self.fences else []),
+        ]
+        if not self.sparse:
+            return found
+        return [
+            *found,
             f"mad.lo.u32 address, slot, {self.strides['words']}, {self.names['words']};",
             *(f"ld.shared.b32 {word}{row}, [address + {row * 512}];" for row in range(self.row_tiles)),
         ]
@@ -227,19 +246,18 @@ class _Program(NamedTuple):
             f"mad.lo.u64 b_desc, slot64, {self.strides['b']}, {self.names['b']};",
             "wgmma.fence.sync.aligned;",
         ]
-        for half, b_offset in enumerate(self.b_offsets):
-            for row in range(self.row_tiles):
-                a_offset = mma_utils.encode_addr(
-                    row * _TILE_BYTES + half * _MMA_K
-                )  # half of the columns, two bytes each
+        kind, k = ("sp.sync", _MMA_K) if self.sparse else ("sync", _DENSE_MMA_K)
+        for step, (a_offsets, b_offset) in enumerate(zip(self.a_offsets, self.b_offsets, strict=True)):
+            for row, a_offset in enumerate(a_offsets):
                 outputs = ",".join(f"${row * count + i}" for i in range(count))
+                selected = f" {word}{row}, {step}," if self.sparse else ""
                 found += [
                     "{",
                     ".reg .b64 a, b;",
-                    f"add.u64 a, a_desc, {a_offset};",
+                    f"add.u64 a, a_desc, {mma_utils.encode_addr(a_offset)};",
                     f"add.u64 b, b_desc, {mma_utils.encode_addr(b_offset)};",
-                    f"wgmma.mma_async.sp.sync.aligned.m{_MMA_M}n{self.n}k{_MMA_K}.f32.{self.ptx_type}.{self.ptx_type} "
-                    f"{{{outputs}}}, a, b, {word}{row}, {half}, 1, 1, 1, 0, {int(self.b_transposed)};",
+                    f"wgmma.mma_async.{kind}.aligned.m{_MMA_M}n{self.n}k{k}.f32.{self.ptx_type}.{self.ptx_type} "
+                    f"{{{outputs}}}, a, b,{selected} 1, 1, 1, {int(self.a_transposed)}, {int(self.b_transposed)};",
                     "}",
                 ]
         return [*found, "wgmma.commit_group.sync.aligned;"]
@@ -330,27 +348,45 @@ def _lane_address(deferred: Deferred, thread):
     return arith.addi(_address(deferred.chunks), offset)
 
 
-def _descriptors(stages: Stages, n: int, b_k_major: bool):
-    """Descriptors of the first stage's A and B, the bytes to B of each instruction, and whether B is transposed."""
-    a, b = utils.memref_slice(stages.a, 0), utils.memref_slice(stages.b, 0)
-    if b_k_major:
+def _describe_b(stages_b, n: int, k_major: bool, k_step: int):
+    """Descriptor of the first stage's B, the bytes to B of each step along k, and whether B is transposed."""
+    b = utils.memref_slice(stages_b, 0)
+    if k_major:
         b = utils.memref_transpose(b, (1, 0, 3, 2))
     (k, _), _ = mma_utils.tiled_memref_shape(b)
     if k != TILE_K:
         raise ValueError(f"a stage holds {TILE_K} columns of A; b has {k} rows")
-    b_tile = CHUNK_BYTES // 2  # elements of 16 bits in a swizzled row
-    (b_base, b_strides), (_, b_tile_stride), b_fastest = mma_utils.create_descriptor(
-        b, swizzle=CHUNK_BYTES, large_tile=(b_tile, b_tile), group_size=(b_tile, n), logical_k_major=True
+    (base, strides), (_, tile_stride), fastest = mma_utils.create_descriptor(
+        b, swizzle=CHUNK_BYTES, large_tile=(_TILE, _TILE), group_size=(_TILE, n), logical_k_major=True
     )
-    if b_strides[0]:
+    if strides[0]:
         raise NotImplementedError("B must be tiled like its swizzle")
-    (b_stride,) = b_strides[1]
+    (stride,) = strides[1]
+    offsets = [row // _TILE * tile_stride + row % _TILE // 16 * stride for row in range(0, k, k_step)]
+    return base, offsets, fastest != mma_utils.Dim.K
+
+
+def _describe_sparse(stages_a):
+    """Descriptor of the first stage's stored values, the bytes to each step along k, those of 64 rows, and False."""
     # The first offset has no meaning where rows are as long as the swizzle; the second leads to the next eight rows.
-    a_base = mma_utils.encode_descriptor(
-        a, leading_byte_offset=0, stride_byte_offset=8 * _ROW_BYTES, swizzle=_ROW_BYTES
+    base = mma_utils.encode_descriptor(
+        utils.memref_slice(stages_a, 0), leading_byte_offset=0, stride_byte_offset=8 * _ROW_BYTES, swizzle=_ROW_BYTES
     )
-    offsets = [row // b_tile * b_tile_stride + row % b_tile // 16 * b_stride for row in range(0, k, _MMA_K)]
-    return a_base, b_base, offsets, b_fastest != mma_utils.Dim.K
+    return base, [step * _MMA_K for step in range(TILE_K // _MMA_K)], _TILE_BYTES, False  # half of the columns are kept
+
+
+def _describe_dense(stages_a, form: AForm):
+    """As `_describe_sparse` for a dense A, and whether it is transposed."""
+    a = utils.memref_slice(stages_a, 0)
+    if form == "m_major":
+        a = utils.memref_transpose(a, (1, 0, 3, 2))
+    (base, strides), (row_stride, _), fastest = mma_utils.create_descriptor(
+        a, swizzle=CHUNK_BYTES, large_tile=(_MMA_M, _TILE), group_size=(_MMA_M, _TILE), logical_k_major=False
+    )
+    if strides[0]:
+        raise NotImplementedError("A must be tiled like its swizzle")
+    (stride,) = strides[1]
+    return base, [step * stride for step in range(TILE_K // _DENSE_MMA_K)], row_stride, fastest != mma_utils.Dim.K
 
 
 def _i32(value: int):

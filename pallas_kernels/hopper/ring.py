@@ -7,6 +7,7 @@ each release; these count one, the thread that acts for all, as the tensor core'
 Steps are counted over all tiles of a block: step s uses stage s mod S for the (s div S)-th time.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -16,7 +17,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import launch_context, utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, nvvm, scf
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
+
+from pallas_kernels.hopper.mlir_words import i32
 
 _BARRIER_WORDS = 2  # a barrier is 64 bits, the shared memory of 32
 _WAIT_TICKS = 10_000_000
@@ -116,6 +119,98 @@ class Copy(NamedTuple):
     slice_of: Callable[..., tuple]
     """(i, *scalars) -> the slice of gmem that stage i of the tile takes: of words, by `at` and `span`."""
     scalars: tuple
+    order: "TokenOrder | None" = None
+    """Load boxes of `order`; `slice_of` then gives the first row and the first column as words."""
+
+
+class TokenOrder(launch_context.MemRefTransform):
+    """A view of the tokens [R, C] in five dimensions, boxes of which lie in shared memory in another order of rows."""
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def boxes(self, smem) -> list[tuple[int, int]]:
+        """The offset in bytes of each box of a stage, and how many tokens after the first it begins."""
+        raise NotImplementedError
+
+    def coordinates(self, row, column) -> tuple:
+        """Five words, the fastest first."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFours(TokenOrder):
+    """[R, K] -> [4, 2, R / 16, 2, K]: boxes of 64 rows and columns, rows as `pack.blocks.ChunkThread` wants them.
+
+    Along these axes run f mod 4, m div 2, f div 4 and m mod 2, of member m of four f. Interleaved, that is row
+    m R / 4 + f, else row 4 f + m.
+    """
+
+    interleaved: bool
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        return (4, 2, 4, 2, 64)
+
+    def apply(self, ref: ir.Value) -> ir.Value:
+        sixteenths = ir.MemRefType(ref.type).shape[0] // 16
+        if self.interleaved:
+            return utils.memref_transpose(utils.memref_unfold(ref, 0, (2, 2, sixteenths, 4)), (3, 0, 2, 1, 4))
+        return utils.memref_transpose(utils.memref_unfold(ref, 0, (sixteenths, 4, 2, 2)), (1, 2, 0, 3, 4))
+
+    def boxes(self, smem) -> list[tuple[int, int]]:
+        rows = math.prod(ir.MemRefType(smem.type).shape) // self.box[-1]
+        return [(row * _SWIZZLE, row) for row in range(0, rows, math.prod(self.box[:-1]))]
+
+    def coordinates(self, row, column) -> tuple:
+        return column, _i32(0), arith.divui(row, _i32(16)), _i32(0), _i32(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved(TokenOrder):
+    """[R, N] -> [R / 8, N / 64, 2, 4, 64]: the rows of a contraction over interleaved tokens, tiled (8, 64).
+
+    Row k of the contraction is member k mod 4 of four k div 4, row k mod 4 * R / 4 + k div 4 of the array.
+    """
+
+    columns: int
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        return (8, self.columns // 64, 2, 4, 64)
+
+    def apply(self, ref: ir.Value) -> ir.Value:
+        ref = utils.memref_unfold(utils.memref_unfold(ref, 1, (None, 64)), 0, (4, None, 2))
+        return utils.memref_transpose(ref, (1, 3, 2, 0, 4))
+
+    def boxes(self, smem) -> list[tuple[int, int]]:
+        del smem  # one box
+        return [(0, 0)]
+
+    def coordinates(self, row, column) -> tuple:
+        return _i32(0), _i32(0), _i32(0), arith.divui(column, _i32(64)), arith.divui(row, _i32(8))
+
+
+_SWIZZLE = 128
+
+
+def _load_in_order(launch, source, smem, order: TokenOrder, filled: utils.BarrierRef, row, column) -> None:
+    # Private, but the only way to a description of an array in another order.
+    descriptor = launch._get_tma_desc(source, (order,), None, order.box, _SWIZZLE, None)
+    to = llvm.ptrtoint(i32(), utils.memref_ptr(smem))
+    barrier_ = llvm.ptrtoint(i32(), filled.get_ptr())
+    for offset, rows in order.boxes(smem):
+        utils.inline_ptx(
+            "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+            "[$0], [$1, {$2, $3, $4, $5, $6}], [$7];",
+            add(to, _i32(offset)),
+            descriptor,
+            *order.coordinates(add(row, _i32(rows)), column),
+            barrier_,
+            result_types=None,
+            has_side_effects=True,
+        )
 
 
 def load_stages(copies: list[Copy], barriers_smem, stages: int, steps, step) -> None:
@@ -144,10 +239,15 @@ def load_stages(copies: list[Copy], barriers_smem, stages: int, steps, step) -> 
                 filled = barrier(words, stages, slot)
                 nvvm.mbarrier_arrive_expect_tx(filled.get_ptr(), _i32(size))
                 for copy, source, smem in zip(copies, sources, smems, strict=True):
+                    place = copy.slice_of(loop.induction_variable, *itertools.islice(rest, len(copy.scalars)))
+                    stage = utils.memref_slice(smem, at(slot))
+                    if copy.order is not None:
+                        _load_in_order(launch, source, stage, copy.order, filled, *place)
+                        continue
                     launch.async_copy(
                         src_ref=source,
-                        dst_ref=utils.memref_slice(smem, at(slot)),
-                        gmem_slice=copy.slice_of(loop.induction_variable, *itertools.islice(rest, len(copy.scalars))),
+                        dst_ref=stage,
+                        gmem_slice=place,
                         gmem_transform=_tiling(copy.transforms),
                         swizzle=_swizzle(copy.transforms),
                         barrier=filled,

@@ -6,7 +6,7 @@ products over tokens transposed. Which tokens make a four along tokens:
     consecutive   4 p, 4 p + 1, 4 p + 2, 4 p + 3             (rows already lie as the fours want them)
     interleaved   p, p + R/4, p + R/2, p + 3 R/4             (rows in batch order; far apart)
 
-and the packed matrix's columns are then tokens in the order four after four (`contraction_order`).
+and the packed matrix's columns are then tokens in the order four after four (`reference.contraction_order`).
 
 Everything is branch-free jnp that XLA fuses into single passes.
 """
@@ -63,13 +63,6 @@ def take_tokens(
     positions = unpack_positions(metadata)
     low, high = positions[..., 0].T, positions[..., 1].T
     return _feature_major(*reference.pick(_token_fours(a, interleaved), low, high))
-
-
-def contraction_order(rows: Float[Array, "R D"], *, interleaved: bool) -> Float[Array, "R D"]:
-    """Rows in the order of the columns of `pack_tokens`: the other operand of a product over tokens."""
-    if not interleaved:
-        return rows
-    return rows.reshape(4, rows.shape[0] // 4, rows.shape[1]).swapaxes(0, 1).reshape(rows.shape)
 
 
 def _token_fours(a: Array, interleaved: bool) -> tuple[Array, ...]:

@@ -39,7 +39,7 @@ class Thread:
     """Where a thread reads and writes."""
 
     def __init__(self, m: Machine, matrix: Matrix):
-        self.m, self.matrix = m, matrix
+        self.m, self.matrix, self.block = m, matrix, m.block
         column_tiles, row_tiles = matrix.columns // GRANULE, matrix.rows // GRANULE
         row_block, self.column_tile = m.block // column_tiles, m.block % column_tiles
         self.warp, self.lane = m.thread >> 5, m.thread & 31
@@ -70,9 +70,13 @@ class Thread:
     def to_tokens(self, rows: list[list[Word]], part: int = 0) -> None:
         """8 words of both rows into shared memory; wait before `from_tokens`."""
         for row, half in zip(rows, range(2), strict=True):
-            index = self.warp * 16 + self.g + 8 * half
+            index = self._own_row(half)
             for i in range(2):
                 self.m.store_shared(self._shared(index, self.t * 2 + i) + part * 512, row[4 * i : 4 * i + 4])
+
+    def to_tokens_again(self, rows: list[list[Word]]) -> None:
+        """As `to_tokens`, for rows that are as `load_rows` found them."""
+        self.to_tokens(rows)
 
     def from_tokens(self, part: int = 0) -> list[list[Word]]:
         """16 rows, four after four, of features 16 w + g and 16 w + g + 8: 8 words each."""
@@ -81,11 +85,21 @@ class Thread:
         for half in range(2):
             found = []
             for pair in range(2):
-                quarter, j = (matrix & 1) * 2 + (row & 1), (row >> 1) * 4 + 2 * pair + (matrix >> 1)
-                index = quarter * 16 + j if self.matrix.interleaved else j * 4 + quarter
+                member, four = (matrix & 1) * 2 + (row & 1), (row >> 1) * 4 + 2 * pair + (matrix >> 1)
+                index = self._row_of(member, four)
                 found += self.m.load_transposed(self._shared(index, self.warp * 2 + half) + part * 512)
             out.append(found)
         return out
+
+    def _own_row(self, half: int) -> Word:
+        """The row in shared memory of the first or the second row that this thread owns."""
+        if self.matrix.interleaved:
+            return self._row_of(self.warp, self.g + 8 * half)
+        return self._row_of(self.g & 3, self.warp * 4 + (self.g >> 2) + 2 * half)
+
+    def _row_of(self, member: Word, four: Word) -> Word:
+        """The row in shared memory of a member (0..3) of a four (0..15) along rows."""
+        return member * 16 + four if self.matrix.interleaved else four * 4 + member
 
     def _shared(self, index: Word, piece: Word) -> Word:
         """Where a piece of a row lies: rows that are written, or read, together lie in different banks."""
@@ -103,6 +117,32 @@ class Thread:
         self.m.store(name, start + 32, second)
 
 
+class ChunkThread(Thread):
+    """A thread whose 64 x 64 entries lie in shared memory already: a chunk of a product's result.
+
+    Rows of 128 bytes, piece p of row r at p ^ (r mod 8), as the copy engine swizzles them. The product's other operand
+    was loaded such that the two fours and two members that `ldmatrix` takes at once are rows of different r mod 8:
+    the row of member m of four f is [f mod 4, m div 2, f div 4, m mod 2] in bits (2, 1, 2, 1).
+    """
+
+    def load_rows(self, name: str) -> list[list[Word]]:
+        del name  # there is one array in shared memory
+        rows = []
+        for half in range(2):
+            index = self._own_row(half)
+            rows.append([word for i in range(2) for word in self.m.load_shared(self._shared(index, self.t * 2 + i))])
+        return rows
+
+    def to_tokens_again(self, rows: list[list[Word]]) -> None:
+        """Where nothing has changed there is nothing to write."""
+
+    def _row_of(self, member: Word, four: Word) -> Word:
+        return (four & 3) * 16 + (member >> 1) * 8 + (four >> 2) * 2 + (member & 1)
+
+    def _shared(self, index: Word, piece: Word) -> Word:
+        return index * 8 + (piece ^ (index & 7))
+
+
 @dataclasses.dataclass(frozen=True)
 class Directions:
     """Along which axes a kernel packs."""
@@ -111,18 +151,17 @@ class Directions:
     tokens: bool
 
 
-def pack(m: Machine, matrix: Matrix, along: Directions, *, relu: bool, infinity: int) -> None:
+def pack(thread: Thread, along: Directions, *, relu: bool, infinity: int) -> None:
     """y -> packed a = relu(y) (or y), its square along features, and packed again along tokens.
 
     Along tokens it packs what is left along features where both are asked for. With relu each warp writes how many of
     its a are positive.
     """
-    thread = Thread(m, matrix)
-    rows = thread.load_rows("y")
+    m, rows = thread.m, thread.load_rows("y")
     if relu:
         rows = [[m.relu(pair) for pair in row] for row in rows]
         count = words.positives(rows[0] + rows[1], infinity)
-        m.store_word("positives", m.block * 4 + thread.warp, m.warp_sum(count))
+        m.store_word("positives", thread.block * 4 + thread.warp, m.warp_sum(count))
     if along.features:
         packed, *rows = words.pack_rows(m, *rows)
         thread.store_pieces("features", thread.feature_piece, packed.first, packed.second)
@@ -134,24 +173,36 @@ def pack(m: Machine, matrix: Matrix, along: Directions, *, relu: bool, infinity:
         _store_tokens(thread, *thread.from_tokens())
 
 
-def take(m: Machine, matrix: Matrix, along: Directions) -> None:
-    """dy2 -> 2 dy2 a at the positions of a along features and along tokens, and a^2 along tokens."""
-    thread = Thread(m, matrix)
-    rows = thread.load_rows("y")
-    # All loads before the first store to global memory, which none of them could pass.
-    features, tokens = None, None
+_TAKEN_WORDS = 9
+"""Of each direction: a metadata word, and two pieces of a."""
+
+
+def load_taken(thread: Thread, along: Directions) -> list[Word]:
+    """What `take` reads beside dy2, in words: to be loaded before any store, which no load could pass."""
+    found = []
     if along.features:
-        metadata = m.load_word("feature_metadata", thread.feature_word)
-        features = metadata, thread.load_pieces("features", thread.feature_piece)
+        found.append(thread.m.load_word("feature_metadata", thread.feature_word))
+        found += [word for piece in thread.load_pieces("features", thread.feature_piece) for word in piece]
     if along.tokens:
-        metadata = m.load_word("token_metadata", thread.token_word)
-        tokens = metadata, thread.load_pieces("tokens", thread.token_piece)
-        thread.to_tokens(rows)
-    if features is not None:
-        metadata, a = features
+        found.append(thread.m.load_word("token_metadata", thread.token_word))
+        found += [word for piece in thread.load_pieces("tokens", thread.token_piece) for word in piece]
+    return found
+
+
+def take(thread: Thread, along: Directions, loaded: list[Word]) -> None:
+    """dy2 -> 2 dy2 a at the positions of a along features and along tokens, and a^2 along tokens.
+
+    loaded: by `load_taken`.
+    """
+    m, rows = thread.m, thread.load_rows("y")
+    if along.tokens:
+        thread.to_tokens_again(rows)
+    if along.features:
+        metadata, a = loaded[0], [loaded[1:5], loaded[5:9]]
         thread.store_pieces("feature_dy1", thread.feature_piece, *_dy1(m, words.take_rows(m, rows, metadata), a))
-    if tokens is not None:
-        metadata, a = tokens
+    if along.tokens:
+        metadata, *values = loaded[-_TAKEN_WORDS:]
+        a = [values[:4], values[4:]]
         thread.store_pieces("token_squared", thread.token_piece, *(_square(m, row) for row in a))
         m.barrier()
         taken = words.take_rows(m, thread.from_tokens(), metadata)

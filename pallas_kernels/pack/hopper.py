@@ -18,14 +18,14 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 from pallas_kernels import tile_order
 from pallas_kernels.hopper.mlir_words import Word, i32, to_value
 from pallas_kernels.pack import blocks
-from pallas_kernels.pack.blocks import Directions, Matrix
+from pallas_kernels.pack.blocks import Directions, Matrix, Thread
 from pallas_kernels.pack.words import Machine
 from pallas_kernels.tiles import GRANULE
 
 THREADS = utils.WARPGROUP_SIZE
 _SHARED_BYTES = GRANULE * GRANULE * 2
-_PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
-_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}
+PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
+INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00}
 
 
 def pack_activations(y, along: Directions, *, interleaved: bool, relu: bool) -> dict[str, jax.Array]:
@@ -39,7 +39,10 @@ def pack_activations(y, along: Directions, *, interleaved: bool, relu: bool) -> 
         out |= {"features": values, "squared": values, "feature_metadata": metadata}
     if along.tokens:
         out["tokens"], out["token_metadata"] = _packed_types(y.shape[::-1], y.dtype)
-    body = functools.partial(blocks.pack, matrix=matrix, along=along, relu=relu, infinity=_INFINITY[y.dtype.name])
+
+    def body(m: Machine) -> None:
+        blocks.pack(Thread(m, matrix), along, relu=relu, infinity=INFINITY[y.dtype.name])
+
     return _launch(body, matrix, y.dtype, {"y": y}, out, shared=int(along.tokens))
 
 
@@ -54,7 +57,11 @@ def take_activations(dy2, features, tokens, *, interleaved: bool) -> dict[str, j
         arrays |= {"tokens": tokens.values, "token_metadata": tokens.metadata}
         out["token_dy1"] = out["token_squared"] = _packed_types(dy2.shape[::-1], dy2.dtype)[0]
     along = Directions(features is not None, tokens is not None)
-    body = functools.partial(blocks.take, matrix=matrix, along=along)
+
+    def body(m: Machine) -> None:
+        thread = Thread(m, matrix)
+        blocks.take(thread, along, blocks.load_taken(thread, along))
+
     return _launch(body, matrix, dy2.dtype, arrays, out, shared=int(along.tokens))
 
 
@@ -105,7 +112,8 @@ def launch(
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def thread(_, *memrefs):
             pointers = dict(zip((*names, "shared"), map(utils.memref_ptr, memrefs), strict=True))
-            body(machine(pointers, _PTX_TYPE[jnp.dtype(dtype).name]))
+            block, thread = arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)), utils.thread_idx()
+            body(machine(pointers, PTX_TYPE[jnp.dtype(dtype).name], Word(block), Word(thread)))
 
         thread(*gmem, shared_smem)
 
@@ -135,10 +143,9 @@ def _as_signed(dtype):
 class MlirMachine(Machine):
     """`words.Machine` that emits the code of one thread."""
 
-    def __init__(self, pointers: dict[str, ir.Value], ptx_type: str):
+    def __init__(self, pointers: dict[str, ir.Value], ptx_type: str, block: Word, thread: Word):
         self._pointers, self._type = pointers, ptx_type
-        self.block = Word(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
-        self.thread = Word(utils.thread_idx())
+        self.block, self.thread = block, thread
 
     def _ptx(self, code: str, *words: Word | int, **options) -> Word:
         return Word(utils.inline_ptx(code, *map(to_value, words), result_types=i32(), **options))
@@ -174,6 +181,9 @@ class MlirMachine(Machine):
     def store_shared(self, piece: Word, words: list[Word]) -> None:
         self._store_vector(self._at("shared", piece, 16), words)
 
+    def load_shared(self, piece: Word) -> list[Word]:
+        return self._load_vector(self._at("shared", piece, 16))
+
     def barrier(self) -> None:
         utils.warpgroup_barrier()
 
@@ -188,6 +198,18 @@ class MlirMachine(Machine):
             convergent=True,
         )
         return [Word(word) for word in found]
+
+    def store_matrices(self, offset: Word, registers: list[Word]) -> None:
+        """`stmatrix.x4.trans` at this many bytes of shared memory."""
+        base = llvm.ptrtoint(i32(), self._pointers["shared"])
+        utils.inline_ptx(
+            "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};",
+            arith.addi(base, offset.value),
+            *(register.value for register in registers),
+            result_types=None,
+            has_side_effects=True,
+            convergent=True,
+        )
 
     def permute(self, first: Word, second: Word, selector: int) -> Word:
         return self._ptx("prmt.b32 $0, $1, $2, $3;", first, second, selector)

@@ -145,3 +145,10 @@ def _above_threshold(key: Array, is_nan: Array) -> Array:
     above = key > second_smallest(key)[..., None]
     top = jnp.stack([rank < 2 for rank in _ranks(key)], axis=-1)
     return above | (is_nan & top)
+
+
+def contraction_order(rows: Float[Array, "R D"], *, interleaved: bool) -> Float[Array, "R D"]:
+    """Rows in the order of the columns of `activations.pack_tokens`: the other operand of a product over tokens."""
+    if not interleaved:
+        return rows
+    return rows.reshape(4, rows.shape[0] // 4, rows.shape[1]).swapaxes(0, 1).reshape(rows.shape)

@@ -44,6 +44,9 @@ class Machine(abc.ABC):
     def store_shared(self, piece: Word, words: list[Word]) -> None: ...
 
     @abc.abstractmethod
+    def load_shared(self, piece: Word) -> list[Word]: ...
+
+    @abc.abstractmethod
     def barrier(self) -> None: ...
 
     @abc.abstractmethod

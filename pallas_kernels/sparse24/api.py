@@ -6,6 +6,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.array_types import Array, Float, Metadata, accumulator
 from pallas_kernels.epilogue import Epilogue, apply
 from pallas_kernels.metadata import TILE
+from pallas_kernels.pack.reference import contraction_order
 from pallas_kernels.sparse24 import hopper, reference
 from pallas_kernels.tiles import TileConfig
 
@@ -18,6 +19,7 @@ def sparse24(
     b: Float[Array, "_k _n"],
     *,
     b_k_major: bool = False,
+    b_interleaved: bool = False,
     transpose_out: bool = False,
     out_dtype=None,
     epilogue: Epilogue = _PLAIN,
@@ -36,6 +38,8 @@ def sparse24(
         (`pallas_kernels.tile_order`). The kernel reads either as it is.
       metadata: their positions (`pallas_kernels.metadata.pack_positions`), padded to tiles of 64 x 64.
       b: [k, n], or [n, k] if `b_k_major`, in values' dtype.
+      b_interleaved: row k of the product's B is row k mod 4 * K/4 + k div 4 of b, tokens as
+        `pack.reference.contraction_order` sorts them. Not with `b_k_major`; K is then a multiple of 64.
       transpose_out: give out^T [n, m]; `operand` then has that shape too.
       out_dtype: bfloat16, float16 or float32; None is b's.
       epilogue, operand, row_scale: see `Epilogue`.
@@ -54,14 +58,17 @@ def sparse24(
     if a_k != k:
         raise ValueError(f"values {list(values.shape)} have k={a_k}, b {list(b.shape)} has {k=} ({b_k_major=})")
     dispatch.check_multiple(8, m=m, n=n, k=k)
+    if b_interleaved and (b_k_major or k % TILE):
+        raise ValueError(f"b_interleaved takes b [k, n], k a multiple of {TILE}; got {b_k_major=}, {k=}")
     out_dtype = jnp.dtype(b.dtype if out_dtype is None else out_dtype)
     epilogue.check(operand, row_scale, (n, m) if transpose_out else (m, n), m, out_dtype)
     if chosen == "hopper":
         dispatch.check_kernel_dtypes(b.dtype, out_dtype)
         if implementation == "hopper" or not dense_wins(m, n, k):
-            return hopper.sparse24(
-                values, metadata, b, b_k_major, transpose_out, out_dtype.name, epilogue, operand, row_scale, config
-            )
+            options = (b_k_major, transpose_out, out_dtype.name, epilogue, operand, row_scale, config, b_interleaved)
+            return hopper.sparse24(values, metadata, b, *options)
+    if b_interleaved:
+        b = contraction_order(b, interleaved=True)
     values = jnp.pad(dispatch.in_rows(values), ((0, -m % TILE), (0, -k % TILE // 2)))
     b = jnp.pad(b.T if b_k_major else b, ((0, -k % TILE), (0, 0)))
     acc = reference.sparse24(values, metadata, b, out_dtype=accumulator(b.dtype))[:m]

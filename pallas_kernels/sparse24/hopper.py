@@ -19,6 +19,7 @@ def sparse24(
     operand=None,
     row_scale=None,
     config: TileConfig | None = None,
+    b_interleaved: bool = False,
 ):
     """Arguments as in api.py, validated there.
 
@@ -42,6 +43,7 @@ def sparse24(
         dtype=b.dtype.name,
         out_dtype=out_dtype,
         epilogue=epilogue,
+        b_interleaved=b_interleaved,
     )
     out = kernel.matmul(
         values,

@@ -16,6 +16,7 @@ FOLDER = pathlib.Path(__file__).parent
 _H100 = "nvidia_h100_80gb_hbm3"
 _KIND = ("mode", "b_k_major", "transpose_out")
 _SIZES = ("m", "n", "k", "groups")
+_PACKING = (TileConfig(warpgroup_n=192, stages=5), TileConfig(warpgroup_n=192, stages=4))
 _FALLBACK = (
     TileConfig(stages=5, store_slots=1, deferred=True),
     TileConfig(warpgroup_n=128, stages=4),
@@ -45,7 +46,8 @@ def path_of(name: str) -> pathlib.Path:
 def _choose(problem: Problem, name: str) -> TileConfig:
     entries = [entry for entry in _table(name) if all(entry["problem"][f] == getattr(problem, f) for f in _KIND)]
     nearest = sorted(entries, key=lambda entry: _distance(entry["problem"], problem))
-    for config in (*(TileConfig(**entry["config"]) for entry in nearest), *_FALLBACK):
+    tiles = (*(TileConfig(**entry["config"]) for entry in nearest), *_FALLBACK)
+    for config in tiles if problem.packing is None else _PACKING:
         if config.violation(problem) is None:
             return config
     raise ValueError(f"no tile fits {problem}: {_FALLBACK[0].violation(problem)}")
