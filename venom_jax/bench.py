@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import device, timing
 from pallas_kernels.array_types import Array
-from pallas_kernels.pack import api
 from venom_jax import router
 from venom_jax.ffn import pack_weights, sparse_ffn
 from venom_jax.packed_ffn import TokenRows
@@ -31,6 +30,7 @@ SIZES = ((2048, 8192), (4096, 16384))
 RECIPES = {
     "act24": Recipe.act24(),
     "all24": Recipe.all24(),
+    "act24 E=4 k=2": Recipe.act24(experts=4, top_k=2),
     "venom E=2 k=1": Recipe.venom(2, 1),
     "venom E=4 k=2": Recipe.venom(4, 2),
     "venom E=4 k=1": Recipe.venom(4, 1),
@@ -79,21 +79,17 @@ def stages(recipe: Recipe, x, w1, w2, dy) -> dict[str, tuple[Callable[..., Any],
     order = TokenRows(recipe, grouping, tokens, "hopper")
     rows = jax.jit(order.enter)(x)
     sparse = (None, None) if weights is None else (weights.w1, weights.w2)
-    y1 = jax.jit(order.hidden)(rows, sparse[0], w1)
-    options = {"interleaved": order.interleaved}
-    pack = functools.partial(api.pack_activations, features=recipe.activations, tokens=recipe.wgrad == "24", **options)
-    packed = jax.jit(pack)(y1)
+    along = {"features": recipe.activations, "tokens": recipe.wgrad == "24"}
+    pack = functools.partial(order.pack_hidden, **along)
+    packed = jax.jit(pack)(rows, sparse[0], w1)
     features, along_tokens = packed.features, packed.tokens
     y3 = jax.jit(lambda p, w: order.back(p, None, w, k_major=False))(features, w2)
-    take = functools.partial(api.take_activations, **options)
     return found | {
         "gather rows": (order.enter, (x,)),
-        "y1": (order.hidden, (rows, sparse[0], w1)),
-        "pack both ways": (pack, (y1,)),
+        "y1 and pack": (pack, (rows, sparse[0], w1)),
         "y3": (lambda p, w: order.back(p, None, w, k_major=False), (features, w2)),
         "sum copies": (lambda r: order.leave(r, jnp.bfloat16), (y3,)),
-        "dy2": (lambda r, s, w: order.hidden(r, s, w.T), (rows, sparse[1], w2)),
-        "take both ways": (take, (y1, features, along_tokens)),
+        "dy2 and take": (order.take_hidden, (rows, sparse[1], w2, features, along_tokens)),
         "dx": (lambda p, w: order.back(p, None, w, k_major=True), (features, w1)),
         "dW2": (lambda p, r: order.over_tokens(p, None, r, w2.dtype, transpose=False), (along_tokens, rows)),
         "dW1": (lambda p, r: order.over_tokens(p, None, r, w1.dtype, transpose=True), (along_tokens, rows)),
@@ -171,7 +167,7 @@ def _times(recipe: Recipe, dense: timing.Run, sets: list[tuple], with_stages: bo
         for part, (function, arguments) in stages(recipe, *sets[0]).items()
     }
     parts = {part: run for part, run in timing.build(jobs).items() if not isinstance(run, Exception)}
-    part_ms = timing.race(parts, dict.fromkeys(parts, 1), rounds=3, seconds=0.005)
+    part_ms = timing.race(parts, dict.fromkeys(parts, 1), rounds=5, seconds=0.005)
     return found | {"stage_ms": {part: round(ms, 4) for part, ms in part_ms.items()}}
 
 
