@@ -149,10 +149,14 @@ def _run(
 
 
 def _reference_rows(a, b, group_sizes, groups: int):
-    tokens = a.shape[0]
-    sizes = _clipped(group_sizes, tokens)
-    out = reference.rows(a, b.reshape(groups, -1, b.shape[1]), sizes, align=GRANULE)
-    return jnp.where(jnp.arange(tokens)[:, None] < jnp.sum(sizes), out, 0)
+    return dense_rows(a, b.reshape(groups, -1, b.shape[1]), group_sizes)
+
+
+def dense_rows(rows, by_group, group_sizes):
+    """rows [R, k] times the matrix [k, n] of each row's group, as the kernels take group sizes: in plain jnp."""
+    sizes = padded_sizes(group_sizes, rows.shape[0])
+    out = reference.rows(rows, by_group, sizes, align=GRANULE)
+    return jnp.where(jnp.arange(rows.shape[0])[:, None] < jnp.sum(sizes), out, 0)
 
 
 def _reference_columns(a, b, group_sizes, groups: int):
@@ -162,14 +166,14 @@ def _reference_columns(a, b, group_sizes, groups: int):
 
 def _reference_contraction(a, b, group_sizes, groups: int):
     del groups
-    out = reference.contraction(a.T, b, _clipped(group_sizes, a.shape[1]), align=GRANULE)
+    out = reference.contraction(a.T, b, padded_sizes(group_sizes, a.shape[1]), align=GRANULE)
     return out.reshape(-1, b.shape[1])
 
 
 _REFERENCE = {"rows": _reference_rows, "columns": _reference_columns, "contraction": _reference_contraction}
 
 
-def _clipped(group_sizes, tokens: int):
+def padded_sizes(group_sizes, tokens: int):
     """Sizes rounded up to the granule and cut where the tokens end: what the kernels make of them."""
     padded = -(-jnp.clip(group_sizes, 0, tokens) // GRANULE) * GRANULE
     ends = jnp.minimum(jnp.cumsum(padded), tokens)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from pallas_kernels import device, dispatch, tuned
 from pallas_kernels.array_types import Array, Float, Int
 from pallas_kernels.grouped24 import api as grouped
-from pallas_kernels.grouped24 import reference as dense_groups
 from pallas_kernels.hopper import kernel
 from pallas_kernels.pack import api
 from pallas_kernels.pack.activations import Packed
@@ -104,7 +103,7 @@ def _product(weights, rows, group_sizes, transposed: bool) -> Array:
     if group_sizes is None:
         return jnp.dot(rows, by_row)
     by_expert = jnp.moveaxis(by_row.reshape(by_row.shape[0], group_sizes.shape[0], -1), 1, 0)
-    return dense_groups.rows(rows, by_expert, group_sizes, align=GRANULE).astype(rows.dtype)
+    return grouped.dense_rows(rows, by_expert, group_sizes).astype(rows.dtype)
 
 
 def _check(weights, rows, group_sizes, transposed: bool) -> int:
