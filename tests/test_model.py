@@ -26,9 +26,9 @@ def tokens():
     return jax.random.randint(jax.random.key(1), (2, 16), 0, MODEL.vocab_size)
 
 
-def logits(built, tokens, *, recipe=DENSE, remat="none"):
+def logits(built, tokens, *, recipe=DENSE, **options):
     graphdef, *arrays = built
-    forward = jax.jit(lambda arrays: model.assemble(graphdef, *arrays)(tokens, recipe=recipe, remat=remat)[0])
+    forward = jax.jit(lambda arrays: model.assemble(graphdef, *arrays)(tokens, recipe=recipe, **options)[0])
     return forward(arrays)
 
 
@@ -125,19 +125,19 @@ def test_the_norm_takes_the_size_of_queries_and_keys_away(tokens):
         assert (np.abs(forward(changed) - forward(params)).max() > 1e-4) == changes
 
 
-def test_rematerialisation_changes_no_gradient(small, tokens):
+def test_rematerialisation_and_unrolling_change_no_gradient(small, tokens):
     graphdef, params, method = small
 
-    def gradient(remat):
+    def gradient(**options):
         def loss(params):
-            return jnp.square(logits((graphdef, params, method), tokens, recipe=Recipe.all24(), remat=remat)).mean()
+            return jnp.square(logits((graphdef, params, method), tokens, recipe=Recipe.all24(), **options)).mean()
 
         return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
 
-    kept = gradient("none")
-    for policy in ("dots", "full"):
-        for expected, recomputed in zip(kept, gradient(policy), strict=True):
-            assert_close(recomputed, expected, "float32")
+    kept = gradient()
+    for options in ({"remat": "dots"}, {"remat": "full"}, {"unroll": MODEL.layers}):
+        for expected, found in zip(kept, gradient(**options), strict=True):
+            assert_close(found, expected, "float32")
 
 
 def test_statistics_have_one_structure_for_every_recipe(small, tokens):

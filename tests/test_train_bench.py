@@ -6,20 +6,28 @@ import pytest
 
 from tests.trainer import run_config
 from train.bench import measure, parse_recipe
+from train.trace import PARTS
 from venom_jax import Recipe
 
 
-def test_a_row_for_each_recipe_in_the_benchmarks_format(capsys):
-    rows = measure(run_config(), ["venom:4:1"], "small", rounds=1, parts=False, switch=False)
-    assert [row["case"] for row in rows] == ["small dense", "small venom E=4 k=1"]
+def test_a_row_for_each_recipe_in_the_benchmarks_format(capsys, tmp_path):
+    output = tmp_path / "steps.json"
+    rows = measure(run_config(), ["venom:4:1"], "small", rounds=1, parts=True, switch=True, output=output)
+    names = ["dense", "venom E=4 k=1", "dense, switch", "venom E=4 k=1, switch"]
+    assert [row["case"] for row in rows] == [f"small {name}" for name in names]
+    assert [row["rival"] for row in rows] == ["dense", "dense", "dense", "venom E=4 k=1"]
     for row in rows:
         assert row["ms"] > 0
-        assert row["rival_ms"] == rows[0]["ms"]
         assert row["speedup"] == pytest.approx(row["rival_ms"] / row["ms"], rel=0.01)
         assert row["tokens_per_second"] == pytest.approx(8 * 16 / row["ms"] * 1e3, rel=0.01)
         assert row["memory_gib"] >= 0
+    assert rows[0]["rival_ms"] == rows[0]["ms"]
+    for row in rows[:2]:
+        assert row["part_ms"].keys() == {*PARTS, "communication", "other", "idle"}
+        assert min(row["part_ms"][part] for part in PARTS) > 0
+        assert sum(row["part_ms"].values()) == pytest.approx(row["ms"], abs=0.1)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert printed == rows
+    assert printed == rows == json.loads(output.read_text())
 
 
 def test_names_of_recipes():

@@ -298,6 +298,7 @@ class Train:
     accumulation: int = 1  # microbatches per optimizer step
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and moments are float32
     remat: Literal["none", "dots", "full"] = "none"
+    unroll: int = 1  # layers that one turn of the loop over layers runs; Model.layers: no loop, longer compilation
     loss_chunks: int = 1  # the loss is computed in this many slices of the sequence
     z_loss: float = 0.0  # adds z_loss * (log sum exp of the logits)^2 to the training loss
     implementation: Implementation | None = None
@@ -330,6 +331,7 @@ class Train:
             "keep_checkpoints",
             "log_every",
             "loss_chunks",
+            "unroll",
         )
         _at_least(self, 0, "seed", "diagnosis_every", "sample_tokens", "sample_every", "keep_every", "z_loss")
         if self.batch_size % self.accumulation:

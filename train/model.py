@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from train.config import Model
@@ -23,12 +24,17 @@ from venom_jax.dispatch import Implementation
 from venom_jax.ffn import pack_weights
 from venom_jax.packed_ffn import FFN_RESIDUALS
 
+ATTENTION_INPUTS = "attention_inputs"
+
 
 def _keep_products(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
-    """Keeps what is dear to compute: dense products, fused attention, and the sparse FFN's packed activations."""
+    """Keeps what is dear to compute: dense products, fused attention, and the sparse FFN's packed activations.
+
+    Of the projections it keeps what attention reads of them, rotated: the same size, and ready for the backward.
+    """
     policies = jax.checkpoint_policies
     keep = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(FFN_RESIDUALS)
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(FFN_RESIDUALS, ATTENTION_INPUTS)
     )
     # cuDNN's attention is a primitive of its own that no policy of jax knows.
     return "dot_product_attention_fwd" in primitive.name or keep(primitive, *shapes, **parameters)
@@ -108,12 +114,15 @@ class Attention(nnx.Module):
         """Queries, keys and values; the first two rotated, x standing at ``position`` as in ``rotary``."""
         config = self.config
         heads, kv_heads = config.heads, config.key_value_heads
-        qkv_BxSxNxh = (x @ self.qkv[...].astype(x.dtype)).reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
+        with jax.named_scope("projections"):
+            qkv = x @ self.qkv[...].astype(x.dtype)
+        qkv_BxSxNxh = qkv.reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query, key, value = jnp.split(qkv_BxSxNxh, (heads, heads + kv_heads), axis=2)
         if config.qk_norm:
             query = rms_norm(query, self.query_scale[...], config.norm_epsilon)
             key = rms_norm(key, self.key_scale[...], config.norm_epsilon)
-        return rotary(query, config.rope_base, position), rotary(key, config.rope_base, position), value
+        query, key = (rotary(part, config.rope_base, position) for part in (query, key))
+        return checkpoint_name((query, key, value), ATTENTION_INPUTS)
 
     def mix(
         self,
@@ -132,7 +141,8 @@ class Attention(nnx.Module):
 
     def merge(self, mixed: Float[Array, "B S H h"]) -> Float[Array, "B S D"]:
         """The output projection of what the heads read."""
-        return mixed.reshape(*mixed.shape[:2], -1) @ self.out[...].astype(mixed.dtype)
+        with jax.named_scope("projections"):
+            return mixed.reshape(*mixed.shape[:2], -1) @ self.out[...].astype(mixed.dtype)
 
     def __call__(self, x: Float[Array, "B S D"], documents: Documents | None = None) -> Float[Array, "B S D"]:
         if documents is None:
@@ -169,17 +179,21 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], tuple[FFNStats, Float[Array, "B S D"]]]:
         """The block's output, and what its FFN reports and reads."""
         epsilon = self.config.norm_epsilon
-        x = x + self.attention(rms_norm(x, self.attention_scale[...], epsilon), documents)
+        attention_input = rms_norm(x, self.attention_scale[...], epsilon)
+        with jax.named_scope("attention"):
+            mixed = self.attention(attention_input, documents)
+        x = x + mixed
         ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
-        y, stats = self.ffn(
-            ffn_input,
-            recipe=recipe,
-            packed=packed,
-            return_stats=True,
-            key=key,
-            implementation=implementation,
-            axis=axis,
-        )
+        with jax.named_scope("ffn"):
+            y, stats = self.ffn(
+                ffn_input,
+                recipe=recipe,
+                packed=packed,
+                return_stats=True,
+                key=key,
+                implementation=implementation,
+                axis=axis,
+            )
         return x + y, (stats, ffn_input)
 
 
@@ -211,12 +225,14 @@ class Decoder(nnx.Module):
         packed: PackedWeights | None = None,
         implementation: Implementation | None = None,
         remat: str = "none",
+        unroll: int = 1,
         keep_ffn_inputs: bool = False,
         shards: Shards | None = None,
     ) -> tuple[Float[Array, "B S D"], FFNStats, Float[Array, "L B S D"] | None]:
         """Last hidden states after the final norm, statistics with a leading L, and the FFNs' inputs if kept.
 
         packed: the FFNs' weights as ``pack_ffns`` made them, with a leading L; None packs them in every call.
+        unroll: layers that one turn of the loop runs.
         shards: inside ``jax.shard_map``, where tokens are a device's rows and parameters its parts.
         """
         graphdef, stacked = nnx.split(self.blocks)
@@ -243,9 +259,9 @@ class Decoder(nnx.Module):
         for first, end, part in recipe.parts(self.config.layers):
             run = partial(layer, part)
             if remat != "none":
-                # Inside a scan the loop already keeps XLA from undoing the recomputation.
-                run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
-            x, reported = jax.lax.scan(run, x, take_layers((stacked, keys, packed), first, end))
+                # A loop already keeps XLA from undoing the recomputation.
+                run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=unroll > 1)
+            x, reported = jax.lax.scan(run, x, take_layers((stacked, keys, packed), first, end), unroll=unroll)
             found.append(reported)
         stats, ffn_inputs = join_layers(found)
         return rms_norm(x, self.final_scale[...], self.config.norm_epsilon), stats, ffn_inputs
@@ -302,7 +318,8 @@ def pack_ffns(params: dict, method: dict, recipe: StackRecipe, dtype: Any) -> Pa
     if not {"y1", "dy2"} & set(recipe.weights):
         return None
     ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
-    return jax.lax.map(lambda layer: pack_weights(*layer, dtype=dtype), (ffn["w1"], ffn["w2"], state["beta"]))
+    with jax.named_scope("ffn"):
+        return jax.lax.map(lambda layer: pack_weights(*layer, dtype=dtype), (ffn["w1"], ffn["w2"], state["beta"]))
 
 
 def parameter_count(config: Model) -> int:

@@ -45,6 +45,7 @@ def hidden_states(
         packed=packed,
         implementation=train.implementation,
         remat=train.remat,
+        unroll=train.unroll,
         shards=shards,
     )
     return hidden, stats
@@ -94,9 +95,10 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
             labels = tokens[:, 1:]
             weights = jnp.full(labels.shape, 1 / (labels.size * devices), jnp.float32)
             operands, train = (hidden, model.head_weight(), labels, weights), config.train
-            if shards is None:
-                return weighted_cross_entropy(*operands, train.loss_chunks, train.z_loss), stats
-            return sharded_cross_entropy(*operands, train.loss_chunks, train.z_loss, shards.axis), stats
+            with jax.named_scope("head"):
+                if shards is None:
+                    return weighted_cross_entropy(*operands, train.loss_chunks, train.z_loss), stats
+                return sharded_cross_entropy(*operands, train.loss_chunks, train.z_loss, shards.axis), stats
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, value, stats.density.mean(), stats.load
@@ -196,9 +198,11 @@ def make_train_step(
         branch = jnp.asarray(config.schedule.branches, jnp.int32)[state.phase]
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         grads, load, metrics = take_branch(branch, branches, state.params, state.method, tokens, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)  # pyrefly: ignore[bad-argument-type]
+            grad_norm = optax.tree.norm(grads)
         method = take_branch(branch, [partial(update_bias, recipe) for recipe in recipes], state.method, load)
-        params: Any = optax.apply_updates(state.params, updates)  # pyrefly: ignore[bad-argument-type]
         new_state = TrainState(
             params=params,
             method=method,
@@ -208,11 +212,11 @@ def make_train_step(
             rng=state.rng,
             ema=updated_average(state.ema, params, state.step, config.optimizer.ema),
         )
-        grad_norm = optax.tree.norm(grads)
         good = counts(metrics["loss"], grad_norm, limit)
         if number is not None:
             good &= state.step == number
-        new_state = keep_if(good, new_state, state, skip=config.guard.action == "skip")
+        with jax.named_scope("optimizer"):
+            new_state = keep_if(good, new_state, state, skip=config.guard.action == "skip")
         return new_state, metrics | {"grad_norm": grad_norm, "lr": schedule(state.step)}
 
     return train_step

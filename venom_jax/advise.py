@@ -240,7 +240,8 @@ def _break_even(
 
 def _training_steps(gpu: str, rows: Sequence[Row]) -> list[str]:
     """What whole steps of some models gained, attention, logits and optimizer included."""
-    found = [r for r in rows if r["bench"] == "train_step" and is_same_gpu(gpu, r["device"]) and r["speedup"]]
+    steps = [r for r in rows if r["bench"] == "train_step" and r["rival"] == "dense" and r["speedup"]]
+    found = [r for r in steps if is_same_gpu(gpu, r["device"])]
     lines = [f"- {r['case']}: {r['speedup']:.2f}x dense ({r['ms']:.0f} ms)" for r in found if "dense" not in r["case"]]
     return lines or [f"- No table (train.json) for {gpu}."]
 

@@ -124,11 +124,19 @@ def sparse_ffn(
     if recipe.is_dense:
         # Results in x's dtype (accumulated in f32 all the same): f32 results would give f32 operands to the backward.
         a = jax.nn.relu(x @ w1.astype(x.dtype))
-        y, density = (a * a) @ w2.astype(x.dtype), jnp.mean(a > 0, dtype=jnp.float32)
+        y, density = (a * a) @ w2.astype(x.dtype), sampled_density(a)
     else:
         beta = jnp.ones(len(WEIGHT_GEMMS), jnp.float32) if beta is None else beta
         y, density = _sparse(recipe, kernels, x, w1, w2, beta, packed, route)
     return (y, jax.lax.stop_gradient(density)) if return_density else y
+
+
+def sampled_density(a: Float[Array, "T F"]) -> Float[Array, ""]:
+    """Share of positive activations of at most 2,048 tokens, evenly spaced.
+
+    The sparse forms count as they pack; reading all of `a` once more would be 2 % of a dense layer's time.
+    """
+    return jnp.mean(a[:: -(-a.shape[0] // 2048)] > 0, dtype=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -29,6 +29,7 @@ from venom_jax.ffn import (
     pack_weights,
     rows_in_groups,
     rows_of_kernels,
+    sampled_density,
     through_thresholds,
     weight_operand,
 )
@@ -156,7 +157,7 @@ def _dense(axis: str, x, w1, w2):
 def _dense_forward(axis, x, w1, w2):
     a = jax.nn.relu(x @ gather(w1.astype(x.dtype), axis, _COLUMNS))
     y3 = (a * a) @ gather(w2.astype(x.dtype), axis, _ROWS)
-    return (y3, jnp.mean(a > 0, dtype=jnp.float32)), (x, w1, w2, a)
+    return (y3, sampled_density(a)), (x, w1, w2, a)
 
 
 def _dense_backward(axis, residuals, cotangents):
