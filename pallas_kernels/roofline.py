@@ -16,6 +16,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -149,24 +150,26 @@ def add_slopes(rows: list[dict]) -> None:
 
 
 def launch(words: str, seconds: float) -> None:
-    """Launch each case once and print its name, for `seconds`; then only what has been launched counts."""
-    end = time.monotonic() + seconds
+    """Launch each case once and print its name; no case is begun that would not end within `seconds`."""
+    end, longest = time.monotonic() + seconds, 0.0
 
     def prepare(problem, sizes, config):
         arguments = (*bench.operands(problem, 0), bench.group_array(problem, sizes))
         return jax.jit(bench.launch(problem, config)).lower(*arguments).compile(), arguments
 
-    for batch in itertools.batched(cases(words).items(), 16):
-        built = timing.build({name: functools.partial(prepare, *case) for name, case in batch}, at_once=16)
+    for batch in itertools.batched(cases(words).items(), 12):
+        start = time.monotonic()
+        if start + longest > end:
+            return
+        built = timing.build({name: functools.partial(prepare, *case) for name, case in batch}, at_once=12)
         for name, ready in built.items():
             if isinstance(ready, Exception):
                 print(f"skipped {name}: {ready!r}", flush=True)
                 continue
-            if time.monotonic() > end:
-                return
             compiled, arguments = ready
             jax.block_until_ready(compiled(*arguments))
             print(f"launched {name}", flush=True)
+        longest = max(longest, time.monotonic() - start)
 
 
 def read_counters(words: str, seconds: float, log: str) -> list[dict]:
@@ -177,12 +180,12 @@ def read_counters(words: str, seconds: float, log: str) -> list[dict]:
     return rows
 
 
-def draw(words: str) -> list[dict]:
+def draw(words: str) -> Iterator[dict]:
     """Power, energy and clock in a loop of each case of `POWER`: "sparse", the same with "zeros", and "dense".
 
     The dense product is XLA's of the same sizes, and of the whole layer for groups.
     """
-    meter, rows = power.Meter(), []
+    meter = power.Meter()
     kinds = itertools.product((name for name in POWER if words in name), ("sparse", "zeros", "dense"))
     built = timing.build({key: functools.partial(_loop, *key) for key in kinds}, at_once=18)
     for (name, kind), ready in built.items():
@@ -190,9 +193,8 @@ def draw(words: str) -> list[dict]:
             print(f"skipped {name} {kind}: {ready!r}", flush=True)
             continue
         read = power.measure(meter, *ready)
-        rows.append({"bench": "power", "case": name, "operands": kind, "limit_watts": meter.limit_watts(), **read})
         print(f"power {name} {kind}: {read}", flush=True)
-    return rows
+        yield {"bench": "power", "case": name, "operands": kind, "limit_watts": meter.limit_watts(), **read}
 
 
 def _loop(name: str, kind: str) -> tuple[timing.Run, int]:
@@ -260,17 +262,17 @@ def main() -> None:
         return
     rows, failures = [], []
 
-    def save(found: list[dict]) -> None:
+    def save(row: dict) -> None:
         gpu = device.current()
         stamp = {
             "device": gpu.name if gpu else "none",
             "jax": jax.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        rows.extend(row | stamp for row in found)
+        rows.append(row | stamp)
         with open(arguments.json, "w") as file:
             file.write("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-        if arguments.table and rows:
+        if arguments.table:
             pathlib.Path(arguments.table).write_text(table(rows))
 
     parts = {
@@ -280,7 +282,8 @@ def main() -> None:
     }
     for part in (part for part in parts if part in arguments.parts):
         try:
-            save(parts[part]())
+            for row in parts[part]():
+                save(row)
         except (RuntimeError, ValueError, OSError) as error:
             failures.append(f"{part}: {error}")
     if failures:

@@ -198,7 +198,7 @@ def test_the_program_writes_counters_and_power(monkeypatch, tmp_path):
     assert sum(line.startswith(f"| {name}") for line in tables.read_text().splitlines()) == 5
 
 
-def test_what_fails_is_said_and_the_rest_is_written(monkeypatch, tmp_path):
+def test_what_fails_is_said(monkeypatch, tmp_path):
     def fail(command, log):
         raise FileNotFoundError("no ncu on PATH")
 
@@ -209,7 +209,7 @@ def test_what_fails_is_said_and_the_rest_is_written(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["roofline", f"--json={path}", f"--cases={roofline.POWER[0]}"])
     with pytest.raises(SystemExit, match=r"^counters: no ncu on PATH$"):
         roofline.main()
-    assert json.loads(path.read_text()) == []
+    assert not path.exists()
 
 
 def test_rows_and_table():
