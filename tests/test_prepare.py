@@ -186,6 +186,7 @@ def test_find_files_takes_paths_patterns_and_folders_once_each_in_order(tmp_path
         (b'{"body": "a"}\n', r"line 1: no field 'text'; the fields are \['body'\].*--text_field"),
         (b'{"text": 3}\n', r"line 1: field 'text' should be a string, found int"),
         (b"", r"the input holds no t"),
+        (b"\x28\xb5\x2f\xfd and so on", r"a\.jsonl, line 1: compressed by zstd.*give it as \.jsonl\.zst"),
     ],
 )
 def test_a_mistake_in_jsonl_names_file_and_line(content, message, tmp_path):
@@ -295,7 +296,7 @@ def test_broken_zst_is_named(damage, tmp_path):
     write_zst(path, TEXTS)
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[:-9], "garbage inside": whole + b"x" * 40, "not zst": b"x" * 40}[damage])
-    with pytest.raises(ValueError, match=r"a\.jsonl\.zst: broken compressed data after line \d+"):
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst: broken compressed data after line \d+.*fetch the file"):
         list(read_documents(path))
 
 
@@ -313,7 +314,7 @@ def test_broken_parquet_is_named(tmp_path):
 
 def test_txt_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(ValueError, match=r"a\.txt: not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"a\.txt, after line 0: not UTF-8 text.*iconv"):
         list(read_documents(tmp_path / "a.txt"))
 
 

@@ -1,6 +1,8 @@
 """One run in two processes that share a batch and the weights, as on two hosts; its checkpoint in one process."""
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,23 +17,33 @@ from train.config import CONFIG_ROOT, load_config
 
 
 def start(bindings, workdir, folder):
-    """Both processes of a run of two, on a device each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    """Both processes of a run of two, on a device each; the first learns from SLURM's variables who it is."""
+    port = free_port(65536 - (1 << 12), 65536)  # JAX takes the job's number modulo 2^12, from the end of the range
+    slurm = {"JOB_ID": port % (1 << 12), "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": 0, "LOCALID": 0}
+    hows = ["auto", f"localhost:{port},2,1"]
+    variables = [{f"SLURM_{name}": str(value) for name, value in slurm.items()}, {}]
     program = [sys.executable, "-m", "train.main", *(f"--gin_bindings={binding}" for binding in bindings)]
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(CONFIG_ROOT)}
     return [
         subprocess.Popen(
-            [*program, f"--workdir={workdir}", f"--distributed={address},2,{index}"],
-            env=os.environ | flags,
+            [*program, f"--workdir={workdir}", f"--distributed={how}"],
+            env=os.environ | flags | more,
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for index in range(2)
+        for how, more in zip(hows, variables, strict=True)
     ]
+
+
+def free_port(first, end):
+    """A port of this range that nobody listens on."""
+    for port in random.sample(range(first, end), 100):
+        with contextlib.suppress(OSError), socket.socket() as taken:
+            taken.bind(("localhost", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def finish(processes):

@@ -148,6 +148,13 @@ def checked(condition: bool, text: str) -> None:
         raise PartError(text)
 
 
+def fed(session: Session, found: dict[str, Any]) -> None:
+    """The input pipeline's rate on this host, with nothing else to do."""
+    text = session.call("data", "train.data_bench", f"--folder={session.tokens}", "--seconds=3")
+    found |= json.loads(text.strip().splitlines()[-1])
+    checked(found["times_consumed"] >= 10, f"only {found['times_consumed']:.1f} times what a 1B model's step consumes")
+
+
 def killed(session: Session, found: dict[str, Any]) -> dict[int, float]:
     """Trains until KILL_AT and a complete checkpoint, then SIGKILL.  Returns the losses until then."""
     log = session.work / "killed.log"
@@ -367,6 +374,12 @@ def words_branched(part: dict[str, Any]) -> str:
 
 
 PAGE: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "data": (
+        "`train.data_bench`",
+        lambda p: (
+            f"{p['tokens_per_second'] / 1e6:.1f}M tokens/s, {p['times_consumed']:.0f} times a step of the 1B model"
+        ),
+    ),
     "kill": ("SIGKILL in the sparse phase", words_killed),
     "resume": ("the same command again", words_resumed),
     "evaluate": ("`train.evaluate`", lambda p: "; ".join(p[name] for name in EVALUATIONS)),
@@ -453,6 +466,8 @@ def conduct(session: Session, output: Path) -> int:
     """All parts, then the results; exit code 1 if any part failed."""
     result = about(session)
     before: dict[int, float] = {}
+    with session.part("data") as found:
+        fed(session, found)
     with session.part("kill") as found:
         before = killed(session, found)
     with session.part("resume") as found:

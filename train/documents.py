@@ -21,6 +21,8 @@ TXT_DOCUMENT_CHARS = 1 << 18
 # A document is encoded in one piece: a longer one, most likely a file taken for a line, would take many GB.
 MAX_DOCUMENT_CHARS = 1 << 26
 
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd", b"BZ": "bzip2", b"\xfd7": "xz"}  # first two bytes
+
 EXAMPLES = 3  # of broken documents that are kept in words
 FEW_BROKEN = 10  # so many may be broken whatever their share: one of twenty is no reason to stop
 BROKEN_AT_ONCE = 1000  # so many in one group of files show that something is wrong with all of it
@@ -218,6 +220,9 @@ def _jsonl(
 ) -> Iterator[str]:
     number = 0
     with path.open("rb") as file:
+        if path.name.endswith(".jsonl") and (kind := _COMPRESSED.get(file.read(2))):
+            raise ValueError(f"{path}, line 1: compressed by {kind}, not text; give it as .jsonl.zst, packed by zstd")
+        file.seek(0)
         raw: BinaryIO = CallbackIOWrapper(on_bytes, file, "read")  # pyrefly: ignore
         stream: pa.NativeFile = pa.PythonFile(raw, mode="r")
         if not path.name.endswith(".jsonl"):
@@ -234,7 +239,9 @@ def _jsonl(
                     continue
                 yield text
         except OSError as error:
-            raise ValueError(f"{path}: broken compressed data after line {number}: {error}") from error
+            raise ValueError(
+                f"{path}: broken compressed data after line {number}: {error}; fetch the file again, or leave it out"
+            ) from error
 
 
 def _text_of(line: bytes, field: Field, where: str) -> str:
@@ -279,15 +286,21 @@ def _parquet(
                         yield text
                 on_bytes(path.stat().st_size // groups)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: broken parquet file after row {row}: {error}") from error
+        raise ValueError(
+            f"{path}: broken parquet file after row {row}: {error}; fetch the file again, or leave it out"
+        ) from error
 
 
 def _txt(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    lines = 0
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             while text := file.read(TXT_DOCUMENT_CHARS):
                 text += file.readline(TXT_DOCUMENT_CHARS)
+                lines += text.count("\n")
                 yield text
                 on_bytes(len(text.encode()))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+            raise ValueError(
+                f"{path}, after line {lines}: not UTF-8 text: {error}; convert it (iconv -t UTF-8), or leave it out"
+            ) from error
