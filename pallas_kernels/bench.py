@@ -1,5 +1,7 @@
 """Time the kernels against their rivals: python -m pallas_kernels.bench --json FILE [--cases WORD] [--table FILE]
 
+With --small the sizes around the break-even with the dense product, and that as the only rival.
+
 A case is timed only after its result has passed the comparison with a product in f64, in the same run. Rivals: the best
 dense product over operand layouts (XLA, and cuBLAS through torch where torch is installed), and for 2:4 problems the
 best of cuSPARSELt's algorithm search over layouts and result orders (torch). Operands are random, buffers rotate, all
@@ -36,8 +38,10 @@ PAIRS = jnp.array([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]], jnp.int32)
 type Sizes = tuple[int, ...] | None
 
 
-def problems() -> dict[str, tuple[Problem, Sizes]]:
-    """Every benchmark case: its problem and group sizes."""
+def problems(*, small: bool = False) -> dict[str, tuple[Problem, Sizes]]:
+    """Every benchmark case, or every small one: its problem and group sizes."""
+    if small:
+        return {name: (p, None) for name, p in sparse_shapes.small_cases().items()}
     found: dict[str, tuple[Problem, Sizes]] = {name: (p, None) for name, p in sparse_shapes.cases().items()}
     return found | {name: (case.problem, case.group_sizes) for name, case in grouped_shapes.cases().items()}
 
@@ -52,7 +56,8 @@ def argument_sets(problem: Problem) -> list[tuple]:
     """Several random operands of a problem: enough calls in a row that Python's launches do not show."""
     split = problem.groups if problem.mode == "columns" else 1
     work = 2 * problem.m * problem.n * problem.k / split
-    return [operands(problem, seed) for seed in range(min(8, max(2, math.ceil(1e12 / work))))]
+    most = 8 if work > 1e10 else 32
+    return [operands(problem, seed) for seed in range(min(most, max(2, math.ceil(1e12 / work))))]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -169,7 +174,7 @@ def rows_of(bench: str, case: str, times: dict[str, float], error: float, **more
 def _rivals(name: str, problem: Problem, group_sizes) -> dict[str, tuple[timing.Run, int]]:
     if group_sizes is None:
         m, n, k = problem.m, problem.n, problem.k
-        return rivals.dense(m, n, k) | rivals.cusparselt(m, n, k)
+        return rivals.dense(m, n, k) | ({} if name in sparse_shapes.small_cases() else rivals.cusparselt(m, n, k))
     tokens, d_model, d_ffn = grouped_shapes.cases()[name].full
     return rivals.dense(tokens, d_ffn, d_model)
 
@@ -192,10 +197,11 @@ def main() -> None:
     parser.add_argument("--json", required=True, help="the file of results")
     parser.add_argument("--table", help="also write them as a Markdown table")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--small", action="store_true", help="the sizes around the break-even with the dense product")
     arguments = parser.parse_args()
     if not device.hopper_available():
         raise SystemExit("the benchmark needs a Hopper GPU")
-    wanted = {name: case for name, case in problems().items() if arguments.cases in name}
+    wanted = {name: case for name, case in problems(small=arguments.small).items() if arguments.cases in name}
     rows, failures = [], []
     # A few at once: checks in f64 and the operands of all cases together would fill the memory.
     for batch in itertools.batched(wanted.items(), 8):

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import math
 from typing import Any
 
 import jax
@@ -20,10 +21,10 @@ def dense(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
     def normal(seed, *shape):
         return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(jnp.bfloat16)
 
-    found = {}
+    found, calls = {}, _calls(m, n, k)
     for name, (a_transposed, b_transposed) in _LAYOUTS.items():
         shapes = (k, m) if a_transposed else (m, k), (n, k) if b_transposed else (k, n)
-        sets = [tuple(normal(2 * seed + i, *shape) for i, shape in enumerate(shapes)) for seed in range(2)]
+        sets = [tuple(normal(2 * seed + i, *shape) for i, shape in enumerate(shapes)) for seed in range(calls)]
 
         def product(a, b, at=a_transposed, bt=b_transposed):
             return (a.T if at else a) @ (b.T if bt else b)
@@ -33,8 +34,8 @@ def dense(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
         a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         b = torch.randn(k, n, device="cuda", dtype=torch.bfloat16)
         columns = b.t().contiguous().t()
-        found["dense cublas NN"] = _torch_run(torch, lambda: torch.mm(a, b))
-        found["dense cublas NT"] = _torch_run(torch, lambda: torch.mm(a, columns))
+        found["dense cublas NN"] = _torch_run(torch, lambda: torch.mm(a, b), 2 * calls)
+        found["dense cublas NT"] = _torch_run(torch, lambda: torch.mm(a, columns), 2 * calls)
     return found
 
 
@@ -53,7 +54,7 @@ def cusparselt(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
         for transposed in (False, True):
             best = torch._cslt_sparse_mm_search(packed, operand, transpose_result=transposed)
             call = functools.partial(torch._cslt_sparse_mm, packed, operand, alg_id=best, transpose_result=transposed)
-            found[f"cusparselt {layout} {'T' if transposed else 'N'}"] = _torch_run(torch, call)
+            found[f"cusparselt {layout} {'T' if transposed else 'N'}"] = _torch_run(torch, call, 2 * _calls(m, n, k))
     return found
 
 
@@ -76,20 +77,22 @@ class _Pending:
         return self
 
 
-_CALLS = 4  # calls in one graph
+def _calls(m: int, n: int, k: int) -> int:
+    """Calls in one program: at least two, and as many as hide the launches of small products."""
+    return min(32, max(2, math.ceil(5e10 / (2 * m * n * k))))
 
 
-def _torch_run(torch, call) -> tuple[timing.Run, int]:
+def _torch_run(torch, call, calls: int) -> tuple[timing.Run, int]:
     """The call several times as one CUDA graph, so that no launch waits for the host (cuSPARSELt's plans take long)."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(_CALLS):
+        for _ in range(calls):
             call()
 
     def replay(_operands=call):  # the graph reads memory that only `call` keeps alive
         return [_Pending(torch, graph.replay())]
 
-    return replay, _CALLS
+    return replay, calls

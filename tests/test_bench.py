@@ -54,7 +54,8 @@ def test_wrong_results_are_not_timed(monkeypatch):
 
 
 def test_names_read_as_documented():
-    names = list(bench.problems())
+    names = [*bench.problems(), *bench.problems(small=True)]
+    assert len(names) == len(set(names))
     sparse = re.compile(r"\d+x\d+x\d+ b=(nmajor|kmajor)( out=transposed)?")
     grouped = re.compile(r"E=\d+ D=\d+ F=\d+ mode=(rows|columns|contraction) sizes=(equal|ragged)")
     assert all(sparse.fullmatch(name) or grouped.fullmatch(name) for name in names)

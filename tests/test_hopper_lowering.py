@@ -1,12 +1,13 @@
 """Every kernel and tile lowers to a Hopper kernel on a machine without a GPU: layouts, shared memory, types."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tune
+from pallas_kernels import tune, tuned
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import hopper as grouped24
 from pallas_kernels.hopper import kernel
@@ -51,6 +52,13 @@ def test_every_tile_lowers_in_every_mode(mode, config):
     problem = problem_of(mode, b_k_major=mode == "columns")
     if config.violation(problem) is None:
         assert "mosaic_gpu" in lower(problem, config)
+
+
+def test_every_tuned_tile_is_one_that_lowers_here():
+    for path in tuned.FOLDER.glob("*.json"):
+        for entry in json.loads(path.read_text()):
+            config = dataclasses.replace(TileConfig(**entry["config"]), raster_m=8, raster_n=8)
+            assert config in TILES, (path, entry)
 
 
 @pytest.mark.parametrize("config", [TileConfig(), TileConfig(128, 128)], ids=tune.label)

@@ -79,9 +79,9 @@ def sparse24(
 def dense_wins(m: int, n: int, k: int) -> bool:
     """Whether XLA's dense product of the same shape is faster than the sparse kernel on an H100.
 
-    Measured at (1024, 4096, 4096) and (512, 4096, 4096), where the kernel is ahead (docs/kernels.md, "Small sizes").
-    The limits, far below those sizes, are estimates: 512 x 512 outputs make 32 tiles of the smallest kind, work for a
-    quarter of the multiprocessors, and a k below 256 ends before the pipeline is full.
+    Measured at (1024, 4096, 4096), where the kernel is ahead, and at (512, 4096, 4096), where they are level
+    (docs/kernels.md, "Small sizes"). The limits, far below those sizes, are estimates: 512 x 512 outputs make 32 tiles
+    of the smallest kind, work for a quarter of the multiprocessors, and a k below 256 ends before the pipeline is full.
     """
     return m * n < _MIN_OUTPUT or k < _MIN_K
 

@@ -13,6 +13,19 @@ SIZES = (
     (512, 4096, 4096),
 )
 
+SMALL_SIZES = (
+    *((m, 4096, 4096) for m in (256, 128, 64)),
+    *((side, side, 4096) for side in (1024, 512, 256)),
+    *((side, side, side) for side in (2048, 1024, 512, 256)),
+    *((4096, 4096, k) for k in (512, 256, 128, 64)),
+)
+"""Few rows, few outputs, short contractions: where the dense product may win (`sparse24.dense_wins`)."""
+
+
+def small_cases() -> dict[str, Problem]:
+    """The sizes around the break-even with the dense product."""
+    return {f"{m}x{n}x{k} b=nmajor": Problem(m, n, k) for m, n, k in SMALL_SIZES}
+
 
 def cases() -> dict[str, Problem]:
     """Every size in both orders of B, and with a transposed output where the FFN writes one."""
