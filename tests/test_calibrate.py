@@ -137,3 +137,57 @@ def test_only_what_needs_a_sample_asks_for_it():
     out = phases.transition(params, method, [], DENSE, SHARED, seed=0, inputs={("ffn",): x[None]})
     order = np.asarray(out.method["ffn"]["permutation"][0])
     np.testing.assert_array_equal(out.params["ffn"]["w1"][0], w1[:, order])
+
+
+LEARNED = Recipe(experts=4, router="learned")
+
+
+def loud_tokens(tokens=400, features=8):
+    """Tokens of four kinds; the neurons of expert e fire for kind e, but their columns point away from each other."""
+    rng = np.random.default_rng(1)
+    kind = rng.integers(0, 4, tokens)
+    x = 0.05 * rng.standard_normal((tokens, features)) + np.eye(4, features)[kind]
+    w1 = np.zeros((features, 16), np.float32)
+    for expert in range(4):
+        w1[expert, 4 * expert] = 1.0  # the one that fires
+        w1[4 + (expert + 1) % 4, 4 * expert + 1 : 4 * expert + 4] = 1.0
+        w1[(expert + 1) % 4, 4 * expert + 1 : 4 * expert + 4] = -0.2
+    return x.astype(np.float32), w1, kind
+
+
+def test_a_fitted_router_finds_what_mean_columns_do_not_show():
+    x, w1, kind = loud_tokens()
+    fitted = calibrate.fit_router(x, w1, LEARNED)
+    np.testing.assert_allclose(np.linalg.norm(fitted, axis=1).mean(), 1, rtol=1e-5)
+    chosen = np.asarray(router.route(jnp.asarray(x), jnp.asarray(w1), LEARNED, learned=jnp.asarray(fitted)))[:, 0]
+    assert (chosen == kind).mean() > 0.99
+    x, w1, _ = (np.asarray(t) for t in arrays(tokens=64))
+    noise = calibrate.fit_router(x, w1, LEARNED)  # few tokens: whatever is taken is as good as the means on the rest
+    means, held_out = np.asarray(router.expert_means(jnp.asarray(w1), 4)), np.arange(64) % 4 == 3
+    energy = (np.maximum(x @ w1, 0) ** 4).reshape(64, 4, -1).sum(-1)[held_out]
+    kept = [energy[np.arange(16), (x[held_out] @ rows.T).argmax(1)].sum() for rows in (noise, means)]
+    assert kept[0] >= kept[1]
+
+
+def test_a_transition_fits_the_router_where_experts_are_formed():
+    x, w1, _ = loud_tokens()
+    shuffled = np.random.default_rng(2).permutation(16)
+    params, method = stack(jnp.asarray(w1[:, shuffled]), jnp.ones((16, 8)))
+    given: dict[str, Any] = {"seed": 0, "inputs": {("ffn",): jnp.asarray(x)[None]}}
+    with pytest.raises(ValueError, match="no leaf ffn/router"):
+        phases.transition(params, method, [], DENSE, LEARNED, **given)
+    method["ffn"]["router"] = jnp.zeros((1, 4, 8))
+    assert calibrate.needs_inputs(DENSE, LEARNED, 1, rescale=False)
+    assert not calibrate.needs_inputs(LEARNED, LEARNED, 1, rescale=False)
+    with pytest.raises(ValueError, match="needs a sample"):
+        phases.transition(params, method, [], DENSE, LEARNED, seed=0)
+    out = phases.transition(params, method, [], DENSE, LEARNED, **given)
+    expected = calibrate.fit_router(x, np.asarray(out.params["ffn"]["w1"][0]), LEARNED)
+    np.testing.assert_array_equal(out.method["ffn"]["router"][0], expected)
+    again = phases.transition(out.params, out.method, [], LEARNED, LEARNED, **given)
+    np.testing.assert_array_equal(again.method["ffn"]["router"], out.method["ffn"]["router"])
+    found, _ = stats.diagnose(
+        jnp.asarray(x), out.params["ffn"]["w1"][0], jnp.ones((16, 8)), jnp.ones(4), jnp.zeros(4), LEARNED,
+        learned=out.method["ffn"]["router"][0],
+    )  # fmt: skip
+    assert 0.9 * float(found["kept_oracle"]) < float(found["kept_router"]) <= float(found["kept_oracle"])

@@ -9,8 +9,10 @@ import pytest
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, run_to_end
 from train import evaluate, loop, metrics
 from train.config import load_config
+from train.data import train_iterator
 from train.export import export
-from train.state import initial_state
+from train.state import abstract_state, initial_state
+from venom_jax import Recipe, router
 
 OPTIONS = {
     "Optimizer_ema": 0.9,
@@ -102,3 +104,29 @@ def test_the_most_used_device_counts(monkeypatch):
     assert metrics.peak_memory() == 5
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(None)])
     assert metrics.peak_memory() is None
+
+
+def test_a_learned_router_is_fitted_at_its_phase_and_routes():
+    """Each token goes where <x, r_e> of the fitted rows is largest, in the state and structure of the run."""
+    learned = Recipe.act24(experts=4, router="learned")
+    config = run_config(phases=((0, "dense"), (4, learned)))
+    state, report = loop.switch_phase(initial_state(config), config, 1)
+    assert report["clustered_experts"] == 4
+    rows = np.asarray(state.method["blocks"]["ffn"]["router"])
+    assert rows.shape == (config.model.layers, 4, config.model.d_model)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=-1).mean(axis=-1), 1, rtol=1e-5)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_state(config))
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+
+    inputs = loop.sample_ffn_inputs(state, config, learned, loop.ONE_DEVICE)
+    diagnosis = loop.make_diagnosis(loop.run_structure(config), config)
+    tokens = np.asarray(next(train_iterator(loop.open_data(config)[0], batch_size=8, seq_len=16, seed=0))["tokens"])
+    figures, _ = diagnosis(state.params, state.method, tokens, None, recipe=learned)
+    assert (np.asarray(figures["kept_router"]) <= np.asarray(figures["kept_oracle"]) + 1e-6).all()
+    chosen = [np.argmax(np.asarray(x) @ own.T, axis=1) for x, own in zip(inputs, rows, strict=True)]
+    w1 = state.params["blocks"]["ffn"]["w1"]
+    for layer, expected in enumerate(chosen):
+        found = router.route(inputs[layer], w1[layer], learned, learned=state.method["blocks"]["ffn"]["router"][layer])
+        assert (np.asarray(found)[:, 0] == expected).mean() > 0.99
+    with pytest.raises(ValueError, match="make the layer with learned_router=True"):
+        router.route(inputs[0], w1[0], learned)

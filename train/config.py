@@ -199,6 +199,7 @@ def recipe(
     hidden: str | None = None,
     balance_rate: float | None = None,
     threshold_grad: str | None = None,
+    weight_mask: str | None = None,
     v: int | None = None,
 ) -> Recipe:
     """A preset of ``venom_jax.Recipe`` with the options that are not None changed."""
@@ -401,6 +402,12 @@ class RunConfig:
     @property
     def max_experts(self) -> int:
         return max(phase.recipe.experts for phase in self.schedule.phases)
+
+    @property
+    def learned_router(self) -> bool:
+        """Whether any layer in any phase routes by what was fitted, so that the state has room for it."""
+        recipes = [part for phase in self.schedule.phases for _, _, part in phase.recipe.parts(self.model.layers)]
+        return any(recipe.routed and recipe.router == "learned" for recipe in recipes)
 
 
 def load_config(

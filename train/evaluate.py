@@ -18,7 +18,7 @@ import jax
 from absl import app, flags
 from flax import nnx
 
-from train import checkpoint, harness, model, sources
+from train import checkpoint, harness, sources
 from train.command import program
 from train.config import RunConfig, load_config
 from train.data import Windows, eval_batches
@@ -27,7 +27,7 @@ from train.likelihood import Scorer, score_text
 from train.mesh import ONE_DEVICE, Layout
 from train.remote import Remote, is_remote
 from train.schedule import Phase
-from train.state import TrainState, abstract_state
+from train.state import TrainState, abstract_state, run_structure
 from train.step import make_eval_step
 from venom_jax import Recipe, StackRecipe, phases
 
@@ -177,7 +177,7 @@ def restore(source: str | Path, *, ema: bool = False) -> Restored:
         state = checkpoints.restore_state(abstract_state(config), step, optimizer=False)
     if state.ema is not None:
         state = replace(state, params=state.ema if ema else state.params, ema=None)
-    return Restored(model.structure(config.model, config.max_experts), config, state, step)
+    return Restored(run_structure(config), config, state, step)
 
 
 def report_validation(run: Restored, *, sparse: bool) -> None:

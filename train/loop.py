@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from train import checkpoint, evaluate, model
+from train import checkpoint, evaluate
 from train.branch import branch
 from train.command import print_warning
 from train.config import RunConfig, changed_bindings
@@ -33,7 +33,7 @@ from train.report import Logger, summary
 from train.run_info import read_starts, record_start
 from train.run_report import write_report
 from train.sources import Dataset, identity, open_data, verify
-from train.state import TrainState, abstract_state, first_average, initial_state
+from train.state import TrainState, abstract_state, first_average, initial_state, run_structure
 from train.step import make_diagnosis, make_ffn_inputs, make_train_step
 from train.wandb_run import require_wandb
 from train.workdir import VERIFIED, WorkdirLock, claim_workdir, set_aside_damaged
@@ -138,7 +138,7 @@ def train(run: Run) -> int:
       BadStepError: the guard stopped it; the newest checkpoint is from before.
     """
     config, settings, checkpoints, layout = run.config, run.config.train, run.checkpoints, run.layout
-    graphdef = model.structure(config.model, config.max_experts)
+    graphdef = run_structure(config)
     iterator = train_iterator(
         run.train_data,
         batch_size=settings.batch_size,
@@ -273,7 +273,7 @@ def sample_ffn_inputs(state: TrainState, config: RunConfig, recipe: StackRecipe,
     rows = train.batch_size // train.accumulation
     last = dataset.num_windows(train.seq_len) - 1
     tokens = dataset.windows(np.linspace(0, last, rows).astype(np.int64), train.seq_len)
-    ffn_inputs = make_ffn_inputs(model.structure(config.model, config.max_experts), config, layout)
+    ffn_inputs = make_ffn_inputs(run_structure(config), config, layout)
     return ffn_inputs(state.params, state.method, layout.whole_rows(tokens), recipe=recipe)
 
 

@@ -153,7 +153,7 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + FFN(norm(x))."""
 
-    def __init__(self, config: Model, max_experts: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Model, max_experts: int, learned_router: bool, *, rngs: nnx.Rngs):
         self.config = config
         self.attention_scale = nnx.Param(jnp.ones(config.d_model, jnp.float32))
         self.attention = Attention(config, rngs=rngs)
@@ -162,6 +162,7 @@ class Block(nnx.Module):
             config.d_model,
             config.d_ffn,
             max_experts=max_experts,
+            learned_router=learned_router,
             rngs=rngs,
             w1_init=nnx.initializers.normal(config.ffn_init_std),
             w2_init=nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers)),
@@ -200,14 +201,14 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """tokens -> logits."""
 
-    def __init__(self, config: Model, *, max_experts: int = 1, rngs: nnx.Rngs):
+    def __init__(self, config: Model, *, max_experts: int = 1, learned_router: bool = False, rngs: nnx.Rngs):
         self.config = config
         normal = nnx.initializers.normal(config.init_std)
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, max_experts, rngs=rngs)
+            return Block(config, max_experts, learned_router, rngs=rngs)
 
         self.embedding = nnx.Param(normal(rngs.params(), (config.vocab_size, config.d_model), jnp.float32))
         self.blocks = stack(rngs)
@@ -292,16 +293,17 @@ def join_layers(parts: Sequence[Any]) -> Any:
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def initial(config: Model, max_experts: int, key: PRNGKeyArray) -> tuple[dict, dict]:
+def initial(config: Model, max_experts: int, key: PRNGKeyArray, *, learned_router: bool = False) -> tuple[dict, dict]:
     """Parameters and the method's state, as nested dicts of arrays."""
-    decoder = Decoder(config, max_experts=max_experts, rngs=nnx.Rngs(params=key))
+    decoder = Decoder(config, max_experts=max_experts, learned_router=learned_router, rngs=nnx.Rngs(params=key))
     _, params, method, _ = nnx.split(decoder, nnx.Param, Method, ...)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(method)
 
 
-def structure(config: Model, max_experts: int) -> nnx.GraphDef:
+def structure(config: Model, max_experts: int, *, learned_router: bool = False) -> nnx.GraphDef:
     """The model without its arrays."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, max_experts=max_experts, rngs=nnx.Rngs(params=0)))
+    options: dict[str, Any] = {"max_experts": max_experts, "learned_router": learned_router}
+    abstract = nnx.eval_shape(lambda: Decoder(config, **options, rngs=nnx.Rngs(params=0)))
     return nnx.split(abstract, nnx.Param, Method, ...)[0]
 
 
@@ -311,13 +313,16 @@ def assemble(graphdef: nnx.GraphDef, params: dict, method: dict) -> Decoder:
 
 
 def pack_ffns(params: dict, method: dict, recipe: StackRecipe, dtype: Any) -> PackedWeights | None:
-    """Both weights of every FFN thresholded and packed, with a leading L; None where ``recipe`` reads no packed weight.
+    """Both weights of every FFN thresholded and packed, with a leading L.
 
-    For several calls with the same weights: the microbatches of an optimizer step.  No gradient passes through.
+    For several calls with the same weights: the microbatches of an optimizer step.  No gradient passes through.  None
+    where ``recipe`` reads no packed weight, or weights under transposable masks, which are not packed.
     """
     if not {"y1", "dy2"} & set(recipe.weights):
         return None
     ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
+    if any(part.weight_mask != "threshold" for _, _, part in recipe.parts(ffn["w1"].shape[0])):
+        return None
     with jax.named_scope("ffn"):
         return jax.lax.map(lambda layer: pack_weights(*layer, dtype=dtype), (ffn["w1"], ffn["w2"], state["beta"]))
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Int, UInt32
 
 from train import model
@@ -51,7 +52,8 @@ def abstract_state(config: RunConfig, layout: Layout | None = None) -> TrainStat
 
 def _create(config: RunConfig) -> TrainState:
     seed = config.train.seed
-    params, method = model.initial(config.model, config.max_experts, jax.random.key(seed))
+    key, room = jax.random.key(seed), config.learned_router
+    params, method = model.initial(config.model, config.max_experts, key, learned_router=room)
     return TrainState(
         params=params,
         method=method,
@@ -61,6 +63,11 @@ def _create(config: RunConfig) -> TrainState:
         rng=jax.random.key_data(jax.random.key(seed)),
         ema=first_average(config, params),
     )
+
+
+def run_structure(config: RunConfig) -> nnx.GraphDef:
+    """The run's model without its arrays."""
+    return model.structure(config.model, config.max_experts, learned_router=config.learned_router)
 
 
 def first_average(config: RunConfig, params: dict) -> dict | None:

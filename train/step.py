@@ -292,10 +292,10 @@ def make_diagnosis(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
         ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
 
         def layer(recipe, scanned):
-            x, w1, w2, beta, bias, previous = scanned
-            return diagnose(x.reshape(-1, x.shape[-1]), w1, w2, beta, bias, recipe, previous)
+            x, w1, w2, beta, bias, learned, previous = scanned
+            return diagnose(x.reshape(-1, x.shape[-1]), w1, w2, beta, bias, recipe, previous, learned=learned)
 
-        stacked = (ffn_inputs, ffn["w1"], ffn["w2"], state["beta"], state["bias"], masks)
+        stacked = (ffn_inputs, ffn["w1"], ffn["w2"], state["beta"], state["bias"], state.get("router"), masks)
         parts = recipe.parts(config.model.layers)
         return join_layers([jax.lax.map(partial(layer, part), take_layers(stacked, a, b)) for a, b, part in parts])
 

@@ -25,7 +25,7 @@ from venom_jax.dispatch import Implementation, Kernels, choose_kernels
 from venom_jax.formats import Sparse24
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe, WeightGemm
 from venom_jax.permutation import Grouping, group_tokens
-from venom_jax.threshold import threshold_gradient
+from venom_jax.threshold import sparse_weight, threshold_gradient
 
 # The axis of the weight along which each product is 2:4: its contraction.
 _THRESHOLD_AXIS: dict[WeightGemm, int] = {"y1": 0, "y3": 0, "dy2": 1, "dx": 1}
@@ -99,7 +99,7 @@ def sparse_ffn(
       beta: frozen scales of the weight-sparse products in the order y1, y3, dy2, dx; None is all 1.
       recipe: what is sparse.
       packed: `pack_weights(...)`, to threshold once per optimizer step instead of once per call. The caller keeps it in
-        step with w1, w2 and beta.
+        step with w1, w2 and beta. Not for transposable masks.
       implementation: "reference", "hopper", or None to choose (`venom_jax.dispatch.choose_kernels`). A named one never
         falls back.
       return_density: also return the share of the computed hidden activations that are positive, f32 [].
@@ -121,6 +121,8 @@ def sparse_ffn(
         raise ValueError(f"recipe with experts = {recipe.experts} takes {wanted}, got {route}.")
     if route is not None and route.shape != (x.shape[0], recipe.top_k):
         raise ValueError(f"route has shape {route.shape}; the recipe takes {(x.shape[0], recipe.top_k)}.")
+    if packed is not None and recipe.weight_mask != "threshold":
+        raise ValueError(f"packed weights are soft-thresholded, weight_mask = {recipe.weight_mask!r}; use packed=None.")
     if recipe.is_dense:
         # Results in x's dtype (accumulated in f32 all the same): f32 results would give f32 operands to the backward.
         a = jax.nn.relu(x @ w1.astype(x.dtype))
@@ -227,11 +229,7 @@ def weight_operand(gemm: WeightGemm, recipe: Recipe, w, beta, packed: PackedWeig
         return w.astype(dtype)
     if packed is not None and gemm in ("y1", "dy2"):
         return (packed.w1 if gemm == "y1" else packed.w2).to_dense().astype(dtype)
-    return _thresholded(w, beta, gemm, dtype)
-
-
-def _thresholded(w, beta, gemm: WeightGemm, dtype) -> Array:
-    s = pack.soft_threshold(w.astype(jnp.float32), _THRESHOLD_AXIS[gemm])
+    s = sparse_weight(w.astype(jnp.float32), _THRESHOLD_AXIS[gemm], recipe.weight_mask)
     return (beta[WEIGHT_GEMMS.index(gemm)] * s).astype(dtype)
 
 

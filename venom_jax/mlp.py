@@ -35,6 +35,7 @@ class SparseMLP(nnx.Module):
       beta: Method [4], the frozen scales of the products y1, y3, dy2, dx.
       bias: Method [max_experts], the router's balance bias.
       permutation: Method [F] int32; neuron i stood at place permutation[i] when the layer was made.
+      router: Method [max_experts, D], rows of a fitted router (`venom_jax.phases`), or None without room for one.
 
     Example:
       >>> mlp = SparseMLP(64, 256, max_experts=4, rngs=nnx.Rngs(0))
@@ -49,6 +50,7 @@ class SparseMLP(nnx.Module):
         d_ffn: int,
         *,
         max_experts: int = 1,
+        learned_router: bool = False,
         param_dtype: Any = jnp.float32,
         w1_init: nnx.Initializer = _WEIGHT_INIT,
         w2_init: nnx.Initializer = _WEIGHT_INIT,
@@ -59,6 +61,7 @@ class SparseMLP(nnx.Module):
         Args:
           d_model: D.   d_ffn: F.
           max_experts: the most experts any recipe of the run will use; sizes the router's arrays.
+          learned_router: make room for recipes with router = "learned".
           param_dtype: of the masters; keep f32, the compute dtype is that of x.
           w1_init, w2_init: initializers of [D, F] and [F, D].
           rngs: a stream `params`.
@@ -71,6 +74,7 @@ class SparseMLP(nnx.Module):
         self.beta = Method(jnp.ones(len(WEIGHT_GEMMS), jnp.float32))
         self.bias = Method(jnp.zeros(max_experts, jnp.float32))
         self.permutation = Method(jnp.arange(d_ffn, dtype=jnp.int32))
+        self.router = Method(jnp.zeros((max_experts, d_model), jnp.float32)) if learned_router else None
 
     def __call__(
         self,
@@ -112,7 +116,8 @@ class SparseMLP(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         route, load = None, jnp.zeros(self.max_experts, jnp.float32)
         if recipe.routed:
-            options: dict[str, Any] = {"bias": self.bias[...], "key": key, "axis": axis}
+            learned = None if self.router is None else self.router[...]
+            options: dict[str, Any] = {"bias": self.bias[...], "learned": learned, "key": key, "axis": axis}
             # "hopper" is about products; a router that has no kernel runs beside them.
             scoring = "reference" if implementation == "reference" else None
             route = router.route(tokens, w1, recipe, implementation=scoring, **options)

@@ -47,6 +47,8 @@ def unsupported(recipe: Recipe, d_model: int, d_ffn: int) -> str | None:
     """Why the packed form does not run this recipe at these sizes, or None."""
     if "y3" in recipe.weights or "dx" in recipe.weights:
         return f"weights = {recipe.weights}: weights sparse along d_ffn are an ablation of the reference"
+    if recipe.weights and recipe.weight_mask != "threshold":
+        return f"weight_mask = {recipe.weight_mask!r} runs in the reference only"
     if recipe.wgrad in ("split95", "mvue"):
         return f"wgrad = {recipe.wgrad!r} runs in the reference only"
     if recipe.hidden == "full" and recipe.routed:

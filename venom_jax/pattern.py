@@ -13,9 +13,10 @@ WeightGradient = Literal["dense", "24", "split95", "mvue"]
 TokenOrder = Literal["interleaved", "natural"]
 TokenCopy = Literal["kept", "rebuilt"]
 Clustering = Literal["kmeans", "coactivation"]
-Router = Literal["cosine", "dot", "oracle", "random"]
+Router = Literal["cosine", "dot", "learned", "oracle", "random"]
 Hidden = Literal["routed", "full"]
 ThresholdGradient = Literal["ste", "ste_scaled", "exact"]
+WeightMask = Literal["threshold", "transposable"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Recipe:
     W  `weights`: the products that read a soft-thresholded 2:4 weight. y1 and dy2 are sparse along D, y3 and dx
        along F (for ablations; such a product takes its activation dense).
        `threshold_grad`: gradient through the threshold: identity (`ste`), identity times beta, or exact.
+       `weight_mask`: S is the soft threshold, or keeps the largest magnitudes that are 2:4 both along D and along F
+       ("transposable", an ablation), so that y1 and dx, or y3 and dy2, read the very same matrix.
     A  `activations`: y3 and dx read activations with two of each four neighbouring neurons kept by magnitude.
        `wgrad`: dW1 and dW2 read the activations pruned two of four along *tokens* ("24"), with the densest 5 % of
        the features exempt ("split95"), drawn at random and scaled so that no bias is left ("mvue"), or "dense".
@@ -66,11 +69,11 @@ class Recipe:
     V  `experts`, `top_k`: a token computes only the neurons of its top_k experts; experts = 1 turns routing off.
        `clustering`: which neurons make an expert: those whose columns of W1 point the same way ("kmeans"), or
        those that fire for the same tokens ("coactivation"). `shared`: of the top_k experts so many are the first
-       ones for every token; they hold the neurons with the largest energy. Both need a sample of the inputs when
-       the phase begins, see `venom_jax.phases.transition`.
-       `router`: the score, see `venom_jax.router`. `hidden`: compute y1 and dy2 for routed neurons only
-       ("routed") or for all ("full", then mask). `balance_rate`: step of the load-balancing bias, 0 is off.
-       `v`: rows a group is padded to.
+       ones for every token; they hold the neurons with the largest energy.
+       `router`: the score, see `venom_jax.router`; "learned" is a linear map fitted to the best choice in hindsight.
+       All three need a sample of the inputs when the phase begins, see `venom_jax.phases.transition`.
+       `hidden`: compute y1 and dy2 for routed neurons only ("routed") or for all ("full", then mask).
+       `balance_rate`: step of the load-balancing bias, 0 is off. `v`: rows a group is padded to.
 
     Example:
       >>> Recipe.venom(experts=16, top_k=4, wgrad="dense").pattern.m
@@ -79,6 +82,7 @@ class Recipe:
 
     weights: tuple[WeightGemm, ...] = ()
     threshold_grad: ThresholdGradient = "ste"
+    weight_mask: WeightMask = "threshold"
     activations: bool = False
     wgrad: WeightGradient = "dense"
     token_order: TokenOrder = "interleaved"
@@ -98,6 +102,11 @@ class Recipe:
         if len(set(self.weights)) < len(self.weights):
             raise ValueError(f"Recipe.weights = {self.weights} names a product twice.")
         _check_choice("threshold_grad", self.threshold_grad, ThresholdGradient)
+        _check_choice("weight_mask", self.weight_mask, WeightMask)
+        if self.weight_mask == "transposable" and self.threshold_grad == "exact":
+            raise ValueError(
+                "Recipe.threshold_grad = 'exact' is the soft threshold's: use 'ste' with transposable masks."
+            )
         _check_choice("wgrad", self.wgrad, WeightGradient)
         _check_choice("token_order", self.token_order, TokenOrder)
         _check_choice("token_copy", self.token_copy, TokenCopy)
@@ -172,10 +181,11 @@ class Recipe:
                 f"d_ffn = {d_ffn} does not split into experts = {self.experts} slices of groups of four; "
                 f"use a d_ffn divisible by {4 * self.experts}, or fewer experts."
             )
-        along_ffn = self.activations or "y3" in self.weights or "dx" in self.weights
+        both_ways = self.weight_mask == "transposable" and bool(self.weights)
+        along_ffn = self.activations or "y3" in self.weights or "dx" in self.weights or both_ways
         if along_ffn and d_ffn % 4:
             raise ValueError(f"d_ffn = {d_ffn} is no multiple of 4, the size of a 2:4 group; round it up.")
-        if ("y1" in self.weights or "dy2" in self.weights) and d_model % 4:
+        if ("y1" in self.weights or "dy2" in self.weights or both_ways) and d_model % 4:
             raise ValueError(f"d_model = {d_model} is no multiple of 4, the size of a 2:4 group; round it up.")
 
     def parts(self, layers: int) -> list[tuple[int, int, "Recipe"]]:

@@ -6,6 +6,8 @@
 | y1's (y3's) weight turns dense again      | bake W1 <- beta S(W1) (W2 <- beta S(W2)): the function stays the same |
 | the number of experts becomes a new E > 1 | cluster the neurons, permute them in every tree (also where only      |
 |                                           | `shared` or `clustering` change)                                      |
+| experts are formed, or the router becomes | fit the rows of router = "learned" to the best choice in hindsight    |
+| a learned one                             |                                                                       |
 | a token computes more neurons, if asked   | scale W2 so that the layer's output changes least                     |
 
 Nothing else changes a weight: saving, resuming and evaluating never bake (S with a scale is not idempotent). W2 of the
@@ -21,16 +23,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pallas_kernels.array_types import Array
-from pallas_kernels.pack import reference as pack
 from venom_jax import calibrate, router
 from venom_jax.pattern import WEIGHT_GEMMS, LayerRecipes, Recipe, StackRecipe, WeightGemm
-from venom_jax.threshold import optimal_scale
+from venom_jax.threshold import optimal_scale, sparse_weight
 
 # Products of the forward, and the weight each reads with its threshold axis (counted from the end).
 _FORWARD: dict[WeightGemm, tuple[str, int]] = {"y1": ("w1", -2), "y3": ("w2", -2)}
 _READS: dict[WeightGemm, tuple[str, int]] = _FORWARD | {"dy2": ("w2", -1), "dx": ("w1", -1)}
 
-_STACKED = ("w1", "w2", "beta", "bias", "permutation")
+_STACKED = ("w1", "w2", "beta", "bias", "permutation", "router")
 
 Path = tuple[str, ...]
 
@@ -72,7 +73,8 @@ def transition(
       old, new: the recipes before and after. `LayerRecipes` need all layers in one stack.
       seed: of the clustering; layer i of a stack uses (seed, first_layer + i).
       inputs: a sample of what each layer reads under `old`, [..., T, D] by the layer's path: for recipes with shared
-        experts or clustered by co-activation, and to rescale (`venom_jax.calibrate.needs_inputs`).
+        experts, clustered by co-activation, or with a learned router, and to rescale
+        (`venom_jax.calibrate.needs_inputs`).
       rescale: where a token computes more neurons in `new`, scale W2 by the s that minimises |y_old - s y_new| over
         the sample. At once all neurons speak, also those that the router had left out for their tokens.
       first_layer: number of the stack's first layer, where it is a part of a model.
@@ -96,7 +98,7 @@ def transition(
 
     turned_off = [gemm for gemm in _FORWARD if gemm in old.weights and gemm not in new.weights]
     if turned_off:
-        baking = Recipe(weights=tuple(turned_off))
+        baking = Recipe(weights=tuple(turned_off), weight_mask=old.weight_mask)
         params = bake(params, method, baking)
         averages = [bake(average, method, baking) for average in averages]
         report |= {f"baked_{_FORWARD[gemm][0]}": 1.0 for gemm in turned_off}
@@ -121,8 +123,13 @@ def transition(
             return jnp.zeros_like(value)
         if name == "beta":
             return _new_beta(params, layer, value, old, new)
+        if name == "router" and calibrate.refits(old, new):
+            return _fit_router(_leaf(params, (*layer, "w1")), new, _sample(inputs, layer), value)
         return value
 
+    if calibrate.refits(old, new):
+        for path in layers:
+            _leaf(method, (*path, "router"))  # a layer made without room for it is told by its name
     method = _map_named(new_method, method)
     if new.weights:
         betas = jnp.stack([_leaf(method, (*path, "beta")).reshape(-1, len(WEIGHT_GEMMS)).mean(0) for path in layers])
@@ -156,7 +163,7 @@ def bake(params: Any, method: Any, recipe: StackRecipe) -> Any:
             return value
         gemm = baked[path[-1]]
         beta = _leaf(method, (*path[:-1], "beta"))[..., WEIGHT_GEMMS.index(gemm), None, None]
-        s = pack.soft_threshold(value.astype(jnp.float32), _FORWARD[gemm][1])
+        s = sparse_weight(value.astype(jnp.float32), _FORWARD[gemm][1], recipe.weight_mask)
         return (beta * s).astype(value.dtype)
 
     return _map_named(new_value, params)
@@ -253,13 +260,13 @@ def _paste(tree: Any, part: Any, layer: Path, count: int, first: int) -> Any:
 
 def _new_beta(params: Any, layer: Path, beta: Array, old: Recipe, new: Recipe) -> Array:
     for index, gemm in enumerate(WEIGHT_GEMMS):
-        if gemm in new.weights and gemm in old.weights:
+        if gemm in new.weights and gemm in old.weights and new.weight_mask == old.weight_mask:
             continue
         scale = jnp.ones(beta.shape[:-1], beta.dtype)
         if gemm in new.weights:
             name, axis = _READS[gemm]
             w = _leaf(params, (*layer, name))
-            each = [optimal_scale(one, axis) for one in w.reshape(-1, *w.shape[-2:])]
+            each = [optimal_scale(one, axis, new.weight_mask) for one in w.reshape(-1, *w.shape[-2:])]
             scale = jnp.stack(each).reshape(beta.shape[:-1]).astype(beta.dtype)
         beta = beta.at[..., index].set(scale)
     return beta
@@ -283,13 +290,25 @@ def _cluster(w1: Array, recipe: Recipe, seed: int, first: int, x: Array | None) 
     return jnp.asarray(np.stack(orders).reshape(*w1.shape[:-2], w1.shape[-1]))
 
 
+def _fit_router(w1: Array, recipe: Recipe, x: Array | None, old: Array) -> Array:
+    """The rows of the router of each layer of a stack: [..., E_max, D]; those beyond E keep what they were."""
+    if x is None:
+        raise ValueError(
+            "router = 'learned' needs a sample of the layers' inputs; give transition its argument inputs."
+        )
+    stack, samples = (_on_host(t).astype(np.float32).reshape(-1, *t.shape[-2:]) for t in (w1, x))
+    rows = [calibrate.fit_router(one, w, recipe) for one, w in zip(samples, stack, strict=True)]
+    return old.at[..., : recipe.experts, :].set(np.stack(rows).reshape(*old.shape[:-2], recipe.experts, -1))
+
+
 def _sample(inputs: Mapping[Path, Array] | None, path: Path) -> Array | None:
     return None if inputs is None else inputs[path]
 
 
 def _arrays(params: Any, method: Any, path: Path) -> calibrate.Layer:
     first, second = (_leaf(params, (*path, name)) for name in ("w1", "w2"))
-    return calibrate.Layer(first, second, *(_leaf(method, (*path, name)) for name in ("beta", "bias")))
+    beta, bias = (_leaf(method, (*path, name)) for name in ("beta", "bias"))
+    return calibrate.Layer(first, second, beta, bias, dict(_named_leaves(method)).get((*path, "router")))
 
 
 def _output_scales(x: Array | None, before: calibrate.Layer, after: calibrate.Layer, old: Recipe, new: Recipe) -> Array:

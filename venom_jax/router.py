@@ -1,7 +1,7 @@
 """V: cluster hidden neurons into equal experts, and send each token to its top-k of them.
 
-There are no router parameters. An expert is a contiguous slice of F / E neurons (W1's columns are permuted once, see
-`venom_jax.phases`), and a token's score for it comes from the slice's mean column.
+There are no trained parameters. An expert is a contiguous slice of F / E neurons (W1's columns are permuted once, see
+`venom_jax.phases`), and a token's score for it comes from the slice's mean column, or from a row fitted beforehand.
 """
 
 import math
@@ -97,12 +97,14 @@ def scores(
     w1: Float[Array, "D F"],
     recipe: Recipe,
     *,
+    learned: Float[Array, "E_max D"] | None = None,
     key: Array | None = None,
     axis: str | None = None,
 ) -> Float[Array, "T E"]:
     """The score of each token for each expert, in f32, without gradient.
 
     `cosine`: <x, mean_e> / |x| with normalised means. `dot`: <x, mean_e> with the plain mean column.
+    `learned`: <x, r_e> / |x|, r_e the first E rows of `learned`, see `venom_jax.calibrate.fit_router`.
     `oracle`: sum over the slice of relu(x w1)^2, which needs the whole hidden layer. `random`: noise from `key`
     (the same for every call if none is given).
 
@@ -116,8 +118,9 @@ def scores(
             whole = jax.lax.stop_gradient(w1 if axis is None else jax.lax.all_gather(w1, axis, axis=1, tiled=True))
             hidden = jnp.square(jax.nn.relu(x.astype(jnp.float32) @ whole.astype(jnp.float32)))
             return hidden.reshape(x.shape[0], recipe.experts, -1).sum(axis=-1)
-        case "dot" | "cosine":
-            return permute_reference.score_experts(x, _means(w1, recipe, axis), cosine=recipe.router == "cosine")
+        case "dot" | "cosine" | "learned":
+            rows = _rows(w1, recipe, learned, axis)
+            return permute_reference.score_experts(x, rows, cosine=recipe.router != "dot")
 
 
 def route(
@@ -126,6 +129,7 @@ def route(
     recipe: Recipe,
     *,
     bias: Float[Array, "E_max"] | None = None,
+    learned: Float[Array, "E_max D"] | None = None,
     key: Array | None = None,
     axis: str | None = None,
     implementation: Implementation | None = None,
@@ -134,30 +138,37 @@ def route(
 
     Args:
       bias: balance bias, added to the scores for this choice only; longer arrays are cut to E.
-      key, axis: as in `scores`.
-      implementation: "reference"; "hopper", the kernel that scores and chooses reading x once, for the routers `cosine`
-        and `dot`; None takes it where `pallas_kernels.permute.api.choose_experts` says. Its scores differ from the
-        reference's in their last bits.
+      learned, key, axis: as in `scores`.
+      implementation: "reference"; "hopper", the kernel that scores and chooses reading x once, for the routers
+        `cosine`, `dot` and `learned`; None takes it where `pallas_kernels.permute.api.choose_experts` says. Its scores
+        differ from the reference's in their last bits.
 
     Raises:
       NotImplementedError: the named implementation does not run here, or not this router.
+      ValueError: the router is `learned`, and `learned` is not given.
 
     Source: arXiv 2602.06183, algorithm 3; bias: auxiliary-loss-free balancing, arXiv 2408.15664.
     """
     bias = None if bias is None else jax.lax.stop_gradient(bias[: recipe.experts])
     if recipe.shared:
         bias = (jnp.zeros(recipe.experts) if bias is None else bias).at[: recipe.shared].set(jnp.inf)
-    if recipe.router in ("cosine", "dot"):
-        x, cosine = jax.lax.stop_gradient(x), recipe.router == "cosine"
-        return permute.choose_experts(
-            x, _means(w1, recipe, axis), bias, recipe.top_k, cosine=cosine, implementation=implementation
-        )
+    if recipe.router in ("cosine", "dot", "learned"):
+        x, cosine = jax.lax.stop_gradient(x), recipe.router != "dot"
+        rows = _rows(w1, recipe, learned, axis)
+        return permute.choose_experts(x, rows, bias, recipe.top_k, cosine=cosine, implementation=implementation)
     if implementation == "hopper":
         raise NotImplementedError(f"no kernel scores with router = {recipe.router!r}; use implementation=None.")
     return permute_reference.choose_top(scores(x, w1, recipe, key=key, axis=axis), bias, recipe.top_k)
 
 
-def _means(w1: Float[Array, "D F"], recipe: Recipe, axis: str | None) -> Float[Array, "E D"]:
+def _rows(w1: Float[Array, "D F"], recipe: Recipe, learned: Array | None, axis: str | None) -> Float[Array, "E D"]:
+    """What a token is compared with, one row an expert."""
+    if recipe.router == "learned":
+        if learned is None:
+            raise ValueError(
+                "Recipe.router = 'learned' needs its fitted rows; make the layer with learned_router=True."
+            )
+        return jax.lax.stop_gradient(learned[: recipe.experts])
     return expert_means(w1, recipe.experts, normalise=recipe.router == "cosine", axis=axis)
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from pallas_kernels.array_types import Array, Float
 from pallas_kernels.pack import reference as pack
 from venom_jax import router
-from venom_jax.pattern import WEIGHT_GEMMS, Recipe
+from venom_jax.pattern import WEIGHT_GEMMS, Recipe, WeightMask
 from venom_jax.permutation import group_tokens
+from venom_jax.threshold import sparse_weight, transposable_mask
 
 
 class FFNStats(NamedTuple):
@@ -25,17 +26,20 @@ class FFNStats(NamedTuple):
 
 
 class WeightMasks(NamedTuple):
-    """Which entries the soft threshold keeps, eight to a byte; for the flip rate between two diagnoses."""
+    """Which entries of the weights S keeps, eight to a byte; for the flip rate between two diagnoses."""
 
     w1: Array
     w2: Array
 
 
-def weight_masks(w1: Float[Array, "D F"], w2: Float[Array, "F D"]) -> WeightMasks:
+def weight_masks(w1: Float[Array, "D F"], w2: Float[Array, "F D"], mask: WeightMask = "threshold") -> WeightMasks:
     """The masks of S(W1) and S(W2) along D."""
-    return WeightMasks(
-        *(jnp.packbits(pack.soft_threshold_mask(w.astype(jnp.float32), axis)) for w, axis in ((w1, 0), (w2, 1)))
-    )
+
+    def kept(w: Array, axis: int) -> Array:
+        w = w.astype(jnp.float32)
+        return pack.soft_threshold_mask(w, axis) if mask == "threshold" else transposable_mask(w)
+
+    return WeightMasks(jnp.packbits(kept(w1, 0)), jnp.packbits(kept(w2, 1)))
 
 
 def flip_rate(masks: WeightMasks, previous: WeightMasks) -> Float[Array, ""]:
@@ -55,6 +59,8 @@ def diagnose(
     bias: Float[Array, "E_max"],
     recipe: Recipe,
     previous: WeightMasks | None = None,
+    *,
+    learned: Float[Array, "E_max D"] | None = None,
 ) -> tuple[dict[str, Float[Array, ""]], WeightMasks]:
     """Everything worth knowing about one layer, at several times the cost of its forward.
 
@@ -70,14 +76,14 @@ def diagnose(
     """
     operand = w1.astype(jnp.float32)
     if "y1" in recipe.weights:
-        operand = beta[WEIGHT_GEMMS.index("y1")] * pack.soft_threshold(operand, 0)
+        operand = beta[WEIGHT_GEMMS.index("y1")] * sparse_weight(operand, 0, recipe.weight_mask)
     a = jax.nn.relu(jnp.dot(x, operand.astype(x.dtype), preferred_element_type=jnp.float32))
     total = _energy(a)
     routed = oracle = a
     result = {"density": jnp.mean(a > 0, dtype=jnp.float32)}
     route = jnp.zeros((x.shape[0], 1), jnp.int32)
     if recipe.routed:
-        route = router.route(x, w1, recipe, bias=bias)
+        route = router.route(x, w1, recipe, bias=bias, learned=learned)
         wanted = jnp.square(a).reshape(x.shape[0], recipe.experts, -1).sum(-1)
         best = jax.lax.top_k(wanted.at[:, : recipe.shared].set(jnp.inf), recipe.top_k)[1]
         routed, oracle = (_only(a, chosen, recipe.experts) for chosen in (route, best))
@@ -92,7 +98,7 @@ def diagnose(
     rows = grouping.apply(routed).reshape(grouping.token_of_row.shape[0], recipe.experts, -1)
     own = jnp.take_along_axis(rows, grouping.expert_of_row[:, None, None], axis=1)[:, 0]
     result["dropped_tokens"] = 1 - _ratio(_energy(jnp.where(pack.select24(own, 0), own, 0)), _energy(own))
-    masks = weight_masks(w1, w2)
+    masks = weight_masks(w1, w2, recipe.weight_mask)
     if previous is not None:
         result["flip_rate"] = flip_rate(masks, previous)
     return result, masks
