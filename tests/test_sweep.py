@@ -11,8 +11,10 @@ import pytest
 from tests.trainer import gin_bindings, run_config
 from train import sweep, sweep_table
 from train.config import CONFIG_ROOT
+from train.step_times import StepTimes
 from train.sweep_table import Member
 from train.workdir import WorkdirLock
+from venom_jax import Recipe
 
 SWEEPS = sorted((CONFIG_ROOT / "configs" / "sweeps").glob("*.toml"))
 
@@ -100,14 +102,14 @@ class Fake(sweep.SweepRun):
 
 def fakes(tmp_path, *names):
     config = run_config()
-    return [Fake(Member(name, 0, None, tmp_path / f"{name}-0", config, ()), (), ()) for name in names]
+    return tuple(Fake(Member(name, 0, None, tmp_path / f"{name}-0", config, ()), (), ()) for name in names)
 
 
 def test_each_gpu_gets_its_runs_and_a_failure_stops_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep.Sweep, "collect", lambda self: "")
+    monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: "")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     runs = fakes(tmp_path, "a", "broken", "b", "c", "d")
-    found = sweep.Sweep("s", runs, tmp_path, ["2", "5"], per_device=2)
+    found = sweep.Sweep([sweep.Sheet("s", runs, tmp_path)], ["2", "5"], per_device=2)
     assert found.run()
     assert found.failed == {"broken-0": 1}
     assert "broken-0 failed with exit code 1: out of luck" in capsys.readouterr().out
@@ -117,7 +119,7 @@ def test_each_gpu_gets_its_runs_and_a_failure_stops_nothing(tmp_path, monkeypatc
 
 
 def test_sigterm_stops_the_runs_and_starts_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep.Sweep, "collect", lambda self: "")
+    monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: "")
     runs = fakes(tmp_path, "a", "b")
     started = []
     original = sweep.subprocess.Popen
@@ -129,13 +131,13 @@ def test_sigterm_stops_the_runs_and_starts_no_more(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep.subprocess, "Popen", start_then_stop)
     handler = signal.getsignal(signal.SIGTERM)
-    assert not sweep.Sweep("s", runs, tmp_path, [], per_device=1).run()
+    assert not sweep.Sweep([sweep.Sheet("s", runs, tmp_path)], [], per_device=1).run()
     assert signal.getsignal(signal.SIGTERM) is handler
     assert len(started) == 1
 
 
 def test_a_run_that_outlived_its_sweep_keeps_its_gpu_until_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep.Sweep, "collect", lambda self: "")
+    monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: "")
     runs = fakes(tmp_path, "a", "b")
     workdir = runs[0].member.workdir
     workdir.mkdir()
@@ -150,8 +152,36 @@ def test_a_run_that_outlived_its_sweep_keeps_its_gpu_until_it_ends(tmp_path, mon
         lock.release()
 
     monkeypatch.setattr(sweep.Sweep, "_start", end_of_a_then_start)
-    assert sweep.Sweep("s", runs, tmp_path, ["1", "2"], per_device=1).run()
+    assert sweep.Sweep([sweep.Sheet("s", runs, tmp_path)], ["1", "2"], per_device=1).run()
     assert started == [("b-0", "2")]
+
+
+def test_several_sweeps_take_turns_and_keep_their_folders(tmp_path, monkeypatch):
+    collected = []
+    monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: collected.append((self.name, clock.shared)) or "")
+    sheets = []
+    for name, runs in (("long", ("a", "b", "c")), ("short", ("a",))):
+        (tmp_path / name).mkdir()
+        sheets.append(sweep.Sheet(name, fakes(tmp_path / name, *runs), tmp_path / name))
+    started = []
+    original = sweep.Sweep._start
+
+    def note(self, run, gpu, progress):
+        started.append(f"{run.member.workdir.parent.name}/{run.name}")
+        original(self, run, gpu, progress)
+
+    monkeypatch.setattr(sweep.Sweep, "_start", note)
+    assert sweep.Sweep(sheets, [], 1, sweep_table.Clock(shared=True)).run()
+    assert started == ["long/a-0", "short/a-0", "long/b-0", "long/c-0"]
+    assert collected == [("long", True), ("short", True), ("long", True), ("long", True)]
+    assert (tmp_path / "short" / "logs" / "a-0.txt").exists()
+    path = bindings_file(tmp_path, "[runs.a]")
+    with pytest.raises(ValueError, match="share a name"):
+        sweep.run_sweep([path, path], tmp_path, gpus=[])
+    other = tmp_path / "other.toml"
+    other.write_text((tmp_path / "small.toml").read_text())
+    with pytest.raises(ValueError, match="--only=a names runs of one sweep"):
+        sweep.run_sweep([path, str(other)], tmp_path, gpus=[], only=["a"])
 
 
 def test_gpus_are_those_visible(tmp_path, monkeypatch):
@@ -174,7 +204,7 @@ def test_a_foreign_run_in_the_folder_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"other settings \(Train.steps = 12; Train.steps = 13\); give another --output"
     ):
-        sweep.run_sweep(path, tmp_path / "out", gpus=[])
+        sweep.run_sweep([path], tmp_path / "out", gpus=[])
 
 
 def write_run(workdir, config, loss):
@@ -220,9 +250,47 @@ def test_a_row_tells_what_the_run_wrote(tmp_path):
     assert (row["kept_router"], row["dropped_tokens"], row["density"]) == (0.4, 0.08, 0.65), (
         "of steps 5 to 8, the routed ones"
     )
-    assert (row["load_max"], row["load_min"]) == (2.0, 0.2)
+    assert (row["load_max"], row["load_min"], row["load_bar"], row["starved"]) == (2.0, 0.2, 1.5, 0.0)
     assert (reference["kept_router"], reference["sparse_share"], reference["operations"]) == (None, 0, 1)
     assert row["phases"] == [[0, "dense"], [4, "venom E=4 k=1"], [8, "act24"]]
+
+
+def test_runs_that_share_a_gpu_tell_no_seconds_and_take_those_of_the_benchmark(tmp_path):
+    """The recipe reaches its twin between 12 and 16 steps: 3.1 and 2.9 against 3.0, so after 14."""
+    times = StepTimes("f", "1b", "gpu", {"dense": 1.0, "act24": 0.8})
+    longer = run_config(phases=((0, "dense"), (0.5, "act24")), steps=16)
+    options = ("size.gin", "Train.steps = 12", "act24.gin")
+    members = [
+        Member("dense", 0, None, tmp_path / "dense-0", run_config(), ()),
+        Member("act24", 0, "dense", tmp_path / "a-0", run_config(phases=((0, "dense"), (0.5, "act24"))), options),
+        Member("act24-16", 0, "dense", tmp_path / "b-0", longer, (*options, "Train.steps = 16")),
+        Member("other", 0, "dense", tmp_path / "c-0", longer, ("other.gin",)),
+    ]
+    for member, loss in zip(members, (3.0, 3.1, 2.9, 3.2), strict=True):
+        write_run(member.workdir, member.config, loss)
+    rows = sweep_table.make_rows(members, "s", sweep_table.Clock(times, shared=True))
+    assert [row["steps_to_twin"] for row in rows] == [None, 14, 14, None]
+    assert rows[1]["step_time"] == pytest.approx(0.9)
+    assert rows[1]["step_time_of"] == "1b on gpu"
+    assert rows[1]["time_to_twin_by_step_times"] == pytest.approx(0.9 * 14 / 12, abs=1e-4)
+    assert {rows[1][name] for name in ("tokens_per_second", "seconds", "step_seconds", "time_to_twin")} == {None}
+    text = sweep_table.markdown(rows)
+    assert "tokens/s" not in text
+    assert "| act24 | 0 | 12 | +0.1000 | 14 | 0.900 | 1.050 |" in text
+    unshared = sweep_table.make_rows(members, "s")
+    assert unshared[1]["tokens_per_second"] == 128
+    assert sweep_table.crossing([(12, -0.1), (16, -0.2)]) == 12, "the shortest run reaches it already"
+
+
+def test_an_expert_without_tokens_is_counted_and_the_bar_goes_by_the_experts():
+    records: list[dict[str, Any]] = [
+        {"kind": "train", "step": step, "density": 0.1, "load_max": 1.0, "load_mean": 0.25, "load_min": float(step > 2)}
+        for step in range(1, 9)
+    ]
+    assert sweep_table._sparse_figures(records, (0, 8))["starved"] == 0.25
+    assert sweep_table.load_bar([Recipe.venom(16, 4), Recipe.venom(4, 1)]) == 1.5
+    assert sweep_table.load_bar([Recipe.venom(16, 4)]) == 2.0
+    assert sweep_table.load_bar([]) is None
 
 
 def test_seconds_of_the_steps_and_the_jump_at_a_switch():
@@ -243,7 +311,8 @@ def test_seconds_of_the_steps_and_the_jump_at_a_switch():
 
 
 def test_the_tables_have_means_over_seeds():
-    row = dict.fromkeys([key for key, _ in (sweep_table._LOSSES | sweep_table._DIAGNOSES).values()])
+    tables = (sweep_table._LOSSES, sweep_table._DIAGNOSES, sweep_table._CLOCK)
+    row = dict.fromkeys([key for table in tables for key, _ in table.values()])
     rows = [row | {"case": "a", "seed": seed, "val_loss": 3.0 + seed, "difference": 0.1} for seed in (0, 1)]
     text = sweep_table.markdown(rows)
     assert "| a | 2 | 3.5000 (3.0000 to 4.0000) | +0.1000 (+0.1000 to +0.1000) |  |  |" in text

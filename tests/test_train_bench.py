@@ -33,5 +33,6 @@ def test_a_row_for_each_recipe_in_the_benchmarks_format(capsys, tmp_path):
 def test_names_of_recipes():
     assert parse_recipe("venom:16:4") == ("venom E=16 k=4", Recipe.venom(16, 4))
     assert parse_recipe("all24") == ("all24", Recipe.all24())
+    assert parse_recipe("act24:4:2") == ("act24 E=4 k=2", Recipe.act24(experts=4, top_k=2))
     with pytest.raises(ValueError, match="venom:EXPERTS:TOP_K"):
-        parse_recipe("act24:4:1")
+        parse_recipe("all24:4:1")

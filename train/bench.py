@@ -5,8 +5,8 @@
 
 A step is what a run executes: gradients, clipping, AdamW, the router's bias.  Each recipe takes turns with dense on one
 state, which each step donates to the next, so that a card which warms up treats both alike; the weights are the first
-ones, neither clustered nor scaled.  ``venom:E:k`` names a routed recipe.  A row is printed, and the file written, as
-soon as its recipe has run.
+ones, neither clustered nor scaled.  ``venom:E:k`` names a routed recipe, ``act24:E:k`` the same with dense weights.  A row
+is printed, and the file written, as soon as its recipe has run.
 
 ``part_ms``: where the step's time goes, from a trace of two steps (`train.trace`): the FFN with its router and packing,
 attention with its rotation, the projections around it, the head with its loss, clipping with AdamW, what is exchanged
@@ -45,7 +45,7 @@ SWITCH = "switch"
 
 
 def parse_recipe(text: str) -> tuple[str, Recipe]:
-    """'act24' or 'venom:4:1' -> (label, recipe).
+    """'act24', 'venom:4:1' or 'act24:4:2' -> (label, recipe).
 
     Raises:
       ValueError: an unknown name, or another form.
@@ -53,10 +53,12 @@ def parse_recipe(text: str) -> tuple[str, Recipe]:
     name, *numbers = text.split(":")
     if not numbers:
         recipe = named_recipe(name)
-    elif name == "venom" and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
-        recipe = Recipe.venom(*map(int, numbers))
+    elif name in ("venom", "act24") and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+        recipe = Recipe.preset(name, experts=int(numbers[0]), top_k=int(numbers[1]))
     else:
-        raise ValueError(f"--recipes has {text!r}; give dense, act24, all24, venom or venom:EXPERTS:TOP_K")
+        raise ValueError(
+            f"--recipes has {text!r}; give dense, act24, all24, venom, venom:EXPERTS:TOP_K or act24:EXPERTS:TOP_K"
+        )
     return label(name, recipe), recipe
 
 

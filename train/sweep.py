@@ -1,4 +1,4 @@
-"""Runs a list of runs over the GPUs present and collects one table:
+"""Runs lists of runs over the GPUs present and collects a table of each:
 
     python -m train.sweep configs/sweeps/recipes.toml --gin_bindings="Data.folder='runs/data'" --output=runs/recipes
 
@@ -12,11 +12,17 @@ The file is TOML; what a run is stays gin: files and bindings, as `train.main` t
     [runs.act24]
     gin_files = ["configs/recipe/act24.gin"] # after those of every run; gin_bindings, seeds and twin likewise
 
-A run is a process of its own on one GPU, in OUTPUT/NAME-SEED; what it prints is in OUTPUT/logs.  The table,
-OUTPUT/table.md and table.json, is written anew whenever a run ends.  Type the command again after a kill: finished runs
-are skipped, the others go on from their checkpoints; those that outlived the kill of the sweep are waited for.
+A run is a process of its own on one GPU, in OUTPUT/NAME-SEED; what it prints is in OUTPUT/logs.  Runs begin in the
+order of the file, so those that matter most come first.  The table, OUTPUT/table.md and table.json, is written anew
+whenever a run ends.  Type the command again after a kill: finished runs are skipped, the others go on from their
+checkpoints; those that outlived the kill of the sweep are waited for.
+
+Several files, a.toml and b.toml, take turns in one queue; their folders are then OUTPUT/a and OUTPUT/b.  With
+``--per_device`` runs share a GPU, and the table leaves out their seconds, which say nothing; ``--step_times`` takes the
+times of steps from what `train.bench` has measured by itself.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -35,7 +41,8 @@ from train.command import print_error
 from train.config import RunConfig, find_config, load_config
 from train.evaluate import CONFIG_FILE
 from train.metrics import Progress, last_record
-from train.sweep_table import Member, write_table
+from train.step_times import read_step_times
+from train.sweep_table import OWN_CLOCK, Clock, Member, write_table
 from train.workdir import WorkdirLock
 
 LOGS = "logs"
@@ -90,7 +97,7 @@ class SweepRun:
 def load_sweep(
     path: str, output: Path, gin_bindings: Sequence[str] = (), only: Sequence[str] | None = None
 ) -> list[SweepRun]:
-    """The runs of a sweep file, seed after seed, all checked.
+    """The runs of a sweep file in its order, each seed of one after the other, all checked.
 
     Args:
       path: tried from the working directory, then from the package.
@@ -127,12 +134,10 @@ def load_sweep(
             raise ValueError(f"{path} has no run {', '.join(sorted(unknown))}; there are {', '.join(entries)}")
         kept = {*only, *(entries[name]["twin"] for name in only)}
         entries = {name: entry for name, entry in entries.items() if name in kept}
-    seeds = list(dict.fromkeys(seed for entry in entries.values() for seed in entry["seeds"]))
     return [
-        _make_run(path, name, seed, entries[name], output, gin_bindings)
-        for seed in seeds
-        for name in entries
-        if seed in entries[name]["seeds"]
+        _make_run(path, name, seed, entry, output, gin_bindings)
+        for name, entry in entries.items()
+        for seed in entry["seeds"]
     ]
 
 
@@ -170,11 +175,28 @@ def visible_gpus() -> list[str]:
     return listed.split()
 
 
+@dataclass(frozen=True)
+class Sheet:
+    """What one file asks for: its runs, the folder that holds them, and the table it gets."""
+
+    name: str
+    runs: tuple[SweepRun, ...]
+    output: Path
+
+    def collect(self, clock: Clock) -> str:
+        """Writes the table of the runs that have ended."""
+        return write_table([run.member for run in self.runs], self.name, self.output, clock)
+
+
 class Sweep:
     """The processes: one for each run, `per_device` at a time on each GPU (or, without GPUs, on the CPU)."""
 
-    def __init__(self, name: str, runs: Sequence[SweepRun], output: Path, gpus: Sequence[str], per_device: int):
-        self._name, self._runs, self._output = name, runs, output
+    def __init__(self, sheets: Sequence[Sheet], gpus: Sequence[str], per_device: int, clock: Clock = OWN_CLOCK):
+        self._sheets, self._clock = sheets, clock
+        self._home = {run.member.workdir: sheet for sheet in sheets for run in sheet.runs}
+        # Taking turns: the first run of each sheet, the second one of each ...
+        turns = itertools.zip_longest(*(sheet.runs for sheet in sheets))
+        self._runs = [run for turn in turns for run in turn if run is not None]
         self._free = [gpu for _ in range(per_device) for gpu in (gpus or [""])]
         self._memory = str(round(0.9 / per_device, 3)) if gpus and per_device > 1 else None
         self._active: dict[subprocess.Popen, tuple[SweepRun, str]] = {}
@@ -183,9 +205,10 @@ class Sweep:
 
     def run(self) -> bool:
         """Runs what is not finished.  Returns False if it was stopped by SIGTERM or SIGINT before the end."""
-        (self._output / LOGS).mkdir(parents=True, exist_ok=True)
+        for sheet in self._sheets:
+            (sheet.output / LOGS).mkdir(parents=True, exist_ok=True)
         waiting = [run for run in self._runs if not run.is_finished()]
-        done = {run.name: run.steps_done() for run in self._runs}
+        done = {run.member.workdir: run.steps_done() for run in self._runs}
         total = sum(run.member.config.train.steps for run in self._runs)
         progress, looked = Progress(total, sum(done.values()), interval=30.0), 0.0
         if len(waiting) < len(self._runs):
@@ -201,7 +224,7 @@ class Sweep:
                     self._end(run, process.returncode, progress)
                 if time.monotonic() - looked > 5:
                     looked = time.monotonic()
-                    done |= {run.name: run.steps_done() for run, _ in self._active.values()}
+                    done |= {run.member.workdir: run.steps_done() for run, _ in self._active.values()}
                     progress.update(sum(done.values()), self._status(waiting))
                 time.sleep(0.2)
         finally:
@@ -210,19 +233,21 @@ class Sweep:
             progress.close()
         return not self._stopping
 
-    def collect(self) -> str:
-        """Writes the table of the runs that have ended."""
-        return write_table([run.member for run in self._runs], self._name, self._output)
+    def _name(self, run: SweepRun) -> str:
+        return run.name if len(self._sheets) == 1 else f"{self._home[run.member.workdir].name}/{run.name}"
+
+    def _file(self, run: SweepRun, ending: str) -> Path:
+        return self._home[run.member.workdir].output / LOGS / f"{run.name}{ending}"
 
     def _start_what_fits(self, waiting: list[SweepRun], progress: Progress) -> None:
         # A run that is held goes on in another process: that of a sweep that was killed.  It keeps its GPU.
-        held = {run.name for run in waiting if _is_held(run.member.workdir)}
+        held = [run for run in waiting if _is_held(run.member.workdir)]
         free = list(self._free)
-        for name in held:
-            note = self._output / LOGS / f"{name}.gpu"
+        for run in held:
+            note = self._file(run, ".gpu")
             if note.exists() and (gpu := note.read_text()) in free:
                 free.remove(gpu)
-        for run in [run for run in waiting if run.name not in held]:
+        for run in [run for run in waiting if run not in held]:
             if not free:
                 return
             waiting.remove(run)
@@ -237,8 +262,8 @@ class Sweep:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         if self._memory is not None:
             environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = self._memory
-        (self._output / LOGS / f"{run.name}.gpu").write_text(gpu)
-        with (self._output / LOGS / f"{run.name}.txt").open("ab") as log:
+        self._file(run, ".gpu").write_text(gpu)
+        with self._file(run, ".txt").open("ab") as log:
             # A session of its own, so that Ctrl-C reaches it once, through this process.
             process = subprocess.Popen(
                 run.command(),
@@ -249,20 +274,20 @@ class Sweep:
                 start_new_session=True,
             )
         self._active[process] = (run, gpu)
-        progress.say(f"{run.name} begins{f' on GPU {gpu}' if gpu else ''}, process {process.pid}")
+        progress.say(f"{self._name(run)} begins{f' on GPU {gpu}' if gpu else ''}, process {process.pid}")
 
     def _end(self, run: SweepRun, code: int, progress: Progress) -> None:
-        log = self._output / LOGS / f"{run.name}.txt"
+        log = self._file(run, ".txt")
         last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
         if run.is_finished():
-            self.collect()
-            progress.say(f"{run.name}: {last}")
+            self._home[run.member.workdir].collect(self._clock)
+            progress.say(f"{self._name(run)}: {last}")
         elif not self._stopping:
-            self.failed[run.name] = code
-            progress.say(f"{run.name} failed with exit code {code}: {last} ({log})")
+            self.failed[self._name(run)] = code
+            progress.say(f"{self._name(run)} failed with exit code {code}: {last} ({log})")
 
     def _status(self, waiting: Sequence[SweepRun]) -> str:
-        running = ", ".join(f"{run.name} {run.steps_done()}" for run, _ in self._active.values())
+        running = ", ".join(f"{self._name(run)} {run.steps_done()}" for run, _ in self._active.values())
         return f"running: {running or 'none'}; {len(waiting)} waiting"
 
     def _stop(self, *_: Any) -> None:
@@ -284,7 +309,7 @@ def _is_held(workdir: Path) -> bool:
 
 
 def run_sweep(
-    path: str,
+    paths: Sequence[str],
     output: Path,
     *,
     gin_bindings: Sequence[str] = (),
@@ -292,28 +317,42 @@ def run_sweep(
     gpus: Sequence[str] | None = None,
     per_device: int = 1,
     collect: bool = False,
+    step_times: str | None = None,
 ) -> int:
     """Runs and collects.  Returns 0 (all finished), 1 (some failed), 130 (stopped; type the command again).
 
     Args:
-      path, output, gin_bindings, only: as `load_sweep` takes them.
+      paths: sweep files; several have their folders in `output`, one has it for its own.
+      output, gin_bindings, only: as `load_sweep` takes them.
       gpus: names for CUDA_VISIBLE_DEVICES; None is all that are visible, none runs on the CPU.
       per_device: runs at a time on each GPU, or on the CPU.
-      collect: only write the table of what has finished.
+      collect: only write the tables of what has finished.
+      step_times: FILE or FILE@SIZE, results of `train.bench`, for the times of steps.
 
     Raises:
       ValueError: a mistake in the input; nothing was started.
     """
     if per_device < 1:
         raise ValueError(f"--per_device={per_device} must be at least 1")
-    runs = load_sweep(path, output, gin_bindings, only)
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the sweeps {', '.join(paths)} share a name, and so would their folders; rename one")
+    if only is not None and len(paths) > 1:
+        raise ValueError(f"--only={','.join(only)} names runs of one sweep; give one file")
+    clock = Clock(None if step_times is None else read_step_times(step_times), shared=per_device > 1)
+    sheets = []
+    for path, name in zip(paths, names, strict=True):
+        folder = output if len(paths) == 1 else output / name
+        sheets.append(Sheet(name, tuple(load_sweep(path, folder, gin_bindings, only)), folder))
+    runs = [run for sheet in sheets for run in sheet.runs]
     finished = [run.is_finished() for run in runs]  # refuses foreign runs before anything starts
-    sweep = Sweep(Path(path).stem, runs, output, visible_gpus() if gpus is None else gpus, per_device)
+    sweep = Sweep(sheets, visible_gpus() if gpus is None else gpus, per_device, clock)
     if collect and not any(finished):
-        raise ValueError(f"{output} holds no finished run of {path}")
+        raise ValueError(f"{output} holds no finished run of {', '.join(paths)}")
     complete = collect or sweep.run()
-    if any(run.is_finished() for run in runs):
-        print(sweep.collect())
+    for sheet in sheets:
+        if any(run.is_finished() for run in sheet.runs):
+            print(sheet.collect(clock))
     if not complete:
         print(f"stopped; {sum(run.is_finished() for run in runs)} of {len(runs)} runs are finished, the others saved")
         return 130
@@ -325,25 +364,27 @@ def run_sweep(
 def main(argv: Sequence[str]) -> int:
     """The command."""
     values = flags.FLAGS
-    if len(argv) != 2:
-        print_error("give one sweep: python -m train.sweep configs/sweeps/recipes.toml")
+    if len(argv) < 2:
+        print_error("give a sweep, or several: python -m train.sweep configs/sweeps/recipes.toml")
         return 2
-    output = Path(values.output or Path("runs") / Path(argv[1]).stem)
-    options: dict[str, Any] = {
-        name: values[name].value for name in ("gin_bindings", "only", "gpus", "per_device", "collect")
-    }
+    output = Path(values.output or (Path("runs") / Path(argv[1]).stem if len(argv) == 2 else "runs"))
+    names = ("gin_bindings", "only", "gpus", "per_device", "collect", "step_times")
+    options: dict[str, Any] = {name: values[name].value for name in names}
     try:
-        return run_sweep(argv[1], output, **options)
+        return run_sweep(argv[1:], output, **options)
     except ValueError as error:
         print_error(str(error))
         return 2
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output", None, "folder of the runs and the table (default: runs/NAME of the sweep)")
+    flags.DEFINE_string("output", None, "folder of the runs and the table (default: runs/NAME of the sweep; runs)")
     flags.DEFINE_multi_string("gin_bindings", [], "bindings for every run, after those of the sweep")
     flags.DEFINE_list("only", None, "names of the runs to do, with commas between; their twins are done too")
     flags.DEFINE_list("gpus", None, "GPUs to use, as CUDA_VISIBLE_DEVICES names them (default: all that are visible)")
     flags.DEFINE_integer("per_device", 1, "runs at a time on each GPU, or on the CPU")
+    flags.DEFINE_string(
+        "step_times", None, "FILE or FILE@SIZE of python -m train.bench to take the times of steps from"
+    )
     flags.DEFINE_boolean("collect", False, "only write the table of the runs that have finished")
     app.run(main)

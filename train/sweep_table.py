@@ -12,6 +12,7 @@ from train.config import RunConfig
 from train.metrics import read_metrics
 from train.report import summary
 from train.run_info import read_starts
+from train.step_times import StepTimes
 from venom_jax import Recipe, StackRecipe
 
 Record = dict[str, Any]
@@ -32,9 +33,20 @@ class Member:
     options: tuple[str, ...]  # gin files and bindings
 
 
-def write_table(members: Sequence[Member], sweep: str, output: Path) -> str:
+@dataclass(frozen=True)
+class Clock:
+    """What tells the time: the runs' own seconds, unless they shared a GPU, and steps that were timed by themselves."""
+
+    step_times: StepTimes | None = None
+    shared: bool = False
+
+
+OWN_CLOCK = Clock()
+
+
+def write_table(members: Sequence[Member], sweep: str, output: Path, clock: Clock = OWN_CLOCK) -> str:
     """Writes OUTPUT/table.json and table.md of the runs that have ended; returns the Markdown."""
-    rows = make_rows(members, sweep)
+    rows = make_rows(members, sweep, clock)
     text = markdown(rows)
     _replace(output / "table.json", "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     _replace(output / "table.md", text)
@@ -47,18 +59,26 @@ def _replace(path: Path, text: str) -> None:
     rewritten.replace(path)
 
 
-def make_rows(members: Sequence[Member], sweep: str) -> list[Row]:
+def make_rows(members: Sequence[Member], sweep: str, clock: Clock = OWN_CLOCK) -> list[Row]:
     """A row for each run that has ended.
 
     val_loss, val_bits_per_byte: of the dense model at the end; val_loss_sparse: by the last phase's recipe.
     train_loss_last_100: mean training loss of the last 100 records, the paper's metric.
     difference, difference_train: these two minus the twin's of the same seed.
     sparse_share, operations: share of the steps that are sparse; operations executed, of the dense run's.
+    tokens_per_second, seconds, step_seconds, time_to_twin: null where runs shared a GPU.
     seconds: measured, everything included; step_seconds: of the steps alone, at each phase's median speed.
     time_to_twin: step_seconds up to the first evaluation that reaches the twin's final loss, over the twin's
       step_seconds; null where it does not.
+    step_time: mean time of its steps over that of a dense step, as `step_times` has them for another model, which
+      step_time_of names; null without, or where a recipe has not been timed.
+    steps_to_twin: steps in which the recipe, lengthened with its schedule, reaches the twin's final loss: between the
+      longest run that does not and the shortest one that does, by a straight line; null where none reaches it. Runs
+      that differ in Train.steps only are one recipe's.
+    time_to_twin_by_step_times: steps_to_twin times step_time, over the twin's steps.
     density and the diagnoses: at the end of the last routed phase, or the last sparse one where none routes;
-    load_max, load_min: there, the fullest and emptiest expert of any layer over the fair share, mean of 100 records.
+    load_max, load_min: there, the fullest and emptiest expert of any layer over the fair share, mean of 100 records;
+      load_bar: what load_max should not exceed; starved: share of these steps in which some expert got no token.
     jump: largest rise of the training loss within 20 steps of a change of phase, over the mean of 5 steps before.
     """
     found = {}
@@ -70,7 +90,46 @@ def make_rows(members: Sequence[Member], sweep: str) -> list[Row]:
     for member, records in found.values():
         twin = found.get((member.twin, member.seed)) if member.twin else None
         rows.append({"bench": f"sweep {sweep}", **_row(member, records, twin)})
+        times = clock.step_times
+        rows[-1]["step_time"] = None if times is None else _rounded(times.of_run(member.config), 4)
+        rows[-1]["step_time_of"] = None if times is None else f"{times.size} on {times.device}"
+        if clock.shared:
+            rows[-1] |= dict.fromkeys(("tokens_per_second", "seconds", "step_seconds", "time_to_twin"))
+    _add_steps_to_twin(rows)
     return rows
+
+
+def _add_steps_to_twin(rows: list[Row]) -> None:
+    families: dict[Any, list[Row]] = {}
+    for row in rows:
+        if row["difference"] is not None:
+            options = tuple(option for option in row["options"] if not option.startswith("Train.steps"))
+            families.setdefault((options, row["seed"], row["twin"]), []).append(row)
+    steps_of = {(row["case"], row["seed"]): row["steps"] for row in rows}
+    for row in rows:
+        row |= {"steps_to_twin": None, "time_to_twin_by_step_times": None}
+    for family in families.values():
+        steps = crossing([(row["steps"], row["difference"]) for row in family])
+        if steps is None:
+            continue
+        for row in family:
+            row["steps_to_twin"] = round(steps)
+            if row["step_time"] is not None:
+                relative = steps / steps_of[row["twin"], row["seed"]]
+                row["time_to_twin_by_step_times"] = _rounded(relative * row["step_time"], 4)
+
+
+def crossing(points: Sequence[tuple[int, float]]) -> float | None:
+    """Where differences by steps reach zero: the steps of the first that is not positive, or on the line before it."""
+    points = sorted(points)
+    first = next((i for i, (_, difference) in enumerate(points) if difference <= 0), None)
+    if first is None:
+        return None
+    steps, difference = points[first]
+    if first == 0:
+        return float(steps)
+    before, above = points[first - 1]
+    return before + (steps - before) * above / (above - difference)
 
 
 def _row(member: Member, records: Sequence[Record], twin: tuple[Member, Sequence[Record]] | None) -> Row:
@@ -100,6 +159,7 @@ def _row(member: Member, records: Sequence[Record], twin: tuple[Member, Sequence
         "seconds": round(final["seconds"], 1),
         "step_seconds": round(step_seconds(member, records), 1),
         **_sparse_figures(records, (routed or sparse or [(0, steps)])[-1]),
+        "load_bar": load_bar([phase.recipe for phase in config.schedule.phases if phase.recipe.routed]),
         "jump": jump(records),
         "steps": steps,
         "phases": [[phase.start, phase.label] for phase in config.schedule.phases],
@@ -159,7 +219,15 @@ def _sparse_figures(records: Sequence[Record], span: tuple[int, int]) -> Row:
         row[name] = _rounded(diagnoses[-1].get(name), 4) if shown else None
     for name in ("load_max", "load_min"):
         row[name] = round(fmean(r[name] / r["load_mean"] for r in routed), 3) if routed else None
+    row["starved"] = round(fmean(r["load_min"] == 0 for r in routed), 3) if routed else None
     return row
+
+
+def load_bar(routed: Sequence[StackRecipe]) -> float | None:
+    """What the fullest expert should not exceed, in fair shares, in the last of the routed phases."""
+    if not routed:
+        return None
+    return 1.5 if routed[-1].experts <= 4 else 2.0
 
 
 def jump(records: Sequence[Record]) -> float | None:
@@ -188,6 +256,13 @@ _LOSSES = {
     "of the steps": ("step_seconds", "{:,.0f}"),
     "time to the twin's loss": ("time_to_twin", "{:.2f}"),
 }
+_CLOCK = {
+    "steps": ("steps", "{:,}"),
+    "against its twin": ("difference", "{:+.4f}"),
+    "steps to the twin's loss": ("steps_to_twin", "{:,}"),
+    "time of a step": ("step_time", "{:.3f}"),
+    "time to the twin's loss": ("time_to_twin_by_step_times", "{:.3f}"),
+}
 _DIAGNOSES = {
     "density": ("density", "{:.1%}"),
     "dropped along neurons": ("dropped_features", "{:.2%}"),
@@ -195,7 +270,9 @@ _DIAGNOSES = {
     "kept by the router": ("kept_router", "{:.1%}"),
     "by the best choice": ("kept_oracle", "{:.1%}"),
     "fullest expert": ("load_max", "{:.2f}"),
+    "bar": ("load_bar", "{:.1f}"),
     "emptiest": ("load_min", "{:.2f}"),
+    "steps with one empty": ("starved", "{:.0%}"),
     "jump at a switch": ("jump", "{:+.3f}"),
 }
 _MEANS = {
@@ -207,14 +284,17 @@ _MEANS = {
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table of losses, that of diagnoses, and, with several seeds, means over the seeds with their range."""
+    """Tables of losses, of diagnoses, of times by measured steps, and of means over the seeds with their range."""
     text = _table(rows, _LOSSES) + "\n" + _table(rows, _DIAGNOSES)
+    if any(row["step_time"] is not None for row in rows):
+        text += "\n" + _table(rows, _CLOCK)
     if len({row["seed"] for row in rows}) > 1:
         text += "\n" + _means(rows)
     return text
 
 
 def _table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:
+    columns = {name: (key, form) for name, (key, form) in columns.items() if any(row[key] is not None for row in rows)}
     lines = [["run", "seed", *columns], ["---"] * (2 + len(columns))]
     for row in rows:
         cells = ["" if row[key] is None else form.format(row[key]) for key, form in columns.values()]
