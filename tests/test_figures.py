@@ -50,6 +50,33 @@ def test_the_figures_show_the_numbers_of_their_sources(tmp_path, kernels, monkey
     assert [path.read_bytes() for path in figures.draw_all(kernels, tmp_path / "out")] == before
 
 
+def test_the_front_has_the_means_of_the_seeds_over_their_times(tmp_path, kernels, monkeypatch):
+    def row(case, seed, steps, step_time, difference, twin="dense"):
+        found = {"case": case, "seed": seed, "steps": steps, "step_time": step_time, "difference": difference}
+        return found | {"twin": twin, "step_time_of": "1b on H100"}
+
+    rows = [row("dense", seed, 100, 1.0, None, twin=None) for seed in (0, 1)]
+    rows += [row("a", 0, 100, 0.8, 0.03), row("a", 1, 100, 0.8, 0.05), row("b", 0, 110, 0.9, 0.02)]
+    rows += [row("untimed", 0, 100, None, 0.0), row("later", 0, 100, 0.5, None, twin=None)]
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(rows))
+    dots, curves, plot = {}, [], Axes.plot
+    annotate = Axes.annotate
+    monkeypatch.setattr(
+        Axes, "annotate", lambda axes, name, at, **o: dots.update({name: at}) or annotate(axes, name, at, **o)
+    )
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *a, **o: curves.append(list(x)) or plot(axes, x, y, *a, **o))
+    figures.draw_front(figures.read_sweep(path), tmp_path / "front.svg")
+    assert dots["a"] == pytest.approx((0.8, 0.04))
+    assert dots["b"] == pytest.approx((0.99, 0.02))
+    assert dots["dense"] == (1.0, 0.0)
+    assert dots.keys() == {"a", "b", "dense"}
+    assert curves[0] == pytest.approx([0.8, 0.99, 1.0])
+    path.write_text(json.dumps([rows[0], rows[5]]))
+    with pytest.raises(ValueError, match="holds no run with a time"):
+        figures.draw_all(kernels, tmp_path, path)
+
+
 def test_what_is_no_table_is_refused(tmp_path, kernels):
     for content in ("{", "[1]", "[]"):
         (tmp_path / "bad.json").write_text(content)

@@ -1,16 +1,18 @@
-"""The figures of arXiv 2602.06183 that need no training, from the configurations and from the benchmark's results:
+"""The figures of arXiv 2602.06183 that need no training, and loss against time, from results and configurations:
 
     python -m train.figures --output=docs/figures
 
 `operations.svg`: what the parts of a model cost, over its size (Figure 1). `products.svg`: 2:4 products against dense
 ones (Figure 6). `routed.svg`: the products of routed tokens, V:N:M = 64:2:4E, against dense ones (Figure 7). The latter
-two are drawn from `kernels.json` as `python -m pallas_kernels.bench` writes it.
+two are drawn from `kernels.json` as `python -m pallas_kernels.bench` writes it. With ``--sweep``, `front.svg`: what the
+runs of `train.sweep` lost against the time they take by ``--step_times``, of their twins'.
 """
 
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -21,7 +23,7 @@ from matplotlib.figure import Figure
 from train import model
 from train.command import program
 from train.config import load_config
-from train.plot import COLORS, new_figure
+from train.plot import COLORS, new_figure, pareto_front
 from venom_jax import Recipe
 
 SIZES = ("40m", "125m", "1b", "7b")
@@ -106,6 +108,48 @@ def draw_routed(rows: Sequence[Row], output: Path) -> None:
     _save(figure, output)
 
 
+def read_sweep(path: Path) -> list[Row]:
+    """The rows of a sweep whose steps were timed.
+
+    Raises:
+      ValueError: no such file, or none in it.
+    """
+    try:
+        rows = [row for row in json.loads(path.read_text()) if row["step_time"] is not None]
+        rows = [row for row in rows if row["twin"] is None or row["difference"] is not None]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of python -m train.sweep ({error})") from error
+    if not any(row["twin"] for row in rows):
+        raise ValueError(f"{path} holds no run with a time; give train.sweep --step_times")
+    return rows
+
+
+def draw_front(rows: Sequence[Row], output: Path) -> None:
+    """Loss against the twin's over the run's time of the twin's; means over the seeds, and the front."""
+    twins = {(row["case"], row["seed"]): row for row in rows if row["twin"] is None}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        twin = twins.get((row["twin"], row["seed"]))
+        if twin is not None:
+            time = row["steps"] * row["step_time"] / (twin["steps"] * twin["step_time"])
+            found.setdefault(row["case"], []).append((time, row["difference"]))
+    names = [*found, *dict.fromkeys(row["twin"] for row in rows if row["twin"])]
+    dots = [(fmean(t for t, _ in runs), fmean(d for _, d in runs)) for runs in found.values()]
+    dots += [(1.0, 0.0)] * (len(names) - len(dots))
+    figure, axes = new_figure()
+    front = pareto_front(dots)
+    axes.plot(*zip(*(dots[i] for i in front), strict=True), color="0.3", linewidth=1, label="none is better in both")
+    for i, (name, (time, difference)) in enumerate(zip(names, dots, strict=True)):
+        color = COLORS[0] if i in front else COLORS[1]
+        axes.plot([time], [difference], marker="o", linewidth=0, color=color, markeredgecolor="white")
+        axes.annotate(name, (time, difference), xytext=(5, 4), textcoords="offset points", fontsize="x-small")
+    axes.margins(x=0.12)
+    axes.set_xlabel(f"time of the steps, as {rows[0]['step_time_of']} takes for them, of the dense run's")
+    axes.set_ylabel("validation loss against the dense run (nats per token)")
+    axes.legend(fontsize="small")
+    _save(figure, output)
+
+
 def _against_dense(axes: Any, rows: Sequence[Row]) -> None:
     axes.axhline(1, color="0.3", linewidth=0.8)
     axes.set_ylabel("speed over the dense product")
@@ -120,13 +164,13 @@ def _save(figure: Figure, output: Path) -> None:
         raise ValueError(f"cannot write {output}: {error}") from error
 
 
-def draw_all(kernels: Path, output: Path) -> list[Path]:
+def draw_all(kernels: Path, output: Path, sweep: Path | None = None) -> list[Path]:
     """Writes the figures into a folder.
 
     Raises:
-      ValueError: `kernels` is no table of the benchmark, or the folder cannot be written.
+      ValueError: `kernels` is no table of the benchmark, `sweep` none of a sweep, or the folder cannot be written.
     """
-    rows = read_rows(kernels)
+    rows, runs = read_rows(kernels), None if sweep is None else read_sweep(sweep)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,17 +180,21 @@ def draw_all(kernels: Path, output: Path) -> list[Path]:
         draw_operations(paths[0])
         draw_products(rows, paths[1])
         draw_routed(rows, paths[2])
+        if runs is not None:
+            paths.append(output / "front.svg")
+            draw_front(runs, paths[-1])
     return paths
 
 
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
-    for path in draw_all(Path(values.kernels), Path(values.output)):
+    for path in draw_all(Path(values.kernels), Path(values.output), values.sweep and Path(values.sweep)):
         print(path)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("kernels", "docs/results/h100/kernels.json", "results of python -m pallas_kernels.bench")
+    flags.DEFINE_string("sweep", None, "table.json of python -m train.sweep --step_times, for front.svg")
     flags.DEFINE_string("output", "docs/figures", "folder for the images")
     app.run(main)
