@@ -5,8 +5,8 @@
 
 A step is what a run executes: gradients, clipping, AdamW, the router's bias.  Each recipe takes turns with dense on one
 state, which each step donates to the next, so that a card which warms up treats both alike; the weights are the first
-ones, neither clustered nor scaled.  ``venom:E:k`` names a routed recipe, ``act24:E:k`` the same with dense weights.  A row
-is printed, and the file written, as soon as its recipe has run.
+ones, neither clustered nor scaled.  ``venom:E:k`` names a routed recipe, ``act24:E:k`` the same with dense weights.  A
+row is printed, and the file written, as soon as its recipe has run.
 
 ``part_ms``: where the step's time goes, from a trace of two steps (`train.trace`): the FFN with its router and packing,
 attention with its rotation, the projections around it, the head with its loss, clipping with AdamW, what is exchanged
