@@ -205,3 +205,44 @@ def test_nan_in_one_group_of_the_contraction_stays_there():
     out = np.asarray(out, np.float32)
     assert np.isnan(out[0]).any()
     np.testing.assert_array_equal(out[1:], clean[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sizes", ["rest", "empty", "one"])
+def test_every_element_is_written_over_poison(mode, sizes):
+    values, metadata, b, wanted = operands(mode, SIZES[sizes])
+    poison = jnp.full((4 * wanted.size,), jnp.nan, jnp.bfloat16)
+    jax.block_until_ready(poison)
+    poison.delete()
+    out = run(mode, values, metadata, b, SIZES[sizes], implementation="hopper")
+    assert relative_error(out, wanted) < LIMIT["bfloat16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_bad_weight_reaches_the_stored_entries_of_its_groups_tokens_only(bad):
+    sizes = (192, 64, 512, 256)
+    values, metadata, b, _ = operands("rows", sizes)
+    clean = np.asarray(run("rows", values, metadata, b, sizes, implementation="hopper"), np.float32)
+    out = run("rows", values, metadata, b.at[2, 37, 11].set(bad), sizes, implementation="hopper")
+    out = np.asarray(out, np.float32)
+    tokens = np.arange(TOKENS)
+    stored = (tokens >= 256) & (tokens < 768) & (dense(jnp.ones_like(values), metadata)[:, 37] != 0)
+    assert 0 < stored.sum() < 512
+    np.testing.assert_array_equal(np.isfinite(out[:, 11]), ~stored)
+    out[stored, 11] = clean[stored, 11]
+    np.testing.assert_array_equal(out, clean)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_bad_stored_weight_reaches_its_neuron_in_its_group_only(bad):
+    sizes, m = (192, 64, 512, 256), 192
+    values, metadata, b, _ = operands("columns", sizes, m=m)
+    clean = np.asarray(run("columns", values, metadata, b, sizes, implementation="hopper"), np.float32)
+    values = values.at[2 * m + 70, 9].set(bad)
+    out = np.asarray(run("columns", values, metadata, b, sizes, implementation="hopper"), np.float32)
+    assert not np.isfinite(out[70, 256:768]).any()
+    out[70, 256:768] = clean[70, 256:768]
+    np.testing.assert_array_equal(out, clean)

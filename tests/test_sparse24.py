@@ -268,8 +268,7 @@ def test_zeros_of_either_sign_add_nothing():
 
 
 @pytest.mark.gpu
-def test_extreme_sizes():
-    values, metadata, b, wanted = problem(64, 65536, 64)
-    assert relative_error(kernel(values, metadata, b), wanted) < LIMIT["bfloat16"]
-    values, metadata, b, wanted = problem(64, 64, 65536)
+@pytest.mark.parametrize("size", [(64, 65536, 64), (64, 64, 65536), (65536, 64, 64)], ids=str)
+def test_extreme_sizes(size):
+    values, metadata, b, wanted = problem(*size)
     assert relative_error(kernel(values, metadata, b), wanted) < LIMIT["bfloat16"]
