@@ -67,6 +67,21 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
         run_tasks(unused, unused, ["piqa"], data_dir=ITEMS, limit=None, model_args={})
 
 
+def test_without_a_network_local_items_are_named(monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs lm-eval (extra eval)")
+
+    def unreachable(**_):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", unreachable)
+    tokenizer = open_dataset(token_folder(), "train").tokenizer
+    unused: Any = None
+    with pytest.raises(
+        ValueError, match=r"data of piqa: Couldn't reach the Hub; put items into a folder.*--eval_data_dir"
+    ):
+        run_tasks(unused, tokenizer, ["piqa"], data_dir=ITEMS, limit=None, model_args={})
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """(workdir, what was printed) of all six tasks, dense and sparse, on a checkpoint inside a sparse phase."""

@@ -46,8 +46,8 @@ BINDINGS = (
     f"Train.checkpoint_every={EVERY}",
     "Train.keep_checkpoints=4",
     "Train.log_every=1",
-    f"Train.diagnosis_every={EVERY}",
-    "Train.sample_tokens=40",
+    f"Train.diagnosis_every={2 * EVERY}",
+    "Train.sample_tokens=0",
 )
 AVERAGE = "Optimizer.ema=0.98"
 EVALUATIONS = ("end", "sparse phase", "averaged")

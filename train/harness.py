@@ -104,7 +104,7 @@ def run_tasks(
       model_args: recorded in the JSON.
 
     Raises:
-      ValueError: lm-eval is not installed, or a task or its items cannot be used.
+      ValueError: lm-eval is not installed, or a task or its items cannot be used or fetched.
     """
     items = {task: find_items(data_dir, task) for task in tasks} if data_dir else {}
     if data_dir:
@@ -127,14 +127,20 @@ def run_tasks(
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if unknown:
             raise ValueError(f"lm-eval knows no task {', '.join(map(repr, unknown))}")
-        results = simple_evaluate(
-            model=_as_lm(scorer, tokenizer),
-            model_args=model_args,
-            tasks=list(tasks),
-            limit=limit,
-            task_manager=manager,
-            log_samples=False,
-        )
+        try:
+            results = simple_evaluate(
+                model=_as_lm(scorer, tokenizer),
+                model_args=model_args,
+                tasks=list(tasks),
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+            )
+        except OSError as error:  # no network, or no such data set
+            raise ValueError(
+                f"lm-eval could not get the data of {', '.join(tasks)}: {error}; put items into a folder and give it "
+                "as --eval_data_dir (docs/evaluation.md)"
+            ) from error
     text = json.dumps(results, indent=2, default=lm_eval.utils.handle_non_serializable, ensure_ascii=False)
     return text + "\n", lm_eval.utils.make_table(results)
 
