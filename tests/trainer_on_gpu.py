@@ -283,7 +283,7 @@ def masked(session: Session, found: dict[str, Any]) -> None:
     steps = 30
     for name, value in (("across", "None"), ("within", "0")):
         bound = [f"Train.steps={steps}", "Phases.schedule=[(0,'dense')]", "LearningRate.warmup=5",
-                 "Train.sample_tokens=0", f"Model.document_start={value}"]  # fmt: skip
+                 f"Model.document_start={value}"]  # fmt: skip
         workdir = session.work / f"mask-{name}"
         more = [f"--gin_bindings={binding}" for binding in bound]
         session.call(f"mask-{name}", *session.training(workdir, *more, average=False))
