@@ -1,7 +1,8 @@
 # Everything runs in .venv, made on first use with the versions in constraints.txt.
 #   make demo     train a small model on real text: dense, sparse, dense; run it again to continue
 #   make test     all tests (no network once .venv is there)
-#   make faults   kills, damaged files, full disks (as root: it mounts small disks), random input, a long run
+#   make faults   kills, damaged files, full disks (as root: it mounts small disks), bad numbers, random input, a long run
+#   make audit    known vulnerabilities of what constraints.txt names; without a network it says so and passes
 #   make docs     the documentation with the API reference, into build/site
 #   make lint     style and types       make format   apply the style
 #   make clean    remove caches; runs/ and .venv stay
@@ -10,7 +11,7 @@ BIN := .venv/bin
 DEMO_RUN ?= runs/demo
 PYTEST_ARGS ?=
 
-.PHONY: demo test faults docs lint format clean
+.PHONY: demo test faults audit docs lint format clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed-demo
@@ -21,7 +22,10 @@ test: .venv/.installed-test
 
 faults: .venv/.installed-test
 	mkdir -p build
-	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 tests/faults $(PYTEST_ARGS)
+	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 tests/faults tests/test_guard.py $(PYTEST_ARGS)
+
+audit: .venv/.installed-dev
+	$(BIN)/python -m tests.audit
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict

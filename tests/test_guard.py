@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.faults.ledger import tried
 from tests.trainer import (
     assert_same_bits,
     build,
@@ -64,6 +65,13 @@ def before_step(monkeypatch):
 
 BAD_W1 = ("blocks.ffn.w1", (1, 3, slice(None)), 1e25)  # its square overflows
 
+
+def phase_of(config, step):
+    """What the ledger calls the phase that a step belongs to."""
+    recipe = config.schedule.phases[config.schedule.index_at(step - 1)].recipe
+    return f"{'dense' if recipe.is_dense else 'sparse'} phase"
+
+
 # what is changed, and what is named first
 FAULTS = {
     "parameter": ([("blocks.ffn.w2", (1, 3, 5), jnp.nan)], "the parameter ffn.w2 in layer 1 (1 NaN and 0 inf of"),
@@ -98,6 +106,8 @@ def test_a_bad_step_stops_the_run_and_is_traced_to_its_tensor(tmp_path, before_s
     if step == 3:
         assert run_to_end(config, tmp_path) == 0
         assert_same_bits(final_state(config, tmp_path), final_state(config, uninterrupted))
+    what = f"{'NaN' if fault == 'parameter' else 'inf'} in {fault} of a {phase_of(config, step)}"
+    tried(what, 1, "stopped with the state before the step, the tensor named", step=step)
 
 
 def skipping(**guard):
@@ -129,6 +139,10 @@ def test_bad_steps_are_skipped_in_dense_and_sparse_phases(tmp_path, before_step,
     for name, array in final_state(config, tmp_path).items():
         healthy = np.delete(array, UNUSED, 0) if "embedding" in name else array
         assert np.isfinite(healthy.astype(np.float64)).all(), name
+    for step in (3, 7):
+        tried(
+            f"NaN in loss of a {phase_of(config, step)}", 1, "step skipped, the tensor named, weights finite", step=step
+        )
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path, before_step):
@@ -140,12 +154,15 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path, before_step):
     assert [record["skipped"] for record in records(tmp_path, "bad_step")] == [True, True, False]
 
 
-def test_a_spike_stops_the_run_and_names_the_largest_gradient(tmp_path, before_step):
+@pytest.mark.parametrize("step", [7, 10])
+def test_a_spike_stops_the_run_and_names_the_largest_gradient(tmp_path, before_step, step):
     config = replace(three_phases()[0], guard=Guard(spike=2.0, window=3))
-    before_step(9, lambda state: change(state, "final_scale", (), 300.0))
-    with pytest.raises(BadStepError, match=r"^step 10: .*Guard.spike=2.0 above the usual 4\.\d+ is exceeded.*of norm"):
+    before_step(step - 1, lambda state: change(state, "final_scale", (), 300.0))
+    message = rf"^step {step}: .*Guard.spike=2.0 above the usual [45]\.\d+ is exceeded.*of norm"
+    with pytest.raises(BadStepError, match=message):
         run_to_end(config, tmp_path)
-    assert prepare(config, tmp_path).checkpoints.latest == 9
+    assert prepare(config, tmp_path).checkpoints.latest == step - 1
+    tried(f"spike of the loss in a {phase_of(config, step)}", 1, "stopped with the state before the step", step=step)
 
 
 def test_a_guard_that_finds_nothing_changes_no_bit(tmp_path):

@@ -1,8 +1,11 @@
 """Local items, and lm-eval itself over them where it is installed."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from train.harness import LOCAL_TASKS, find_items, local_task, run_tasks
 from train.likelihood import windows
 
 ITEMS = Path(__file__).parent / "data" / "eval"
+UNUSED: Any = None  # model or tokenizer of what does not come to scoring
 
 
 def lines(task):
@@ -61,10 +65,70 @@ def test_missing_and_broken_items_are_named(tmp_path):
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    unused: Any = None
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[eval\]'"):
-        run_tasks(unused, unused, ["piqa"], data_dir=ITEMS, limit=None, model_args={})
+        run_tasks(UNUSED, UNUSED, ["piqa"], data_dir=ITEMS, limit=None, model_args={})
+
+
+TRUSTING = {"dataset_path": "someone/items", "dataset_kwargs": {"trust_remote_code": True}}
+FILES = {
+    "plain": {"task": "plain", "dataset_kwargs": {"trust_remote_code": False}, "unsafe_code": False},
+    "trusting": {"task": "trusting", "tag": ["tagged"]} | TRUSTING,
+    "unsafe": {"task": "unsafe", "unsafe_code": True},
+    "group": {"group": "group", "task": ["plain", {"group": "inner", "task": ["plain", "trusting"]}]},
+    "overriding": {"group": "overriding", "task": [{"task": "plain"} | TRUSTING]},
+    "in a circle": {"group": "in a circle", "task": ["in a circle", "plain", "not there"]},
+}
+
+
+def lm_eval_with(monkeypatch, files):
+    """An lm-eval that knows these task files; returns what it is asked to score."""
+    index = {name: SimpleNamespace(cfg=cfg, yaml_path=f"{name}.yaml", tags=set()) for name, cfg in files.items()}
+    index["tagged"] = SimpleNamespace(cfg=None, yaml_path=None, tags={"plain", "trusting"})
+    parts = {name: ModuleType(f"lm_eval.{name}") for name in ("tasks", "utils", "evaluator")}
+    scored = []
+    manager = SimpleNamespace(all_tasks=list(index), task_index=index)
+    vars(parts["tasks"]).update(TaskManager=lambda **_: manager, __file__="tasks/__init__.py")
+    vars(parts["evaluator"]).update(simple_evaluate=lambda **options: scored.append(options) or {})
+    vars(parts["utils"]).update(make_table=str, handle_non_serializable=str)
+    package = ModuleType("lm_eval")
+    vars(package).update(parts)
+    for module in (package, *parts.values()):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("train.harness._as_lm", lambda *_: None)
+    return scored
+
+
+@pytest.mark.parametrize(
+    ("task", "named"),
+    [
+        ("trusting", "task 'trusting' has trust_remote_code: True in trusting.yaml"),
+        ("tagged", "task 'trusting' has trust_remote_code: True"),
+        ("group", "task 'trusting' has trust_remote_code: True"),
+        ("overriding", "task 'overriding' has trust_remote_code: True in overriding.yaml"),
+        ("unsafe", "task 'unsafe' has unsafe_code: True"),
+    ],
+)
+def test_a_task_that_asks_for_code_of_its_data_set_is_refused(monkeypatch, task, named):
+    scored = lm_eval_with(monkeypatch, FILES)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        run_tasks(UNUSED, UNUSED, ["plain", task], data_dir=None, limit=None, model_args={})
+    assert not scored, "nothing was opened or scored"
+
+
+def test_other_tasks_are_scored_and_lm_eval_is_told_to_trust_nothing(monkeypatch):
+    scored = lm_eval_with(monkeypatch, FILES)
+    run_tasks(UNUSED, UNUSED, ["plain", "in a circle"], data_dir=None, limit=3, model_args={"step": 6})
+    (options,) = scored
+    assert options["tasks"] == ["plain", "in a circle"]
+    assert not {name for name in options if "trust" in name or "unsafe" in name}
+
+
+def test_local_items_are_looked_at_too(monkeypatch):
+    scored = lm_eval_with(monkeypatch, {"piqa": {"task": "piqa"} | TRUSTING})
+    with pytest.raises(ValueError, match="task 'piqa' has trust_remote_code"):
+        run_tasks(UNUSED, UNUSED, ["piqa"], data_dir=ITEMS, limit=None, model_args={})
+    assert not scored
 
 
 def test_without_a_network_local_items_are_named(monkeypatch):

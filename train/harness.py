@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ def run_tasks(
       model_args: recorded in the JSON.
 
     Raises:
-      ValueError: lm-eval is not installed, or a task or its items cannot be used or fetched.
+      ValueError: lm-eval is not installed, a task or its items cannot be used or fetched, or a task asks for code that
+        its data set brings or that the model writes.
     """
     items = {task: find_items(data_dir, task) for task in tasks} if data_dir else {}
     if data_dir:
@@ -127,6 +128,7 @@ def run_tasks(
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if unknown:
             raise ValueError(f"lm-eval knows no task {', '.join(map(repr, unknown))}")
+        refuse_foreign_code(tasks, manager.task_index)
         try:
             results = simple_evaluate(
                 model=_as_lm(scorer, tokenizer),
@@ -143,6 +145,46 @@ def run_tasks(
             ) from error
     text = json.dumps(results, indent=2, default=lm_eval.utils.handle_non_serializable, ensure_ascii=False)
     return text + "\n", lm_eval.utils.make_table(results)
+
+
+FOREIGN_CODE = ("trust_remote_code", "unsafe_code")  # a data set's own program, and text of the model run as one
+
+
+def refuse_foreign_code(names: Sequence[str], index: Mapping[str, Any]) -> None:
+    """Looks at what lm-eval read from the files of tasks, before any data set is opened.
+
+    Args:
+      names: tasks, groups or tags.
+      index: lm-eval's entry of each name; `entry.cfg` is its file with what it includes, None for a tag.
+
+    Raises:
+      ValueError: one of them, or a member of a group or a tag, asks for one of `FOREIGN_CODE`, anywhere in its file.
+    """
+    waiting, seen = list(names), set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in index:
+            continue
+        seen.add(name)
+        entry = index[name]
+        if entry.cfg is None:
+            waiting += entry.tags
+        for key, value in _settings(entry.cfg):
+            if key in FOREIGN_CODE and value not in (False, None):
+                raise ValueError(
+                    f"task {name!r} has {key}: {value!r} in {entry.yaml_path}. Code of a data set or written by the "
+                    "model is never run; choose another task, or put its items into files (--eval_data_dir)"
+                )
+            if key in ("task", "group"):
+                waiting += [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+
+
+def _settings(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of nested mappings with what stands there."""
+    if isinstance(value, dict):
+        yield from value.items()
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _settings(inner)
 
 
 def local_task(task: str, files: dict[str, list[str]], upstream: Path, *, cache: str) -> dict[str, Any]:

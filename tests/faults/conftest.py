@@ -3,7 +3,7 @@
 import os
 import time
 
-from tests.faults.ledger import tried
+from tests.faults.ledger import WHOLE, tried
 
 BEGAN = time.monotonic()
 
@@ -12,6 +12,6 @@ def pytest_terminal_summary(terminalreporter, exitstatus):
     """Called once, in the process that hands the tests out."""
     counts = {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "failed", "error", "skipped")}
     tried(
-        "all of this run of pytest", sum(counts.values()), "passed" if exitstatus == 0 else "failed", **counts,
+        WHOLE, sum(counts.values()), "passed" if exitstatus == 0 else "failed", **counts,
         minutes=round((time.monotonic() - BEGAN) / 60, 1), processes=os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"),
     )  # fmt: skip
