@@ -247,7 +247,9 @@ def test_a_document_that_is_too_long_is_broken(tmp_path):
 
 def test_nothing_but_broken_documents_is_an_error_that_shows_one(jsonl, prepared, tmp_path):
     options = {"text_field": "body", "tokenizer": prepared / "tokenizer.json", "max_broken": 1.0}
-    with pytest.raises(ValueError, match=r"no training document.*60 broken documents \(100.00%\).*no field 'body'"):
+    with pytest.raises(
+        ValueError, match=r"no training document.*broken documents left out: 60 \(100.00%.*no field 'body'"
+    ):
         prepare([jsonl], tmp_path / "out", progress=False, **options)
 
 
@@ -486,7 +488,7 @@ def test_command_line(jsonl, tmp_path):
     assert first.returncode == 0, first.stderr
     assert f"{open_dataset(out).tokens:,} tokens" in first.stdout
     assert "vocabulary 300, uint16" in first.stdout
-    assert "1 broken documents (1.64%), in 1 files, were left out: 1 not valid JSON; the first:\n  " in first.stdout
+    assert "broken documents left out: 1 (1.64%; in files: 1), 1 not valid JSON; the first:\n  " in first.stdout
     assert f"{jsonl}, line 61: not valid JSON" in first.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2

@@ -65,6 +65,13 @@ def test_a_checkpoint_is_read_beside_the_run(finished):
     assert {path.name for path in (Remote(URL).local / "checkpoints").iterdir()} == {"9", "12"}, "as the run left it"
 
 
+def test_names_that_lead_out_of_the_folder_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(type(STORE), "find", lambda *_: ["/bucket/run/config.gin", "/bucket/run/../../x"])
+    with pytest.raises(ValueError, match=r"holds '\.\./\.\./x', which leads out of the folder"):
+        Remote(URL).bring()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_sent_stops_the_run(monkeypatch, capsys):
     def refuse(*_, **__):
         raise RuntimeError("quota exceeded")

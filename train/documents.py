@@ -86,7 +86,8 @@ class Skipped:
         self.broken.setdefault(str(path), Counter())[error.reason] += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(str(error))
-        if self._limit is not None and self._count >= BROKEN_AT_ONCE:
+        share = self._count / (self._count + self.documents)
+        if self._limit is not None and self._count >= BROKEN_AT_ONCE and share > self._limit:
             check_share(self.record(), self.documents, self._limit)
 
     def add_empty(self, path: Path) -> None:
@@ -124,11 +125,11 @@ def describe_skipped(record: dict[str, Any], documents: int) -> list[str]:
         share = record["documents"] / (record["documents"] + documents)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in total.most_common())
         files = sum(bool(file["broken"]) for file in record["files"])
-        count = f"{record['documents']:,} broken documents ({share:.2%}), in {files:,} files,"
-        lines.append(f"{count} were left out: {reasons}; the first:")
+        count = f"broken documents left out: {record['documents']:,} ({share:.2%}; in files: {files:,})"
+        lines.append(f"{count}, {reasons}; the first:")
         lines += [f"  {example}" for example in record["examples"]]
     if record["empty"]:
-        lines.append(f"{record['empty']:,} empty documents were left out")
+        lines.append(f"empty documents left out: {record['empty']:,}")
     return lines
 
 

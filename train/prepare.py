@@ -143,14 +143,14 @@ def prepare(
         encode_units(encoder, units, processes, shown.update)
     skipped = together([record["skipped"] for unit in units if (record := encoder.record(unit))])
     contents = {split: _gather(encoder, units, split) for split in splits}
+    if strict and skipped["documents"]:  # of units that an earlier run without it encoded
+        raise ValueError(skipped["examples"][0])
+    check_share(skipped, _documents(contents), max_broken)
     for split, content in contents.items():
         if not content["documents"]:
             shutil.rmtree(encoder.folder)  # nothing there is worth going on with
             left_out = " ".join(describe_skipped(skipped, _documents(contents)))
             raise ValueError(_empty_message(split, fraction, bool(validation)) + (f". {left_out}" if left_out else ""))
-    if strict and skipped["documents"]:  # of units that an earlier run without it encoded
-        raise ValueError(skipped["examples"][0])
-    check_share(skipped, _documents(contents), max_broken)
     manifest = _finish(output, load_tokenizer(tokenizer_path, encoder.eos_token), contents, skipped)
     shutil.rmtree(encoder.folder)
     return manifest

@@ -131,7 +131,10 @@ class Remote:
             return []
         except Exception as error:  # each store has its own
             raise ValueError(f"{self.url} cannot be read: {error}") from error
-        return sorted(str(name)[len(self._root) :].lstrip("/") for name in found)
+        names = sorted(str(name)[len(self._root) :].lstrip("/") for name in found)
+        if outside := [name for name in names if ".." in PurePosixPath(name).parts]:
+            raise ValueError(f"{self.url} holds {outside[0]!r}, which leads out of the folder; remove it there")
+        return names
 
     def _get(self, name: str, folder: Path | None = None) -> None:
         target = (folder or self.local) / name
