@@ -112,7 +112,10 @@ def assert_nearly(found, expected):
             np.testing.assert_allclose(out, ref, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("group_sizes", "form"), [(None, "m_major"), ((64, 0, 40), "sparse"), ((64, 0, 40), "m_major")])
+GROUPS = (64, 0, 40)
+
+
+@pytest.mark.parametrize(("group_sizes", "form"), [(None, "m_major"), (GROUPS, "sparse"), (GROUPS, "m_major")])
 def test_reference(group_sizes, form):
     check(192, 64, 64, (True, True), group_sizes, implementation="reference", form=form)
 
