@@ -6,15 +6,13 @@ import sys
 import fsspec
 import pytest
 
-from tests.trainer import assert_same_bits, final_state, gin_bindings, records
+from tests.trainer import assert_same_bits, final_state, gin_bindings, records, three_phases
 from train import evaluate
-from train.config import load_config
 from train.main import run
 from train.remote import Remote
 from train.run_info import read_starts
 
 URL = "memory://bucket/run"
-BINDINGS = [*gin_bindings(Train_checkpoint_every=3), "Phases.schedule = [(0, 'dense'), (4, 'all24'), (8, 'dense')]"]
 STORE = fsspec.filesystem("memory")
 
 
@@ -26,30 +24,42 @@ def _this_machine(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def finished():
-    """(its last state, its records) of a run that ended at the address."""
-    assert run([], BINDINGS, URL) == 0
-    local = Remote(URL).local
-    return final_state(load_config([], BINDINGS), local), records(local)
+def arrived():
+    """The workdir of a run of 12 steps, of which the checkpoints 9 and 12 were sent, 12 last."""
+    trunk, local = three_phases()[1], Remote(URL).local
+    shutil.copytree(trunk, local)
+    for step in (6, 9, 12):
+        Remote(URL).send(step)
+    shutil.rmtree(local / "checkpoints" / "6")
+    Remote(URL).send(12)
+    return trunk
 
 
-def test_a_run_goes_on_from_its_address_on_another_machine(finished):
-    """The newest checkpoint has not arrived, and nothing is left here: from the one before, to the same bits."""
-    assert Remote(URL).steps() == [9, 12], "the newest two are kept, there as here"
+def go_on():
+    return run([str(three_phases()[1] / "config.gin")], [], URL)
+
+
+def test_what_is_no_longer_kept_here_is_not_kept_there(arrived):
+    assert Remote(URL).steps() == [9, 12]
     there = {name.removeprefix("/bucket/run/") for name in STORE.find("/bucket/run")}
     assert {"config.gin", "metrics.jsonl", "run.json", "report.md", "checksums/12.json"} <= there
-    assert not any(name.startswith(".") for name in there)
+    assert not any(name.startswith((".", "checkpoints/6")) for name in there)
+
+
+def test_a_run_goes_on_from_its_address_on_another_machine(arrived):
+    """The newest checkpoint has not arrived, and nothing is left here: from the one before, to the same bits."""
     STORE.rm_file("/bucket/run/checksums/12.json")
     shutil.rmtree(Remote(URL).local)
-    assert run([], BINDINGS, URL) == 0
+    assert go_on() == 0
     local = Remote(URL).local
     assert [start["step"] for start in read_starts(local)] == [0, 9]
-    assert_same_bits(final_state(load_config([], BINDINGS), local), finished[0])
-    assert records(local) == finished[1]
-    assert Remote(URL).steps() == [9, 12]
+    assert_same_bits(final_state(three_phases()[0], local), final_state(three_phases()[0], arrived))
+    assert records(local) == records(arrived)
+    assert Remote(URL).steps() == [9, 10, 11, 12]
+    assert b'"step": 9' in STORE.cat_file("/bucket/run/run.json")
 
 
-def test_the_address_decides(finished):
+def test_the_address_decides(arrived):
     """What was deleted there is not brought back from the local copy."""
     STORE.rm("/bucket/run", recursive=True)
     remote = Remote(URL)
@@ -57,12 +67,23 @@ def test_the_address_decides(finished):
     assert not [path for path in remote.local.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
-def test_a_checkpoint_is_read_beside_the_run(finished):
+def test_a_damaged_local_copy_is_fetched_again(arrived):
+    remote = Remote(URL)
+    remote.bring()
+    spoiled = next(path for path in (remote.local / "checkpoints" / "12").rglob("*") if path.is_file())
+    content = spoiled.read_bytes()
+    spoiled.write_bytes(b"")
+    remote.bring()
+    assert spoiled.read_bytes() == content
+
+
+def test_a_checkpoint_is_read_beside_the_run(arrived):
+    kept = {path.name for path in (Remote(URL).local / "checkpoints").iterdir()}
     assert evaluate.restore(f"{URL}@9").step == 9
     assert evaluate.restore(URL).step == 12
     with pytest.raises(ValueError, match=r"memory://bucket/run holds no checkpoint of step 5; it has \[9, 12\]"):
         evaluate.restore(f"{URL}@5")
-    assert {path.name for path in (Remote(URL).local / "checkpoints").iterdir()} == {"9", "12"}, "as the run left it"
+    assert {path.name for path in (Remote(URL).local / "checkpoints").iterdir()} == kept, "as the run left it"
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(monkeypatch, tmp_path):
@@ -76,15 +97,16 @@ def test_what_cannot_be_sent_stops_the_run(monkeypatch, capsys):
     def refuse(*_, **__):
         raise RuntimeError("quota exceeded")
 
+    three_phases()
     monkeypatch.setattr(type(STORE), "put_file", refuse)
-    assert run([], BINDINGS, URL) == 1
+    assert go_on() == 1
     assert f"could not be sent to {URL}: quota exceeded" in capsys.readouterr().err
 
 
 def test_addresses_that_cannot_be_used_are_told(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     for workdir, message in (("gs://bucket/run", "package gcsfs"), ("nowhere://bucket/run", "Protocol not known")):
-        assert run([], BINDINGS, workdir) == 2
+        assert run([], gin_bindings(), workdir) == 2
         assert message in capsys.readouterr().err
-    assert run([], [*BINDINGS, "Data.folder = 'gs://bucket/data'"], tmp_path / "run") == 2
+    assert run([], gin_bindings(Data_folder="gs://bucket/data"), tmp_path / "run") == 2
     assert "token files are mapped into memory; copy the folder" in capsys.readouterr().err
