@@ -1,6 +1,7 @@
 """The trainer once as a whole on a real device: killed, resumed, evaluated, exported, compared, branched, in 5 minutes.
 
     python -m tests.trainer_on_gpu --tokens=FOLDER --output=RESULTS [--size=125m] [--seconds=280] [--binding=...]
+    python -m tests.trainer_on_gpu ... --only=kill,branch,masks --update=docs/results/h100/trainer-125m.json
 
 FOLDER is one that `train.prepare` wrote. Every part is a command of a user in a process of its own; one that fails
 stops no other. RESULTS gets `trainer-SIZE.json`, `trainer-SIZE.md` and `trainer-SIZE.log` (what every command printed).
@@ -294,7 +295,7 @@ def masked(session: Session, found: dict[str, Any]) -> None:
 
 def branched(session: Session, found: dict[str, Any]) -> None:
     """Another decay from a checkpoint inside the sparse phase, with the whole state."""
-    at = 2 * EVERY
+    at = EVERY  # there even where the run was not resumed
     bound = ["LearningRate.kind='wsd'", f"Train.steps={at + 20}", f"SPARSE_UNTIL={at + 10}", "LearningRate.decay=15"]
     workdir = session.work / "branch"
     more = [f"--gin_bindings={binding}" for binding in bound]
@@ -313,21 +314,20 @@ def markdown(result: dict[str, Any]) -> str:
         part = parts.get(name)
         if part is not None:
             text = words(part) if part["ok"] else f"**failed**: {part['problem']}"
-            rows.append(f"| {title} | {text} | {part['seconds']:.0f} |")
+            rows.append(f"| {title} | {text} | {part['seconds']:.0f} | {part.get('date', result['date'])} |")
     table = "\n".join(rows)
     return f"""# The trainer as a whole: `{result["size"]}` on one {result["device"]}
 
 {result["date"]}, jax {result["jax"]}, written by `python -m tests.trainer_on_gpu`: `configs/size/{result["size"]}.gin`
 with `configs/recipe/{RECIPE}.gin`, {STEPS} steps of {result["batch"]}, dense to step {DENSE_UNTIL},
 sparse to {SPARSE_UNTIL}, dense to the end, with a moving average of the weights, on {result["data"]}.
-All in {result["seconds"]:.0f} s.
 
-| part | what came out | seconds |
-|---|---|---|
+| part | what came out | seconds | date |
+|---|---|---|---|
 {table}
 
 The model has seen too little to say anything about quality: the parts show that the commands work, together and on this
-device. After training several parts ran side by side, so neither their seconds nor a rate is to be read off.
+device. After training several parts run side by side, so neither their seconds nor a rate is to be read off.
 """
 
 
@@ -443,6 +443,8 @@ def main() -> int:
     parser.add_argument("--size", default="125m", help="of configs/size")
     parser.add_argument("--seconds", type=float, default=280, help="all parts together; what is late is cut off")
     parser.add_argument("--binding", action="append", default=[], help="one more gin binding; may be repeated")
+    parser.add_argument("--only", help=f"some of {','.join(ORDER)}")
+    parser.add_argument("--update", type=Path, help="earlier trainer-SIZE.json, whose other parts stay in the results")
     parser.add_argument("--parity", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--about", action="store_true", help=argparse.SUPPRESS)
     values = parser.parse_args()
@@ -454,27 +456,43 @@ def main() -> int:
     if values.about:
         print(json.dumps(describe(values.tokens.resolve(), values.size, values.binding)))
         return 0
+    chosen = ORDER if values.only is None else values.only.split(",")
+    if unknown := set(chosen) - set(ORDER):
+        parser.error(f"--only={values.only}: {', '.join(sorted(unknown))} is none of {', '.join(ORDER)}")
+    if "kill" not in chosen and set(chosen) - {"data", "masks"}:
+        parser.error("the other parts look at the run that the part kill begins: add it to --only")
+    if "resume" not in chosen and set(chosen) - {"data", "masks", "kill", "branch"}:
+        parser.error("the other parts look at the run that the part resume ends: add it to --only")
+    old: dict[str, Any] = {"parts": [], "date": ""} if values.update is None else json.loads(values.update.read_text())
+    earlier = [{"date": old["date"]} | part for part in old["parts"]]
     values.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         work = (values.work or Path(scratch)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         session = Session(values.tokens.resolve(), work, values.size, values.binding, values.seconds)
-        return conduct(session, values.output)
+        return conduct(session, values.output, chosen, earlier)
 
 
-def conduct(session: Session, output: Path) -> int:
-    """All parts, then the results; exit code 1 if any part failed."""
+def conduct(session: Session, output: Path, chosen: Sequence[str], earlier: Sequence[dict[str, Any]]) -> int:
+    """The chosen parts, then the results with the earlier ones of other parts; exit code 1 if any part failed."""
     result = about(session)
     before: dict[int, float] = {}
-    with session.part("data") as found:
-        fed(session, found)
-    with session.part("kill") as found:
-        before = killed(session, found)
-    with session.part("resume") as found:
-        resumed(session, before, found)
-    looking = ("evaluate", evaluated), ("tasks", tasks), ("export", exported), ("generate", generated)
-    together(session, ("masks", masked), ("branch", branched), *looking)
-    parts = sorted(session.parts, key=lambda part: ORDER.index(part["part"]))
+    if "data" in chosen:
+        with session.part("data") as found:
+            fed(session, found)
+    if "kill" in chosen:
+        with session.part("kill") as found:
+            before = killed(session, found)
+    if "resume" in chosen:
+        with session.part("resume") as found:
+            resumed(session, before, found)
+    others = {"masks": masked, "branch": branched, "evaluate": evaluated, "tasks": tasks, "export": exported}
+    others |= {"generate": generated}
+    together(session, *(pair for pair in others.items() if pair[0] in chosen))
+    new = {part["part"]: part | {"date": result["date"]} for part in session.parts}
+    parts = sorted(
+        ({part["part"]: part for part in earlier} | new).values(), key=lambda part: ORDER.index(part["part"])
+    )
     result |= {"seconds": round(time.monotonic() - session.began, 1), "parts": parts}
     stem = output / f"trainer-{session.size}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
