@@ -2,11 +2,11 @@
 
     python -m tests.determinism                      with --deterministic, and without for its cost
     python -m tests.determinism --steps=20           a shorter one
-    python -m tests.determinism --all                other flags of XLA too, to see which of them are needed
+    python -m tests.determinism --all                also with each part of --deterministic left out: is it needed?
 
-Prints a line of JSON for each set of flags: whether losses and final arrays have the same bits, and the median rate.
-The runs of all sets share the device, each compiles for itself; `--deterministic` and the default then run once more,
-one after the other, for their rates.  Exit code 1 if the bits differ under --deterministic, or it fails.
+Prints a line of JSON for each way: whether losses and final arrays have the same bits, and the median rate.
+The runs of all ways share the device, each compiles for itself; those of `RATES` then run once more, one after the
+other, for their rates.  Exit code 1 if the bits differ under --deterministic, or it fails.
 """
 
 import argparse
@@ -16,26 +16,47 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import jax
 
 from tests.trainer import final_state, gin_bindings, records
-from train.command import DETERMINISTIC_FLAGS
+from train import command, main, model
 from train.config import CONFIG_ROOT
 from train.evaluate import read_config
 from train.metrics import read_metrics
 
-OPS, NO_TRITON = DETERMINISTIC_FLAGS.split()
-SETS = {"--deterministic": DETERMINISTIC_FLAGS, "default": ""}
-OTHERS = {
-    "deterministic ops alone": OPS,
-    "autotuned, without nondeterministic ops": f"--xla_gpu_exclude_nondeterministic_ops=true {NO_TRITON}",
-    "not autotuned": f"--xla_gpu_autotune_level=0 {NO_TRITON}",
+RATES = ("--deterministic", "default")
+
+
+def _with_cudnn() -> AbstractContextManager:
+    mix = model.Attention.mix
+    return mock.patch.object(model.Attention, "mix", lambda *inputs, deterministic=False: mix(*inputs[:5]))
+
+
+def _with_a_scatter() -> AbstractContextManager:
+    return mock.patch.object(model, "look_up", lambda table, tokens, deterministic: table[tokens])
+
+
+def _with_flags(flags: str) -> AbstractContextManager:
+    return mock.patch.object(command, "DETERMINISTIC_FLAGS", flags)
+
+
+FLAGS = command.DETERMINISTIC_FLAGS.split()
+OTHERS: dict[str, Callable[[], AbstractContextManager]] = {
+    "all but the attention": _with_cudnn,
+    "all but the embedding": _with_a_scatter,
+    "all but fixed kernels": lambda: _with_flags(""),
+    "all but products without Triton": lambda: _with_flags(FLAGS[0]),
+    "XLA's deterministic ops without cuDNN": lambda: _with_flags(f"--xla_gpu_deterministic_ops=true {FLAGS[1]}"),
 }
+"""Ways to run with one part of --deterministic as it is without; the last asks if XLA's own mode fails for cuDNN."""
 
 
 def bindings(steps: int) -> list[str]:
@@ -54,14 +75,14 @@ def train(workdir: Path, steps: int, name: str, compiled: Path, seconds: float) 
 
     compiled: its cache of compiled programs; one that another run has not filled makes it choose kernels anew.
     """
-    command = [sys.executable, "-m", "train.main", f"--workdir={workdir}"]
-    command += [f"--gin_bindings={binding}" for binding in bindings(steps)]
+    if name in OTHERS:
+        program = ["-m", "tests.determinism", f"--one={name}", f"--steps={steps}"]
+    else:  # as a user says it
+        program = ["-m", "train.main", *(f"--gin_bindings={binding}" for binding in bindings(steps))]
+        program += ["--deterministic"] if name == "--deterministic" else []
+    command = [sys.executable, *program, f"--workdir={workdir}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CONFIG_ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    if name == "--deterministic":
-        command.append(name)  # as a user says it
-    else:
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {(SETS | OTHERS)[name]}".strip()
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -78,7 +99,7 @@ def train(workdir: Path, steps: int, name: str, compiled: Path, seconds: float) 
 
 def compare(name: str, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Whether two runs are the same, and where they part."""
-    told = {"flags": name, "device": jax.devices()[0].device_kind, "same_bits": False}
+    told = {"run": name, "device": jax.devices()[0].device_kind, "same_bits": False}
     if "failed" in first | second:
         return told | {"failed": first.get("failed") or second["failed"]}
     pairs = list(zip(first["losses"], second["losses"], strict=True))
@@ -88,34 +109,44 @@ def compare(name: str, first: dict[str, Any], second: dict[str, Any]) -> dict[st
                    "losses": [first["losses"][0], first["losses"][-1]]}  # fmt: skip
 
 
-def main() -> int:
-    """Two runs with every set of flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--all", action="store_true", help="with the sets of flags that the option does not use")
-    parser.add_argument("--seconds", type=float, default=600, help="limit of one run")
-    given, worst = parser.parse_args(), 0
-    names = [*SETS, *(OTHERS if given.all else ())]
-    gin_bindings()  # prepares the tokens once
+def race(names: list[str], steps: int, seconds: float) -> bool:
+    """Two runs in every way, all at once; prints a line for each.  Whether those with --deterministic are the same."""
+    same = True
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2 * len(names)) as pool:
         folder = Path(scratch)
         places = {name: [folder / f"{i}-{j}" for j in range(3)] for i, name in enumerate(names)}
 
         def start(name: str, number: int, compiled: int) -> Future[dict[str, Any]]:
             workdir, cache = places[name][number] / "run", places[name][compiled] / "compiled"
-            return pool.submit(train, workdir, given.steps, name, cache, given.seconds)
+            return pool.submit(train, workdir, steps, name, cache, seconds)
 
         runs = {name: [start(name, 0, 0), start(name, 1, 1)] for name in names}
         found = {name: [run.result() for run in pair] for name, pair in runs.items()}
         for name in names:
             told = compare(name, *found[name])
-            if "failed" not in told and name in SETS:
+            if "failed" not in told and name in RATES:
                 told["tokens_per_second"] = start(name, 2, 0).result().get("tokens_per_second")
             print(json.dumps(told), flush=True)
-            worst |= name == "--deterministic" and not told["same_bits"]
-    return int(worst)
+            same &= name != "--deterministic" or told["same_bits"]
+    return same
+
+
+def command_line() -> int:
+    """The program, or one of its runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--all", action="store_true", help="also with each part of --deterministic left out")
+    parser.add_argument("--seconds", type=float, default=600, help="limit of one run")
+    parser.add_argument("--one", choices=OTHERS, help="train once in this way, in --workdir")
+    parser.add_argument("--workdir")
+    given = parser.parse_args()
+    if given.one:
+        with OTHERS[given.one]():
+            return main.run([], bindings(given.steps), given.workdir, deterministic=True)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its children need the device too
+    gin_bindings()  # prepares the tokens once
+    return int(not race([*RATES, *(OTHERS if given.all else ())], given.steps, given.seconds))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its children need the device too
-    sys.exit(main())
+    sys.exit(command_line())

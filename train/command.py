@@ -25,16 +25,16 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(root) / "venom-jax"))
 
 
-DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
-"""No atomics, and no kernel chosen by timing it.
+DETERMINISTIC_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+"""No kernel is chosen by timing it: another choice in the next process would sum in another order.
 
-XLA leaves its Triton products out of the deterministic ones, but only after it has made fusions for them, which its
-other backends then cannot compile: without the second flag it fails.
+Triton's products have good tiles only where they are timed.  XLA's own xla_gpu_deterministic_ops is of no use here: on
+an H100 with jax 0.11.2 the trainer fails under it (docs/reliability.md).
 """
 
 
 def compute_deterministically() -> None:
-    """The same bits from every run on one kind of GPU, by `DETERMINISTIC_FLAGS` behind those of $XLA_FLAGS.
+    """Lets XLA choose the same kernels in every process, by `DETERMINISTIC_FLAGS` behind those of $XLA_FLAGS.
 
     To be called before anything is computed: XLA reads its flags once.
     """

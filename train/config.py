@@ -303,6 +303,7 @@ class Train:
     loss_chunks: int = 1  # the loss is computed in this many slices of the sequence
     z_loss: float = 0.0  # adds z_loss * (log sum exp of the logits)^2 to the training loss
     implementation: Implementation | None = None
+    deterministic: bool = False  # nothing on a GPU is added in an order that chance decides; slower
     eval_every: int = 250
     eval_batches: int | None = None  # None: the whole validation split
     checkpoint_every: int = 250

@@ -17,7 +17,7 @@ from train.config import load_config
 from train.guard import BadStepError
 from train.remote import Remote, is_remote
 
-OPTIONS = ("dry_run", "gin_allow_imports", "distributed", "init_from", "init_state", "profile_steps")
+OPTIONS = ("dry_run", "gin_allow_imports", "distributed", "init_from", "init_state", "profile_steps", "deterministic")
 
 
 def run(
@@ -28,15 +28,21 @@ def run(
     dry_run: bool = False,
     distributed: str | None = None,
     gin_allow_imports: bool = False,
+    deterministic: bool = False,
     **options: Any,
 ) -> int:
     """Trains to the end; distributed as in ``processes.connect``, other options as in ``loop.prepare``.
+
+    deterministic: binds ``Train.deterministic``.
 
     Returns 0 (done or saved), 1 (stopped), 2 (bad input).
     """
     try:
         processes.connect(distributed)
-        config = load_config(gin_files, gin_bindings, allow_imports=gin_allow_imports)
+        bindings = [*gin_bindings, *(["Train.deterministic = True"] if deterministic else [])]
+        config = load_config(gin_files, bindings, allow_imports=gin_allow_imports)
+        if config.train.deterministic:
+            compute_deterministically()
         if dry_run:
             print(report.plan(config))
             return 0
@@ -64,8 +70,6 @@ def main(argv: Sequence[str]) -> int:
         return 2
     keep_compiled_programs()
     values = flags.FLAGS
-    if values.deterministic:
-        compute_deterministically()
     if values.workdir is None and not values.dry_run:
         print_error("give --workdir=FOLDER, or --dry_run")
         return 2
@@ -81,7 +85,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("init_from", None, "start with the weights of WORKDIR[@STEP] or of a Hugging Face folder")
     flags.DEFINE_boolean("init_state", False, "with --init_from=WORKDIR[@STEP]: its whole state, to go on from there")
     flags.DEFINE_string("profile_steps", None, "START:STOP: write a profiler's trace of these steps into the workdir")
-    flags.DEFINE_boolean("deterministic", False, "give the same bits in every run on one kind of GPU; slower")
+    flags.DEFINE_boolean(
+        "deterministic", False, "binds Train.deterministic: the same bits in every run on one kind of GPU; slower"
+    )
     flags.DEFINE_string("distributed", None, "'auto' (SLURM, Open MPI) or HOST:PORT,COUNT,INDEX: several processes")
     flags.DEFINE_boolean("dry_run", False, "print parameters, FLOPs, memory and phases, and stop")
     app.run(main)

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from train.config import RunConfig
+from train.embedding import look_up
 from venom_jax import LayerRecipes, StackRecipe
 from venom_jax.sharded_ffn import gather, local_recipe, scatter
 
@@ -42,11 +43,13 @@ class Shards:
 
     axis: str = FSDP
 
-    def embed(self, part: Float[Array, "V Dn"], tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def embed(
+        self, part: Float[Array, "V Dn"], tokens: Int[Array, "B S"], deterministic: bool = False
+    ) -> Float[Array, "B S D"]:
         """This device's tokens looked up in the whole table: all look up their part of everybody's."""
         if jax.lax.axis_size(self.axis) == 1:
-            return part[tokens]
-        everybodys = part[gather(tokens, self.axis, 0)]
+            return look_up(part, tokens, deterministic)
+        everybodys = look_up(part, gather(tokens, self.axis, 0), deterministic)
         return jax.lax.all_to_all(everybodys, self.axis, split_axis=0, concat_axis=2, tiled=True)
 
     def whole(self, part: Array, name: str, dtype: Any) -> Array:

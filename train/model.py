@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from train.config import Model
 from train.cross_entropy import head_logits
+from train.embedding import look_up
 from train.mesh import Shards
 from venom_jax import FFNStats, Method, PackedWeights, Recipe, SparseMLP, StackRecipe
 from venom_jax.dispatch import Implementation
@@ -130,11 +131,18 @@ class Attention(nnx.Module):
         key: Float[Array, "B S K h"],
         value: Float[Array, "B S K h"],
         mask: Bool[Array, "B 1 S S"] | None = None,
+        deterministic: bool = False,
     ) -> Float[Array, "B S H h"]:
         """Causal attention over a whole sequence, where ``mask`` allows it.
 
         cuDNN stays in use with a mask, which it reads as a bias of B S^2 elements, and whose gradient it leaves out.
+
+        deterministic: XLA's attention, computed again in the backward, which keeps its B H S^2 probabilities for one
+          layer at a time.  JAX has no option for the backward of cuDNN that adds in a fixed order.
         """
+        if deterministic:
+            attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="xla")
+            return jax.checkpoint(attend)(query, key, value, mask=mask)
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, is_causal=True, implementation=attention_implementation(query.dtype)
         )
@@ -144,10 +152,12 @@ class Attention(nnx.Module):
         with jax.named_scope("projections"):
             return mixed.reshape(*mixed.shape[:2], -1) @ self.out[...].astype(mixed.dtype)
 
-    def __call__(self, x: Float[Array, "B S D"], documents: Documents | None = None) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x: Float[Array, "B S D"], documents: Documents | None = None, deterministic: bool = False
+    ) -> Float[Array, "B S D"]:
         if documents is None:
-            return self.merge(self.mix(*self.project(x)))
-        return self.merge(self.mix(*self.project(x, documents.position), documents.mask))
+            return self.merge(self.mix(*self.project(x), deterministic=deterministic))
+        return self.merge(self.mix(*self.project(x, documents.position), documents.mask, deterministic))
 
 
 class Block(nnx.Module):
@@ -177,12 +187,13 @@ class Block(nnx.Module):
         implementation: Implementation | None,
         documents: Documents | None = None,
         axis: str | None = None,
+        deterministic: bool = False,
     ) -> tuple[Float[Array, "B S D"], tuple[FFNStats, Float[Array, "B S D"]]]:
         """The block's output, and what its FFN reports and reads."""
         epsilon = self.config.norm_epsilon
         attention_input = rms_norm(x, self.attention_scale[...], epsilon)
         with jax.named_scope("attention"):
-            mixed = self.attention(attention_input, documents)
+            mixed = self.attention(attention_input, documents, deterministic)
         x = x + mixed
         ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
         with jax.named_scope("ffn"):
@@ -229,12 +240,14 @@ class Decoder(nnx.Module):
         unroll: int = 1,
         keep_ffn_inputs: bool = False,
         shards: Shards | None = None,
+        deterministic: bool = False,
     ) -> tuple[Float[Array, "B S D"], FFNStats, Float[Array, "L B S D"] | None]:
         """Last hidden states after the final norm, statistics with a leading L, and the FFNs' inputs if kept.
 
         packed: the FFNs' weights as ``pack_ffns`` made them, with a leading L; None packs them in every call.
         unroll: layers that one turn of the loop runs.
         shards: inside ``jax.shard_map``, where tokens are a device's rows and parameters its parts.
+        deterministic: gradients of attention and of the embedding are summed in a fixed order, on a GPU too.
         """
         graphdef, stacked = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.config.layers)
@@ -249,13 +262,15 @@ class Decoder(nnx.Module):
                     part = getattr(block.attention, name)[...]
                     setattr(block.attention, name, nnx.Param(shards.whole(part, name, dtype)))
             axis = None if shards is None else shards.axis
-            x, (stats, ffn_input) = block(x, recipe, layer_key, layer_packed, implementation, documents, axis)
+            x, (stats, ffn_input) = block(
+                x, recipe, layer_key, layer_packed, implementation, documents, axis, deterministic
+            )
             return x, (stats, ffn_input if keep_ffn_inputs else None)
 
         if remat == "none" and shards is not None:
             remat = "gathered"
         table = self.embedding[...].astype(dtype)
-        x = table[tokens] if shards is None else shards.embed(table, tokens)
+        x = look_up(table, tokens, deterministic) if shards is None else shards.embed(table, tokens, deterministic)
         found = []
         for first, end, part in recipe.parts(self.config.layers):
             run = partial(layer, part)

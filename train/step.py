@@ -47,6 +47,7 @@ def hidden_states(
         remat=train.remat,
         unroll=train.unroll,
         shards=shards,
+        deterministic=train.deterministic,
     )
     return hidden, stats
 

@@ -2,7 +2,7 @@
 
     python -m tests.faults.ledger docs/results/faults.jsonl        the table of docs/reliability.md
 
-The last line of a whole run (conftest.py) tells how many tests there were and how long they took together.
+The last line of a run (conftest.py) tells how many tests there were and how long they took together.
 """
 
 import json
@@ -32,7 +32,7 @@ def tried(fault: str, times: int, outcome: str, **figures: Any) -> None:
 
 
 def table(path: Path) -> str:
-    """A file as a table of Markdown, lines of one fault and outcome added up, and the whole run below it."""
+    """A file as a table of Markdown, lines of one fault and outcome added up, and the whole runs below it."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     text = "| Fault | Times | What became of it |\n|---|---|---|\n"
     end = ""
@@ -40,7 +40,7 @@ def table(path: Path) -> str:
         if line["fault"] == WHOLE:
             names = {"passed": "passed", "failed": "failed", "error": "errors", "skipped": "skipped"}
             counts = ", ".join(f"{line[name]} {word}" for name, word in names.items())
-            end = f"\n{counts} in {line['minutes']} minutes on {line['cores']} cores, {line['date']}.\n"
+            end += f"\n{counts} in {line['minutes']} minutes on {line['cores']} cores, {line['date']}.\n"
             continue
         row = rows.setdefault((line["fault"], line["outcome"]), {"times": 0})
         row["times"] += line["times"]

@@ -37,8 +37,11 @@ DEADLINE = 10_000  # milliseconds
 REFUSED = (ValueError, NotImplementedError)
 
 
-def fuzz(short: int, long: int):
-    """Runs a test twice: with `short` fixed examples, and (slow) with `long` new ones, which are recorded."""
+def fuzz(short: int, long: int, *drawn, **named):
+    """Runs a test twice: with `short` fixed examples, and (slow) with `long` new ones, which are recorded.
+
+    drawn, named: strategies for its arguments. hypothesis lets no test have two settings: each run wraps it anew.
+    """
 
     def decorate(test):
         @pytest.mark.timeout(1200)
@@ -49,7 +52,7 @@ def fuzz(short: int, long: int):
                 max_examples=examples, deadline=DEADLINE, derandomize=examples == short, database=None,
                 suppress_health_check=checks,
             )  # fmt: skip
-            profile(test)()
+            profile(given(*drawn, **named)(test))()
             if examples == long:
                 tried(
                     f"random input: {(test.__doc__ or '').strip().rstrip('.')}", examples, "a result or a clear refusal"
@@ -84,8 +87,7 @@ RECIPE_FIELDS = {
 }
 
 
-@fuzz(60, 900)
-@given(fields=st.fixed_dictionaries({}, optional=RECIPE_FIELDS), sizes=st.tuples(*[st.integers(1, 4096)] * 2))
+@fuzz(60, 900, fields=st.fixed_dictionaries({}, optional=RECIPE_FIELDS), sizes=st.tuples(*[st.integers(1, 4096)] * 2))
 def test_recipes(fields, sizes):
     """recipes and the sizes they meet."""
     with contextlib.suppress(*REFUSED):
@@ -94,8 +96,7 @@ def test_recipes(fields, sizes):
         assert 0 < recipe.pattern.density <= 0.5
 
 
-@fuzz(30, 300)
-@given(v=st.integers(-99, 999), n=st.integers(-3, 5), m=st.fractions(-9, 99))
+@fuzz(30, 300, v=st.integers(-99, 999), n=st.integers(-3, 5), m=st.fractions(-9, 99))
 def test_patterns(v, n, m):
     """patterns V:N:M."""
     with contextlib.suppress(*REFUSED):
@@ -117,8 +118,7 @@ NAMES = {
 NAME = st.sampled_from([f"{owner}.{field}" for owner, fields in NAMES.items() for field in fields] + ["MACRO"])
 
 
-@fuzz(40, 800)
-@given(st.lists(st.tuples(NAME, WORDS), min_size=1, max_size=4))
+@fuzz(40, 800, st.lists(st.tuples(NAME, WORDS), min_size=1, max_size=4))
 def test_gin_bindings(changes):
     """gin bindings of every type."""
     with contextlib.suppress(*REFUSED):
@@ -126,8 +126,7 @@ def test_gin_bindings(changes):
         assert isinstance(load_config([], [*fixed_bindings(), *bindings]), RunConfig)
 
 
-@fuzz(40, 500)
-@given(st.text(alphabet=st.sampled_from("Train.steps=12'()[]{}@%/\\\n\t,#:import ABCé\0\"-+"), max_size=40))
+@fuzz(40, 500, st.text(alphabet=st.sampled_from("Train.steps=12'()[]{}@%/\\\n\t,#:import ABCé\0\"-+"), max_size=40))
 def test_gin_text(text):
     """gin files of any text."""
     with contextlib.suppress(*REFUSED):
@@ -168,8 +167,7 @@ def replace(path: Path, content: bytes) -> None:
 MUTATION = st.tuples(st.sampled_from(["cut", "flip", "grow"]), st.floats(0, 1), st.integers(0, 255))
 
 
-@fuzz(40, 700)
-@given(name=st.sampled_from([MANIFEST, "train-00000.bin", "tokenizer.json"]), mutation=MUTATION)
+@fuzz(40, 700, name=st.sampled_from([MANIFEST, "train-00000.bin", "tokenizer.json"]), mutation=MUTATION)
 def test_token_files(name, mutation):
     """prepared folders with a byte changed, cut or added."""
     folder = scratch() / "tokens"
@@ -197,8 +195,7 @@ JSON = st.recursive(
 KEYS = ("splits", "train", "files", 0, "name", "tokens", "dtype", "vocab_size", "eos_id", "tokenizer_sha256", "bytes")
 
 
-@fuzz(40, 500)
-@given(path=st.lists(st.sampled_from(KEYS), min_size=1, max_size=5), value=JSON)
+@fuzz(40, 500, path=st.lists(st.sampled_from(KEYS), min_size=1, max_size=5), value=JSON)
 def test_manifests(path, value):
     """manifests with a value of another type somewhere."""
     folder = scratch() / "tokens"
@@ -217,8 +214,7 @@ def test_manifests(path, value):
         shutil.copy(token_folder() / MANIFEST, folder / MANIFEST)
 
 
-@fuzz(40, 400)
-@given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+@fuzz(40, 400, st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_documents(content):
     """input files of train.prepare with any content."""
     for suffix in (".jsonl", ".txt", ".jsonl.zst", ".parquet"):
@@ -228,8 +224,7 @@ def test_documents(content):
             assert all(isinstance(text, str) for text in read_documents(path, Field(), lambda _: None))
 
 
-@fuzz(40, 400)
-@given(lines=st.lists(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()), max_size=4))
+@fuzz(40, 400, lines=st.lists(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()), max_size=4))
 def test_files_of_a_workdir(lines):
     """metrics, records of starts and checksums with any content."""
     workdir = scratch() / "workdir"
@@ -246,8 +241,9 @@ def test_files_of_a_workdir(lines):
 # ------------------------------------------------------------------------------------------------ arrays
 
 
-@fuzz(40, 400)
-@given(
+@fuzz(
+    40,
+    400,
     values=st.tuples(*[st.sampled_from([0, 1, 2, 3, 32, 64, 128])] * 2),
     words=st.tuples(*[st.sampled_from([0, 1, 2, 127, 128])] * 3),
     dtype=st.sampled_from(["float32", "bfloat16", "int32", "bool"]),
@@ -293,9 +289,9 @@ CASES = [(name, shape, dtype) for name in RECIPES for shape in SHAPES for dtype 
 SCALES = st.sampled_from([0.0, 1e-30, 1e-6, 1.0, 100.0])
 
 
-@fuzz(8, 1200)
-@given(case=st.integers(0, len(CASES) - 1), number=st.integers(0, 2**31), scales=st.tuples(SCALES, SCALES, SCALES),
-       density=st.sampled_from([0.0, 0.1, 1.0]), experts=st.integers(0, 3))  # fmt: skip
+@fuzz(8, 1200, case=st.integers(0, len(CASES) - 1), number=st.integers(0, 2**31),
+      scales=st.tuples(SCALES, SCALES, SCALES), density=st.sampled_from([0.0, 0.1, 1.0]),
+      experts=st.integers(0, 3))  # fmt: skip
 def test_sparse_ffn(case, number, scales, density, experts):
     """the sparse FFN and its gradients, over 36 shapes, recipes and dtypes."""
     name, (tokens, d_model, d_ffn), dtype = CASES[case]
@@ -322,9 +318,8 @@ def ragged(mode: str):
     return jax.jit(lambda sizes, words: product(values, words, normal(1, *b), sizes)), metadata.shape
 
 
-@fuzz(20, 600)
-@given(mode=st.sampled_from(["rows", "columns", "contraction"]), number=st.integers(0, 2**31),
-       sizes=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-9, 400), min_size=3, max_size=3))  # fmt: skip
+@fuzz(20, 600, mode=st.sampled_from(["rows", "columns", "contraction"]), number=st.integers(0, 2**31),
+      sizes=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-9, 400), min_size=3, max_size=3))  # fmt: skip
 def test_group_sizes_and_metadata(mode, number, sizes):
     """group sizes and metadata of any bits."""
     run, shape = ragged(mode)

@@ -1,0 +1,91 @@
+"""Train.deterministic: the same gradients, summed in a fixed order; no kernel that adds as its threads come."""
+
+import contextlib
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import determinism
+from tests.helpers import assert_close
+from tests.trainer import gin_bindings, run_config
+from train import main, model
+from train.command import DETERMINISTIC_FLAGS
+from train.embedding import look_up
+from train.state import abstract_state, initial_state
+from train.step import make_gradients, make_train_step
+
+DENSE = ((0, "dense"),)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_embeddings_gradient_is_that_of_a_scatter(dtype):
+    """Repeated tokens add up, in float32; tokens that do not occur get exactly 0."""
+    table = jax.random.normal(jax.random.key(0), (12, 5), dtype)
+    tokens = jnp.array([[3, 3, 0, 11], [3, 7, 7, 0]])
+    weight = jax.random.normal(jax.random.key(1), (*tokens.shape, 5), dtype)
+
+    def gradient(table, deterministic):
+        return jax.grad(lambda t: (look_up(t, tokens, deterministic) * weight).astype(jnp.float32).sum())(table)
+
+    found = jax.jit(gradient, static_argnums=1)(table, True)
+    expected = gradient(table.astype(jnp.float32), False)
+    assert found.dtype == table.dtype
+    np.testing.assert_array_equal(look_up(table, tokens, True), table[tokens])
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=1e-6 if dtype == "float32" else 8e-3)
+    assert (np.asarray(found, np.float32)[[1, 2, 4, 5, 6, 8, 9, 10]] == 0).all()
+
+
+def test_gradients_are_those_of_the_default():
+    found = []
+    for deterministic in (False, True):
+        config = run_config(shape={"document_start": 5}, deterministic=deterministic)
+        gradients = make_gradients(model.structure(config.model, config.max_experts), config)
+        state = initial_state(config)
+        recipe = config.schedule.recipes[0]
+        tokens = jax.random.randint(jax.random.key(5), (4, 17), 0, 20)
+        found.append(jax.jit(gradients, static_argnames="recipe")(
+            state.params, state.method, tokens, jax.random.key(0), recipe=recipe
+        )[0])  # fmt: skip
+    jax.tree.map(assert_close, found[1], found[0])
+
+
+SCATTER = re.compile(r'"stablehlo.(?:select_and_)?scatter"\(.*')
+
+
+@pytest.mark.parametrize(
+    ("how", "phases", "scatters", "cudnn"),
+    [("default", DENSE, True, True), ("deterministic", (*DENSE, (2, "venom")), False, False),
+     ("all but the attention", DENSE, False, True), ("all but the embedding", DENSE, True, False)],
+)  # fmt: skip
+def test_what_adds_in_any_order_is_not_in_a_step(monkeypatch, how, phases, scatters, cudnn):
+    """Scatters to places that may be the same, and cuDNN's attention; those that tests/determinism.py leaves in are."""
+    asked = []
+    monkeypatch.setattr(model, "attention_implementation", lambda dtype: asked.append(dtype))
+    config = run_config(phases=phases, deterministic=how != "default")
+    step: Any = make_train_step(model.structure(config.model, config.max_experts), config)
+    tokens = jax.ShapeDtypeStruct((8, 17), jnp.int32)
+    with determinism.OTHERS.get(how, contextlib.nullcontext)():
+        text = step.trace(abstract_state(config), tokens).lower(lowering_platforms=("cuda",)).as_text()
+    colliding = [line for line in SCATTER.findall(text) if "unique_indices = true" not in line]
+    assert (bool(colliding), bool(asked)) == (scatters, cudnn)
+
+
+@pytest.mark.parametrize("how", ["option", "binding"])
+def test_xla_is_told_before_it_computes(monkeypatch, tmp_path, how):
+    """Both ways to ask for it reach XLA's flags and the configuration, before the run is prepared."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    seen = []
+
+    def prepare(config, *_, **__):
+        seen.append((config.train.deterministic, os.environ["XLA_FLAGS"]))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(main.loop, "prepare", prepare)
+    bindings = gin_bindings(Train_deterministic=True) if how == "binding" else gin_bindings()
+    assert main.run([], bindings, tmp_path, deterministic=how == "option") == 2
+    assert seen == [(True, f"--xla_dump_to=x {DETERMINISTIC_FLAGS}")]

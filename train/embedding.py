@@ -1,0 +1,48 @@
+"""Token embedding, and its gradient in a fixed order of additions.
+
+One dimension key: B batch, S sequence, D d_model, V vocabulary.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "B S"], deterministic: bool = False
+) -> Float[Array, "B S D"]:
+    """table[tokens].
+
+    deterministic: its gradient is a product in float32 and not a scatter, whose atomics add on a GPU as they come.
+      The product has as many multiplications as the head's, 2 B S V D.
+    """
+    return _look_up(table.shape[0], table, tokens) if deterministic else table[tokens]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(rows: int, table: Float[Array, "V D"], tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    return table[tokens]
+
+
+def _forward(rows, table, tokens):
+    return table[tokens], tokens
+
+
+def _backward(rows, tokens, gradient):
+    """sum over b, s of indicator(tokens[b, s] = v) gradient[b, s], one row of the batch at a time: S V indicators."""
+
+    def add(total, row):
+        token, part = row
+        indicator = jax.nn.one_hot(token, rows, dtype=part.dtype)
+        # With the default precision a GPU would round float32 gradients to TF32.
+        product = jnp.einsum("sv,sd->vd", indicator, part, precision="highest", preferred_element_type=jnp.float32)
+        return total + product, None
+
+    zeros = jnp.zeros((rows, gradient.shape[-1]), jnp.float32)
+    total, _ = jax.lax.scan(add, zeros, (tokens, gradient))
+    return total.astype(gradient.dtype), None
+
+
+_look_up.defvjp(_forward, _backward)
