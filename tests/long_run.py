@@ -90,8 +90,9 @@ class Readings:
 def configuration(steps: int, every: int, **settings: Any) -> RunConfig:
     """Dense and sparse phases in turn, each of so many steps, and a checkpoint at the end of each."""
     phases = [(start, ("dense", "venom")[start // every % 2]) for start in range(0, steps, every)]
-    settings = {"batch_size": 2, "sample_tokens": 0} | settings
-    return run_config(phases=phases, steps=steps, checkpoint_every=every, eval_every=steps, log_every=steps, **settings)
+    train: dict[str, Any] = {"batch_size": 2, "sample_tokens": 0}
+    train |= settings
+    return run_config(phases=phases, steps=steps, checkpoint_every=every, eval_every=steps, log_every=steps, **train)
 
 
 def watch(config: RunConfig, workdir: Path, *, seconds: float = float("inf"), tell: bool = False) -> Readings:

@@ -1,5 +1,7 @@
 """Thousands of steps with a switch every few: memory, compiled programs and open files stay as they are."""
 
+from typing import Any
+
 import pytest
 
 from tests.faults.ledger import tried
@@ -22,7 +24,7 @@ def readings_with(**changed):
     """Twelve flat readings but for the named ones."""
     flat = {"resident_kib": 500_000, "arrays": 70, "array_bytes": 10**6, "files": 30, "compiled": 9,
             "device_bytes": 2**21, "device_peak_bytes": 2**23}  # fmt: skip
-    lists = {name: [value] * 12 for name, value in flat.items()}
+    lists: dict[str, Any] = {name: [value] * 12 for name, value in flat.items()}
     for name, step in changed.items():
         lists[name] = [flat[name] + step * i for i in range(12)]
     return Readings(**lists)
