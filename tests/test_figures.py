@@ -86,6 +86,39 @@ def test_what_is_no_table_is_refused(tmp_path, kernels):
         figures.draw_all(kernels, kernels / "out")
 
 
+def test_the_bars_of_steps_are_their_parts(tmp_path, kernels, monkeypatch):
+    def row(case, **parts):
+        return COMMON | {"bench": "train_step", "case": case, "part_ms": parts}
+
+    rows = [row("1b dense", ffn=60.0, head=20.0, idle=2.0), row("1b venom E=4 k=1", ffn=15.0, head=21.0, other=4.0)]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([*rows, COMMON | {"bench": "train_step", "case": "1b dense, switch"}]))
+    bars, labels = {}, []
+    bar, annotate = Axes.bar, Axes.annotate
+
+    def taken(axes, x, y, width, bottom, **options):
+        bars[options["label"]] = (list(bottom), list(y))
+        return bar(axes, x, y, width, bottom.copy(), **options)
+
+    monkeypatch.setattr(
+        Axes, "annotate", lambda axes, text, *a, **o: labels.append(text) or annotate(axes, text, *a, **o)
+    )
+    monkeypatch.setattr(Axes, "bar", taken)
+    figures.draw_steps(figures.read_steps(path), tmp_path / "steps.svg")
+    assert bars == {
+        "ffn": ([0, 0], [60, 15]),
+        "head": ([60, 15], [20, 21]),
+        "other": ([80, 36], [0, 4]),
+        "idle": ([80, 40], [2, 0]),
+    }
+    assert labels == ["82", "40"]
+    assert "1b venom" not in (text := (tmp_path / "steps.svg").read_text())
+    assert "venom" in text
+    path.write_text(json.dumps([COMMON | {"bench": "train_step", "case": "1b dense"}]))
+    with pytest.raises(ValueError, match="holds no part_ms"):
+        figures.draw_all(kernels, tmp_path, steps=path)
+
+
 def test_the_components_are_the_whole():
     shape = load_config(["configs/size/40m.gin"], ["Data.synthetic = True"]).model
     parts = model.component_flops(shape, 512)

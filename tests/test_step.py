@@ -120,6 +120,14 @@ def test_each_phase_runs_its_own_recipe(two_phases, dense_twice):
     assert float(dense_twice[1][0]["grad_norm"]) != pytest.approx(norm, rel=1e-3)
 
 
+def test_the_whole_step_is_in_the_branches(two_phases):
+    _, step, state = two_phases
+    program = step.trace(state, BATCH).jaxpr
+    outside = [e for e in program.eqns if e.primitive.name != "cond"]
+    assert len(outside) < len(program.eqns)
+    assert max(out.aval.size for e in outside for out in e.outvars) < 10
+
+
 def test_the_bias_moves_once_per_step_towards_balance(two_phases):
     """Once, although two microbatches each count their load; and only where a phase routes."""
     _, step, state = two_phases

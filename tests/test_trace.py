@@ -14,6 +14,17 @@ NAMES = trace.operation_names(
   %copy.3 = f32[8]{0} copy(%a)
   %custom-call.4 = f32[8]{0} custom-call(%a), metadata={op_name="jit(step)/attention/dot_product_attention_fwd"}
   %add.5 = f32[8]{0} add(%a, %b), metadata={op_name="jit(step)/jvp()/add"}
+
+%fused_pack.6 (param_0: f32[8]) -> f32[8] {
+  %param_0 = f32[8]{0} parameter(0)
+  %kernel.7 = f32[8]{0} custom-call(%param_0), metadata={op_name="jit(step)/ffn/while/body/pack"}
+  ROOT %bitcast.8 = f32[8]{0} bitcast(%kernel.7)
+}
+
+ENTRY %main.9 (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0), metadata={op_name="x"}
+  ROOT %dynamic_slice_fusion.10 = f32[8]{0} fusion(%x), kind=kCustom, calls=%fused_pack.6
+}
 """
 )
 
@@ -27,7 +38,10 @@ NAMES = trace.operation_names(
         ("MemcpyD2D", "copy.3", "other"),
         ("add_5", "add.5", "other"),
         ("ncclDevKernel_AllGather_RING_LL", "all-gather-start.7", "communication"),
-        ("unheard of", "", "other"),
+        ("body_mosaic_gpu_kernel", "dynamic_slice_fusion.10", "ffn"),  # by what is inside
+        ("MemcpyH2D", "", "other"),
+        ("nvjet_tst_256x128", "", "unknown"),
+        ("nvjet_tst_256x128", "dot.999", "unknown"),
     ],
 )
 def test_a_kernel_belongs_to_the_innermost_scope(name, operation, part):
@@ -42,9 +56,10 @@ def test_parts_add_up_to_the_step_and_hidden_work_counts_once():
         Work("MemcpyD2D", "copy.3", 2 * ms, 7 * ms),  # 3 of it behind no kernel
         Work("gemm", "loop_add_fusion.2", 3 * ms, 5 * ms),  # 1 of it behind the first
         Work("gemm", "add.5", 8 * ms, 10 * ms),
+        Work("gemm", "", 10 * ms, 11 * ms),
     ]
     parts = trace.part_ms(found, NAMES, 2, 6.0)
-    expected = {"projections": 2.0, "ffn": 0.5, "other": 2.0, "idle": 1.5}
+    expected = {"projections": 2.0, "ffn": 0.5, "other": 2.0, "unknown": 0.5, "idle": 1.0}
     assert parts == pytest.approx(dict.fromkeys((*trace.PARTS, "communication"), 0.0) | expected)
     exchanged = trace.part_ms([*found[:2], found[3]], NAMES, 1, 6.0)["communication"]
     assert exchanged == pytest.approx(1.0)
@@ -68,6 +83,6 @@ def test_a_trace_of_a_program_finds_its_parts():
     names = trace.operation_names(compiled.as_text() or "")
     parts = trace.part_ms(found, names, 2, 1e3)
     assert parts["ffn"] > parts["head"] > 0
-    assert parts["optimizer"] == 0
+    assert parts["optimizer"] == parts["unknown"] == 0
     assert sum(parts.values()) == pytest.approx(1e3)
     assert "ffn" in trace.table(found, names, 2, 3).split("\n")[0]

@@ -10,13 +10,15 @@ row is printed, and the file written, as soon as its recipe has run.
 
 ``part_ms``: where the step's time goes, from a trace of two steps (`train.trace`): the FFN with its router and packing,
 attention with its rotation, the projections around it, the head with its loss, clipping with AdamW, what is exchanged
-with other devices and hidden behind nothing, other kernels (norms, embedding, sums), nothing at all.
+with other devices and hidden behind nothing, other kernels (norms, embedding, sums), nothing at all.  Left out, with
+the kernels' names on stderr, where the trace does not say what the kernels of more than a twentieth of a step compute.
 
 ``switch``: dense and the last recipe once more, both in one program behind `lax.cond`, against their own programs.
 """
 
 import datetime
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -37,10 +39,12 @@ from train.metrics import peak_flops
 from train.schedule import label
 from train.sources import open_split
 from train.state import TrainState, initial_state
-from train.step import make_train_step
+from train.step import NO_COMMAND_BUFFERS, make_train_step
 from venom_jax import Recipe
 
 STEPS_A_TURN = 2
+MAX_UNKNOWN = 0.05
+"""Share of a step whose kernels may be unknown in ``part_ms``, where they count as other."""
 SWITCH = "switch"
 
 
@@ -74,6 +78,8 @@ class Program:
     recipe: Recipe
     step: Any
     compile_s: float
+    traced: Any
+    """The same step, launched so that a trace tells the operation of each kernel."""
     phase: int = 0
 
     def __call__(self, state: TrainState, tokens: jax.Array) -> TrainState:
@@ -132,19 +138,21 @@ class Bench:
         experts = max(recipe.experts for recipe in recipes)
         return cls(config, case, rounds, output, experts, layout, state, batches)
 
-    def compile(self, name: str, recipes: list[Recipe]) -> list[Program]:
+    def compile(self, name: str, recipes: list[Recipe], traced: bool) -> list[Program]:
         """One program that holds these recipes, in each of its phases; none, and a line that says why, if it fails."""
         start = time.perf_counter()
         config = with_phases(self.config, recipes)
         try:
             step: Any = make_train_step(model.structure(config.model, self.experts), config, self.layout)
-            step = step.lower(self.state, self.batches[0]).compile()
+            lowered = step.lower(self.state, self.batches[0])
+            step = lowered.compile()
+            seconds = time.perf_counter() - start
+            again = lowered.compile(NO_COMMAND_BUFFERS) if traced and jax.default_backend() == "gpu" else step
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
             reason = str(error).strip().split("\n")[0][:300]
             print(json.dumps({"case": f"{self.case} {name}", "failure": reason}), flush=True)
             return []
-        seconds = time.perf_counter() - start
-        return [Program(recipe, step, seconds, phase) for phase, recipe in enumerate(recipes)]
+        return [Program(recipe, step, seconds, again, phase) for phase, recipe in enumerate(recipes)]
 
     def add_row(self, name: str, program: Program, rival_name: str, rival: Program, *, parts: bool) -> None:
         """Races the program against its rival, prints the row and writes the file."""
@@ -175,23 +183,33 @@ class Bench:
             "jax": jax.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        if parts:
-            row["part_ms"] = {part: round(value, 2) for part, value in self.parts(program, ms).items()}
+        if parts and (spent := self.parts(program, ms)):
+            row["part_ms"] = {part: round(value, 2) for part, value in spent.items()}
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         if self.output is not None:
             self.output.write_text(json.dumps(self.rows, indent=1) + "\n")
 
-    def parts(self, program: Program, ms: float) -> dict[str, float]:
-        """Where the program's step of so many milliseconds goes."""
+    def parts(self, program: Program, ms: float) -> dict[str, float] | None:
+        """Where the program's step of so many milliseconds goes; None, with names on stderr, if too much is unknown."""
+        traced = replace(program, step=program.traced)
 
         def run() -> TrainState:
             for tokens in self.batches[:STEPS_A_TURN]:
-                self.state = program(self.state, tokens)
+                self.state = traced(self.state, tokens)
             return self.state
 
-        names = trace.operation_names(program.step.as_text())
-        return trace.part_ms(trace.record(run), names, STEPS_A_TURN, ms)
+        jax.block_until_ready(run())
+        names, found = trace.operation_names(traced.step.as_text()), trace.record(run)
+        spent = trace.part_ms(found, names, STEPS_A_TURN, ms)
+        unknown = spent.pop(trace.UNKNOWN)
+        if unknown > MAX_UNKNOWN * ms:
+            print_error(f"no part_ms: of {ms:.1f} ms, {unknown:.1f} are in kernels of no known operation, such as")
+            lost = [work for work in found if trace.part_of(work, names) == trace.UNKNOWN]
+            print(trace.table(lost, names, STEPS_A_TURN, 20), file=sys.stderr, flush=True)
+            return None
+        spent[trace.OTHER] += unknown
+        return spent
 
 
 def measure(
@@ -206,14 +224,15 @@ def measure(
         for programs[name] in compiled:
             bench.add_row(name, programs[name], "dense", programs["dense"], parts=parts)
 
-    add("dense", bench.compile("dense", [recipes["dense"]]))
+    add("dense", bench.compile("dense", [recipes["dense"]], parts))
     last = list(recipes)[-1]
     wanted = {name: [recipe] for name, recipe in recipes.items() if name != "dense" and programs}
     if switch and wanted:
         wanted[SWITCH] = [recipes["dense"], recipes[last]]
     # Side by side, after dense alone: XLA has by then timed most of the products that all share.
     with ThreadPoolExecutor() as pool:
-        compiled = dict(zip(wanted, pool.map(bench.compile, wanted, wanted.values()), strict=True))
+        traced = [parts and name != SWITCH for name in wanted]
+        compiled = dict(zip(wanted, pool.map(bench.compile, wanted, wanted.values(), traced), strict=True))
     both = compiled.pop(SWITCH, [])
     for name, found in compiled.items():
         add(name, found)

@@ -5,7 +5,8 @@
 `operations.svg`: what the parts of a model cost, over its size (Figure 1). `products.svg`: 2:4 products against dense
 ones (Figure 6). `routed.svg`: the products of routed tokens, V:N:M = 64:2:4E, against dense ones (Figure 7). The latter
 two are drawn from `kernels.json` as `python -m pallas_kernels.bench` writes it. With ``--sweep``, `front.svg`: what the
-runs of `train.sweep` lost against the time they take by ``--step_times``, of their twins'.
+runs of `train.sweep` lost against the time they take by ``--step_times``, of their twins'. With ``--steps``,
+`steps.svg`: where the time of a step goes, from the parts in the rows of `train.bench`.
 """
 
 import json
@@ -24,6 +25,7 @@ from train import model
 from train.command import program
 from train.config import load_config
 from train.plot import COLORS, new_figure, pareto_front
+from train.trace import COMMUNICATION, IDLE, OTHER, PARTS
 from venom_jax import Recipe
 
 SIZES = ("40m", "125m", "1b", "7b")
@@ -150,6 +152,41 @@ def draw_front(rows: Sequence[Row], output: Path) -> None:
     _save(figure, output)
 
 
+def read_steps(path: Path) -> list[Row]:
+    """The rows of whole steps that say where their time went.
+
+    Raises:
+      ValueError: no such file, or none in it.
+    """
+    try:
+        rows = [row for row in json.loads(path.read_text()) if row["bench"] == "train_step" and row.get("part_ms")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of python -m train.bench ({error})") from error
+    if not rows:
+        raise ValueError(f"{path} holds no part_ms; run python -m train.bench with --parts on a GPU")
+    return rows
+
+
+def draw_steps(rows: Sequence[Row], output: Path) -> None:
+    """A bar for each recipe: milliseconds of a step, by part."""
+    figure, axes = new_figure()
+    places, bottom = np.arange(len(rows)), np.zeros(len(rows))
+    parts = (*PARTS, COMMUNICATION, OTHER, IDLE)
+    colors = matplotlib.colormaps["tab10"].colors[: len(PARTS) + 1]
+    for part, color in zip(parts, [*colors, "0.6", "0.88"], strict=True):
+        ms = np.array([row["part_ms"].get(part, 0.0) for row in rows])
+        if ms.any():
+            axes.bar(places, ms, 0.6, bottom, color=color, label=part)
+        bottom += ms
+    for place, height in zip(places, bottom, strict=True):
+        axes.annotate(f"{height:.0f}", (place, height), ha="center", va="bottom", fontsize="small")
+    axes.set_xticks(places, [row["case"].replace(" ", "\n", 2) for row in rows], fontsize="small")
+    axes.set_ylabel("time of a step (ms)")
+    axes.set_title(f"{rows[0]['device']}, jax {rows[0]['jax']}, {rows[0]['date']}", fontsize="small", loc="left")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    _save(figure, output)
+
+
 def _against_dense(axes: Any, rows: Sequence[Row]) -> None:
     axes.axhline(1, color="0.3", linewidth=0.8)
     axes.set_ylabel("speed over the dense product")
@@ -164,13 +201,15 @@ def _save(figure: Figure, output: Path) -> None:
         raise ValueError(f"cannot write {output}: {error}") from error
 
 
-def draw_all(kernels: Path, output: Path, sweep: Path | None = None) -> list[Path]:
+def draw_all(kernels: Path, output: Path, sweep: Path | None = None, steps: Path | None = None) -> list[Path]:
     """Writes the figures into a folder.
 
     Raises:
-      ValueError: `kernels` is no table of the benchmark, `sweep` none of a sweep, or the folder cannot be written.
+      ValueError: `kernels` or `steps` is no table of its benchmark, `sweep` none of a sweep, or the folder cannot be
+        written.
     """
     rows, runs = read_rows(kernels), None if sweep is None else read_sweep(sweep)
+    timed = None if steps is None else read_steps(steps)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -183,18 +222,24 @@ def draw_all(kernels: Path, output: Path, sweep: Path | None = None) -> list[Pat
         if runs is not None:
             paths.append(output / "front.svg")
             draw_front(runs, paths[-1])
+        if timed is not None:
+            paths.append(output / "steps.svg")
+            draw_steps(timed, paths[-1])
     return paths
 
 
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
-    for path in draw_all(Path(values.kernels), Path(values.output), values.sweep and Path(values.sweep)):
+    for path in draw_all(
+        Path(values.kernels), Path(values.output), *(name and Path(name) for name in (values.sweep, values.steps))
+    ):
         print(path)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("kernels", "docs/results/h100/kernels.json", "results of python -m pallas_kernels.bench")
     flags.DEFINE_string("sweep", None, "table.json of python -m train.sweep --step_times, for front.svg")
+    flags.DEFINE_string("steps", None, "results of python -m train.bench with parts, for steps.svg")
     flags.DEFINE_string("output", "docs/figures", "folder for the images")
     app.run(main)

@@ -24,6 +24,14 @@ from venom_jax.stats import WeightMasks, diagnose
 
 Metrics = dict[str, Array]
 
+NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
+"""XLA's option by which the host launches kernel by kernel.
+
+Where a program branches, the host waits for the branch's index, so for the step before, and a CUDA graph of hundreds of
+kernels is prepared while the GPU has nothing to do; the first of single kernels starts at once.  In traces, kernels of
+graphs do not tell their HLO operation.
+"""
+
 
 def hidden_states(
     model: Decoder,
@@ -172,41 +180,28 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted step: gradients by the phase's recipe, clipped AdamW, the router's bias.
 
-    One program holds every recipe.  The branch goes around the whole gradient computation: inside the layers it
-    would keep the residuals of all branches.  The state is donated.
+    One program holds every recipe.  The branch goes around the whole step: inside the layers it would keep the
+    residuals of all branches, around the gradients alone they would be written once more and read once more.  The state
+    is donated.
 
     limit, number: from ``guard.Watch``.  A step that does not count by ``guard.counts``, or whose number is not the
     state's (None: any), leaves the state as ``guard.keep_if`` says.
     """
     optimizer, schedule = for_run(config)
     gradients = make_gradients(graphdef, config, layout)
-    recipes = config.schedule.recipes
-    branches = [partial(gradients, recipe=recipe) for recipe in recipes]
 
-    def update_bias(recipe: StackRecipe, method, load):
-        return phases.update_bias(method, load, recipe)
-
-    places: dict[str, Any] = {}
-    if layout.mesh is not None:
-        # The new state lies where the old one did, or its step would be compiled again.
-        places = {"out_shardings": (layout.shardings(abstract_state(config)), layout.everywhere)}
-        places["compiler_options"] = layout.compiler_options
-
-    @partial(jax.jit, donate_argnums=0, **places)
-    def train_step(
-        state: TrainState, tokens: Int[Array, "B S+1"], limit: Any = np.inf, number: Any = None
-    ) -> tuple[TrainState, Metrics]:
-        branch = jnp.asarray(config.schedule.branches, jnp.int32)[state.phase]
+    def step_with(recipe: StackRecipe, state: TrainState, tokens, limit, number) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        grads, load, metrics = take_branch(branch, branches, state.params, state.method, tokens, key)
+        grads, load, metrics = gradients(state.params, state.method, tokens, key, recipe=recipe)
+        # Stacked first: fused into the stacking, AdamW would be three kernels that each read what they need.
+        grads = grads | {"blocks": jax.lax.optimization_barrier(grads["blocks"])}
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)  # pyrefly: ignore[bad-argument-type]
             grad_norm = optax.tree.norm(grads)
-        method = take_branch(branch, [partial(update_bias, recipe) for recipe in recipes], state.method, load)
         new_state = TrainState(
             params=params,
-            method=method,
+            method=phases.update_bias(state.method, load, recipe),
             opt_state=opt_state,
             step=state.step + 1,
             phase=state.phase,
@@ -219,6 +214,21 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             new_state = keep_if(good, new_state, state, skip=config.guard.action == "skip")
         return new_state, metrics | {"grad_norm": grad_norm, "lr": schedule(state.step)}
+
+    recipes = config.schedule.recipes
+    options = layout.compiler_options | (NO_COMMAND_BUFFERS if len(recipes) > 1 else {})
+    places: dict[str, Any] = {"compiler_options": options}
+    if layout.mesh is not None:
+        # The new state lies where the old one did, or its step would be compiled again.
+        places["out_shardings"] = (layout.shardings(abstract_state(config)), layout.everywhere)
+
+    @partial(jax.jit, donate_argnums=0, **places)
+    def train_step(
+        state: TrainState, tokens: Int[Array, "B S+1"], limit: Any = np.inf, number: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        branch = jnp.asarray(config.schedule.branches, jnp.int32)[state.phase]
+        branches = [partial(step_with, recipe) for recipe in recipes]
+        return take_branch(branch, branches, state, tokens, limit, number)
 
     return train_step
 

@@ -2,6 +2,9 @@
 
 A kernel belongs to the part in whose scope its HLO operation was traced: the innermost one of `PARTS` in the
 operation's name, which model and step give by `jax.named_scope`. A fusion across parts counts as that of its root.
+What has an operation outside those scopes (norms, embedding, sums) is ``other``; a kernel that no operation of the
+program is known for is ``unknown``, such as those of CUDA graphs, which do not tell (trace programs that were compiled
+with `train.step.NO_COMMAND_BUFFERS`).
 """
 
 import re
@@ -15,8 +18,12 @@ from typing import Any, NamedTuple
 import jax
 
 PARTS = ("ffn", "attention", "projections", "head", "optimizer")
-COMMUNICATION, OTHER, IDLE = "communication", "other", "idle"
+COMMUNICATION, OTHER, UNKNOWN, IDLE = "communication", "other", "unknown", "idle"
 _SCOPE = re.compile(rf"\b({'|'.join(PARTS)})\b")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _EXCHANGE = re.compile(r"nccl|all-?gather|all-?reduce|all-?to-?all|reduce-?scatter|collective", re.IGNORECASE)
 _COPY = re.compile(r"mem(cpy|set)", re.IGNORECASE)
 _CONTAINERS = ("while", "conditional", "call")  # on a CPU they take the time of what they contain
@@ -66,9 +73,23 @@ def _device_work(trace: Any) -> Iterable[Work]:
 
 
 def operation_names(hlo: str) -> dict[str, str]:
-    """The instructions of a compiled program -> the names, with their scopes, of what they compute."""
-    found = re.finditer(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', hlo, flags=re.MULTILINE)
-    return {_plain(match[1]): match[2] for match in found}
+    """The instructions of a compiled program -> the names, with their scopes, of what they compute, or "".
+
+    A fusion that has no name of its own has that of the last instruction inside it that has a scope.
+    """
+    names: dict[str, str] = {}
+    inside: dict[str, str] = {}
+    computation = ""
+    for line in hlo.splitlines():
+        if start := _COMPUTATION.match(line):
+            computation = start[1]
+        elif instruction := _INSTRUCTION.match(line):
+            own, called = _NAME.search(line), _CALLED.search(line)
+            name = own[1] if own else inside.get(called[1], "") if called else ""
+            names[_plain(instruction[1])] = name
+            if _SCOPE.search(name):
+                inside[computation] = name
+    return names
 
 
 def _plain(instruction: str) -> str:
@@ -76,16 +97,24 @@ def _plain(instruction: str) -> str:
     return re.sub(r"[.\-]", "_", instruction)
 
 
+def _operation_name(work: Work, names: dict[str, str]) -> str | None:
+    """What a piece of work computes; None if no instruction of the program is known to have launched it."""
+    return names.get(_plain(work.operation), names.get(_plain(work.name)))
+
+
 def part_of(work: Work, names: dict[str, str]) -> str:
     """The part that a piece of work belongs to."""
     if _EXCHANGE.search(work.name) or _EXCHANGE.search(work.operation):
         return COMMUNICATION
-    scopes = _SCOPE.findall(names.get(_plain(work.operation)) or names.get(_plain(work.name), ""))
+    name = _operation_name(work, names)
+    if name is None:
+        return OTHER if _COPY.match(work.name) else UNKNOWN
+    scopes = _SCOPE.findall(name)
     return scopes[-1] if scopes else OTHER
 
 
 def part_ms(found: Sequence[Work], names: dict[str, str], steps: int, step_ms: float) -> dict[str, float]:
-    """Milliseconds a step: every part's, and ``idle``, all together ``step_ms``.
+    """Milliseconds a step: every part's, ``unknown`` and ``idle``, all together ``step_ms``.
 
     Where kernels overlap, what began first counts. Of copies (``other``) and of the exchange between devices only what
     no kernel hides counts.
@@ -95,7 +124,7 @@ def part_ms(found: Sequence[Work], names: dict[str, str], steps: int, step_ms: f
       names: from ``operation_names``.
       step_ms: of a step that was not traced, as tracing delays what the host sends off.
     """
-    spent = dict.fromkeys((*PARTS, COMMUNICATION, OTHER), 0.0)
+    spent = dict.fromkeys((*PARTS, COMMUNICATION, OTHER, UNKNOWN), 0.0)
     own = [(work, part_of(work, names)) for work in found]
     local = [(work, part) for work, part in own if part != COMMUNICATION]
     end = float("-inf")
@@ -125,7 +154,7 @@ def table(found: Sequence[Work], names: dict[str, str], steps: int, rows: int) -
     for (name, operation), same in groupby(ordered, key=lambda w: (w.name, w.operation)):
         works = list(same)
         ms = sum(work.end - work.start for work in works) / steps / 1e6
-        meaning = names.get(_plain(operation)) or names.get(_plain(name), "")
+        meaning = _operation_name(works[0], names) or ""
         groups.append((ms, len(works) / steps, part_of(works[0], names), name[:60], operation, meaning[-90:]))
     groups.sort(reverse=True)
     return "\n".join(f"{ms:8.3f} {count:6.0f} {part:13} {' '.join(rest)}" for ms, count, part, *rest in groups[:rows])
