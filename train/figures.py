@@ -172,8 +172,7 @@ def draw_steps(rows: Sequence[Row], output: Path) -> None:
     figure, axes = new_figure()
     places, bottom = np.arange(len(rows)), np.zeros(len(rows))
     parts = (*PARTS, COMMUNICATION, OTHER, IDLE)
-    colors = matplotlib.colormaps["tab10"].colors[: len(PARTS) + 1]
-    for part, color in zip(parts, [*colors, "0.6", "0.88"], strict=True):
+    for part, color in zip(parts, [*COLORS, "0.6", "0.88"], strict=True):
         ms = np.array([row["part_ms"].get(part, 0.0) for row in rows])
         if ms.any():
             axes.bar(places, ms, 0.6, bottom, color=color, label=part)
