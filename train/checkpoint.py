@@ -59,7 +59,7 @@ def describe(recipe: StackRecipe) -> str:
 
 
 # Fields of Recipe that older checkpoints do not name, with the defaults these had.
-_LATER_FIELDS = {"shared": 0, "clustering": "kmeans", "token_copy": "kept"}
+_LATER_FIELDS = {"weight_mask": "threshold", "shared": 0, "clustering": "kmeans", "token_copy": "kept"}
 
 
 def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any], step: int) -> None:

@@ -181,7 +181,7 @@ def forward(
         y1 = order.hidden(rows, sparse_w1, w1.astype(x.dtype))
         packed = api.pack_activations(y1, **along, interleaved=order.interleaved, implementation=implementation)
         dense = None if recipe.activations else jax.nn.relu(y1)
-    density = packed.positives / (x.shape[0] * recipe.top_k * (w1.shape[1] // recipe.experts))
+    density = packed.positives / (x.shape[0] * recipe.top_k * (w2.shape[0] // recipe.experts))
     dense_y2 = None if dense is None else dense * dense
     y3 = order.leave(order.back(packed.squared, dense_y2, w2.astype(x.dtype), k_major=False), x.dtype)
     saved = Residuals(grouping, dense, packed.features, packed.tokens)
