@@ -13,11 +13,10 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
-from pallas_kernels import tile_order
 from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.mlir_words import Word, i32, to_value
 from pallas_kernels.pack import blocks
-from pallas_kernels.pack.hopper import INFINITY, PTX_TYPE, MlirMachine
+from pallas_kernels.pack.hopper import INFINITY, PTX_TYPE, MlirMachine, packed_types
 from pallas_kernels.tiles import GRANULE, Packing, Problem, TileConfig
 
 _CHUNK = (plgpu.TilingTransform((8, GRANULE)), plgpu.SwizzleTransform(128))
@@ -28,8 +27,8 @@ def outputs(problem: Problem) -> dict[str, jax.ShapeDtypeStruct]:
     """What is written, by name, as `pack.hopper` names it."""
     p = _packing(problem)
     (rows, columns), out = problem.out_shape, {}
-    features, feature_words = _packed(rows, columns, problem.dtype)
-    tokens, token_words = _packed(columns, rows, problem.dtype)
+    features, feature_words = packed_types((rows, columns), problem.dtype)
+    tokens, token_words = packed_types((columns, rows), problem.dtype)
     if p.gradient:
         out |= {"feature_dy1": features} if p.features else {}
         return out | ({"token_dy1": tokens, "token_squared": tokens} if p.tokens else {})
@@ -50,12 +49,6 @@ def inputs(problem: Problem) -> tuple[str, ...]:
 def _packing(problem: Problem) -> Packing:
     assert problem.packing is not None
     return problem.packing
-
-
-def _packed(rows: int, columns: int, dtype: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    tiles = (rows // GRANULE, columns // GRANULE)
-    values = jax.ShapeDtypeStruct((*tiles, *tile_order.SHAPE), dtype)
-    return values, jax.ShapeDtypeStruct((*tiles, utils.WARPGROUP_SIZE), jnp.uint32)
 
 
 def hand_over(rounded, chunks_smem, problem: Problem) -> None:

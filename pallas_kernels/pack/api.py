@@ -56,14 +56,7 @@ def pack_activations(
     """
     chosen = _choose(implementation, y)
     if chosen == "hopper" and (features or tokens):
-        found = hopper.pack_activations(y, Directions(features, tokens), interleaved=interleaved, relu=True)
-        along_features, squared, along_tokens = None, None, None
-        if features:
-            along_features = Packed(found["features"], found["feature_metadata"])
-            squared = Packed(found["squared"], found["feature_metadata"])
-        if tokens:
-            along_tokens = Packed(found["tokens"], found["token_metadata"])
-        return PackedActivations(along_features, squared, along_tokens, jnp.sum(found["positives"], dtype=jnp.float32))
+        return packed_of(hopper.pack_activations(y, Directions(features, tokens), interleaved=interleaved, relu=True))
     a = jax.nn.relu(y)
     along_features = activations.pack_features(a) if features else None
     along_tokens = None
@@ -95,11 +88,7 @@ def take_activations(
         return TakenActivations(None, None, None)
     if chosen == "hopper":
         found = hopper.take_activations(dy2, features, tokens, interleaved=interleaved)
-        return TakenActivations(
-            None if features is None else Packed(found["feature_dy1"], features.metadata),
-            None if tokens is None else Packed(found["token_dy1"], tokens.metadata),
-            None if tokens is None else Packed(found["token_squared"], tokens.metadata),
-        )
+        return taken_of(found, features, tokens)
     along_features, along_tokens = None, None
     if features is not None:
         kept = activations.take_features(dy2, features.metadata)
@@ -108,6 +97,31 @@ def take_activations(
         kept = activations.take_tokens(dy2, tokens.metadata, interleaved=interleaved)
         along_tokens = Packed(2 * kept * tokens.values, tokens.metadata)
     return TakenActivations(along_features, along_tokens, _square(tokens))
+
+
+def packed_of(found: dict[str, Array]) -> PackedActivations:
+    """What a kernel wrote, by name (`blocks.pack`)."""
+
+    def matrix(values: str, metadata: str) -> Packed | None:
+        return Packed(found[values], found[metadata]) if values in found else None
+
+    return PackedActivations(
+        matrix("features", "feature_metadata"),
+        matrix("squared", "feature_metadata"),
+        matrix("tokens", "token_metadata"),
+        jnp.sum(found["positives"], dtype=jnp.float32),
+    )
+
+
+def taken_of(found: dict[str, Array], features: Packed | None, tokens: Packed | None) -> TakenActivations:
+    """What a kernel wrote, by name (`blocks.take`), with the positions that it was given."""
+
+    def matrix(values: str, given: Packed | None) -> Packed | None:
+        return None if given is None else Packed(found[values], given.metadata)
+
+    return TakenActivations(
+        matrix("feature_dy1", features), matrix("token_dy1", tokens), matrix("token_squared", tokens)
+    )
 
 
 def pack_thresholded(

@@ -35,10 +35,10 @@ def pack_activations(y, along: Directions, *, interleaved: bool, relu: bool) -> 
     if relu:
         out["positives"] = jax.ShapeDtypeStruct((matrix.blocks * 4,), jnp.int32)
     if along.features:
-        values, metadata = _packed_types(y.shape, y.dtype)
+        values, metadata = packed_types(y.shape, y.dtype)
         out |= {"features": values, "squared": values, "feature_metadata": metadata}
     if along.tokens:
-        out["tokens"], out["token_metadata"] = _packed_types(y.shape[::-1], y.dtype)
+        out["tokens"], out["token_metadata"] = packed_types(y.shape[::-1], y.dtype)
 
     def body(m: Machine) -> None:
         blocks.pack(Thread(m, matrix), along, relu=relu, infinity=INFINITY[y.dtype.name])
@@ -52,10 +52,10 @@ def take_activations(dy2, features, tokens, *, interleaved: bool) -> dict[str, j
     arrays, out = {"y": dy2}, {}
     if features is not None:
         arrays |= {"features": features.values, "feature_metadata": features.metadata}
-        out["feature_dy1"] = _packed_types(dy2.shape, dy2.dtype)[0]
+        out["feature_dy1"] = packed_types(dy2.shape, dy2.dtype)[0]
     if tokens is not None:
         arrays |= {"tokens": tokens.values, "token_metadata": tokens.metadata}
-        out["token_dy1"] = out["token_squared"] = _packed_types(dy2.shape[::-1], dy2.dtype)[0]
+        out["token_dy1"] = out["token_squared"] = packed_types(dy2.shape[::-1], dy2.dtype)[0]
     along = Directions(features is not None, tokens is not None)
 
     def body(m: Machine) -> None:
@@ -68,14 +68,15 @@ def take_activations(dy2, features, tokens, *, interleaved: bool) -> dict[str, j
 def pack_thresholded(w, beta, dtype, *, along_rows: bool) -> dict[str, jax.Array]:
     """w [R, C] in f32 or bf16, beta f32 [] -> values, metadata of round(beta S(w)), transposed if `along_rows`."""
     matrix = Matrix(w.shape[0], w.shape[1], itemsize=w.dtype.itemsize)
-    values, metadata = _packed_types(w.shape[::-1] if along_rows else w.shape, dtype)
+    values, metadata = packed_types(w.shape[::-1] if along_rows else w.shape, dtype)
     body = functools.partial(blocks.pack_thresholded, matrix=matrix, along_rows=along_rows)
     arrays = {"w": w, "beta": jnp.asarray(beta, jnp.float32).reshape(1)}
     shared = w.dtype.itemsize // 2 if along_rows else 0
     return _launch(body, matrix, dtype, arrays, {"values": values, "metadata": metadata}, shared=shared)
 
 
-def _packed_types(shape: tuple[int, ...], dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def packed_types(shape: tuple[int, ...], dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Values and metadata of a packed matrix."""
     tiles = (shape[0] // GRANULE, shape[1] // GRANULE)
     return (
         jax.ShapeDtypeStruct((*tiles, *tile_order.SHAPE), dtype),

@@ -50,14 +50,7 @@ def pack_product(
     if dispatch.resolve(implementation) != "hopper":
         y = _product(weights, rows, group_sizes, transposed)
         return api.pack_activations(y, **along, implementation="reference")
-    found = _launch(Packing(False, **along), weights, rows, group_sizes, transposed, {}, config)
-    along_features, squared, along_tokens = None, None, None
-    if features:
-        along_features = Packed(found["features"], found["feature_metadata"])
-        squared = Packed(found["squared"], found["feature_metadata"])
-    if tokens:
-        along_tokens = Packed(found["tokens"], found["token_metadata"])
-    return PackedActivations(along_features, squared, along_tokens, jnp.sum(found["positives"], dtype=jnp.float32))
+    return api.packed_of(_launch(Packing(False, **along), weights, rows, group_sizes, transposed, {}, config))
 
 
 def take_product(
@@ -86,11 +79,7 @@ def take_product(
         kept |= {"tokens": tokens.values, "token_metadata": tokens.metadata}
     packing = Packing(True, features is not None, tokens is not None, interleaved)
     found = _launch(packing, weights, rows, group_sizes, transposed, kept, config)
-    return TakenActivations(
-        None if features is None else Packed(found["feature_dy1"], features.metadata),
-        None if tokens is None else Packed(found["token_dy1"], tokens.metadata),
-        None if tokens is None else Packed(found["token_squared"], tokens.metadata),
-    )
+    return api.taken_of(found, features, tokens)
 
 
 def _product(weights, rows, group_sizes, transposed: bool) -> Array:
