@@ -3,7 +3,7 @@
 Parameters, the optimizer's state and gradients are exact; the rest is a reckoning of what the layers keep for the
 backward and of the largest arrays that exist for a moment. For a step of 1B (dense, 2 x 8,192 tokens, loss in 8 slices)
 with `Train.remat='dots'` it gives 41.5 GiB, where XLA took 38.5 on an H100; with all layers unrolled and
-`Train.remat='none'` 49.8, where XLA allots 44.5.
+`Train.remat='none'` 49.8, where XLA took 46.0 (docs/results/h100/train.json).
 """
 
 import math
