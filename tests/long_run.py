@@ -24,6 +24,7 @@ import jax
 
 from pallas_kernels import device
 from tests.trainer import run_config, run_to_end
+from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.report import Logger
 
@@ -75,7 +76,7 @@ class Readings:
         found, middle = [], (SETTLED + len(self.files)) // 2
         if not self.compiled[-1] == self.compiled[SETTLED] > 0:
             found.append(f"compiled again: {self.compiled}")
-        # A reading may meet a checkpoint on its way to the disk, with its copies and files; what stays is the least.
+        # A reading may meet what is closed a moment later; what stays is the least.
         for name, slack in (("arrays", 0), ("array_bytes", 0), ("files", 0), ("device_bytes", 64 * 1024)):
             values = getattr(self, name)
             if values and min(values[middle:]) > min(values[SETTLED:middle]) + slack:
@@ -96,15 +97,22 @@ def configuration(steps: int, every: int, **settings: Any) -> RunConfig:
 
 
 def watch(config: RunConfig, workdir: Path, *, seconds: float = float("inf"), tell: bool = False) -> Readings:
-    """Trains, with a reading at the beginning of each phase.
+    """Trains, with a reading at the beginning of each phase, when the last checkpoint is on the disk.
 
     Raises:
       TimeUpError: ``seconds`` have gone before half of the phases began.
     """
     readings, original, began = Readings(), Logger.begin_phase, time.monotonic()
+    save, saving = Checkpoints.save, []
     phases = len(config.schedule.phases)
 
+    def noted_save(self, *args, **kwargs):
+        saving[:] = [self]
+        save(self, *args, **kwargs)
+
     def begin_phase(self, step, *args):
+        for checkpoints in saving:
+            checkpoints.wait()  # on its way it holds copies and files
         readings.note()
         readings.steps = step
         taken = time.monotonic() - began
@@ -121,7 +129,7 @@ def watch(config: RunConfig, workdir: Path, *, seconds: float = float("inf"), te
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        with mock.patch.object(Logger, "begin_phase", begin_phase):
+        with mock.patch.object(Logger, "begin_phase", begin_phase), mock.patch.object(Checkpoints, "save", noted_save):
             assert run_to_end(config, workdir) == 0
         readings.steps = config.train.steps
     except TimeUpError:

@@ -31,10 +31,6 @@ TRAIN = Train(
     sample_tokens=5,
 )
 
-# Most of the time of these tests is compilation, and many compile the same programs.  A warm cache gives the same bits.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="compilation-"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
 
 @functools.cache
 def token_folder() -> Path:

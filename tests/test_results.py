@@ -1,0 +1,80 @@
+"""The queue that makes all results again, with jobs that only pretend."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from tests import results
+from tests.results import Job
+from train.config import CONFIG_ROOT
+
+WRITE = "pathlib.Path(sys.argv[1]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Runs the program with jobs of (name, seconds, alone, Python code); gives its exit code and what it told."""
+    monkeypatch.setattr(results, "LEAST", 0.0)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def run(jobs, *options):
+        made = []
+        for name, seconds, alone, code in jobs:
+            (tmp_path / f"{name}.py").write_text(f"import os, pathlib, sys, time\n{code}\n")
+            made.append(Job(name, seconds, alone, (name, "{output}/" + name)))
+        monkeypatch.setattr(results, "JOBS", made)
+        monkeypatch.setattr(sys, "argv", ["results", "--tokens=t", f"--output={tmp_path / 'out'}", *options])
+        code = results.main()
+        lines = (tmp_path / "out" / "jobs.jsonl").read_text().splitlines()
+        return code, {record["job"]: record for record in map(json.loads, lines)}
+
+    return run
+
+
+def test_what_is_timed_has_the_first_gpu_to_itself(program, monkeypatch):
+    monkeypatch.setattr(results, "gpus", lambda: ["0", "1"])
+    code, told = program([("a", 30, True, WRITE), ("b", 30, False, WRITE), ("c", 30, True, WRITE)])
+    assert code == 0
+    assert {name: record["gpu"] for name, record in told.items()} == {"a": "0", "b": "1", "c": "0"}
+
+
+def test_again_it_does_what_is_missing(program, monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "gpus", lambda: [""])
+    jobs = [("good", 30, True, WRITE), ("bad", 30, False, "print('why'); sys.exit(3)")]
+    code, told = program(jobs)
+    assert (code, told["good"]["state"], told["bad"]["state"]) == (1, "done", "exit code 3")
+    assert "why" in (tmp_path / "out" / "bad.log").read_text()
+    (tmp_path / "out" / "good").unlink()
+    code, told = program([jobs[0], ("bad", 30, False, WRITE)])
+    assert (code, told["bad"]["state"]) == (0, "done")
+    assert not (tmp_path / "out" / "good").exists()
+
+
+def test_a_late_job_is_killed_and_told(program, monkeypatch):
+    monkeypatch.setattr(results, "gpus", lambda: [""])
+    code, told = program([("slow", 1, True, "time.sleep(60)"), ("next", 30, True, WRITE)])
+    assert (code, told["slow"]["state"], told["next"]["state"]) == (1, "late", "done")
+
+
+def test_what_has_no_time_left_is_not_begun(program, monkeypatch):
+    monkeypatch.setattr(results, "gpus", lambda: [""])
+    code, told = program([("job", 30, True, WRITE)], "--seconds=0")
+    assert (code, told["job"]["state"]) == (1, "not begun")
+
+
+@pytest.mark.parametrize("job", results.JOBS, ids=lambda job: job.name)
+def test_every_job_is_a_program_that_takes_these_options(job, tmp_path):
+    """Names of options and files that exist: a job that can't be parsed would be found only on the GPU."""
+    command = job.command(tmp_path, tmp_path, 100.0)
+    assert not any("{" in argument for argument in command)
+    spec = importlib.util.find_spec(command[2])
+    assert spec is not None
+    assert spec.origin is not None
+    if command[2] != "pytest":
+        source = results.Path(spec.origin).read_text()
+        for option in (argument.split("=")[0].strip("-") for argument in command[3:] if argument.startswith("--")):
+            assert f'"{option}"' in source or f'"--{option}"' in source, option
+    for file in (argument.split("=")[1] for argument in command if argument.startswith("--gin_file")):
+        assert (CONFIG_ROOT / file).exists()
