@@ -18,7 +18,7 @@ demo: .venv/.installed-demo
 	$(BIN)/python -m train.demo --workdir=$(DEMO_RUN)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' $(PYTEST_ARGS)
 
 faults: .venv/.installed-test
 	mkdir -p build

@@ -1,6 +1,7 @@
 """Hardware counters of the kernels' launches, read by running a program under Nsight Compute (`ncu`)."""
 
 import csv
+import functools
 import os
 import pathlib
 import re
@@ -106,6 +107,7 @@ def _numbers(row: dict[str, str], metrics: dict[str, str]) -> Iterator[tuple[str
             continue
 
 
+@functools.cache
 def choose_metrics(ncu: str) -> dict[str, str]:
     """For each of `COUNTERS` the first name that this ncu lists, or else the first of a counter that it has at all."""
     wanted = [name for names in COUNTERS.values() for name in names]

@@ -1,10 +1,11 @@
 """What limits each case of the benchmark: python -m pallas_kernels.roofline --json FILE [--table FILE] [--cases WORD]
 
-Runs itself once under Nsight Compute (`ncu`), which reads the hardware counters of one launch of each case with its
-tuned tile, caches cold and the clock as the card sets it. From counters and peaks follow the times that each unit alone
-would need (`bounds`). A few cases run a second time with twice the contraction (`2k`): what does not grow with it is
-launch, first loads and epilogue. Then the same cases, with random operands and with zeros, and the dense product run in
-a loop outside ncu, where power, energy and clock are read (power.py).
+Runs itself under Nsight Compute (`ncu`), a few cases at a time, which reads the hardware counters of one launch of each
+case with its tuned tile, caches cold and the clock as the card sets it; a case that breaks ncu costs itself alone. From
+counters and peaks follow the times that each unit alone would need (`bounds`). A few cases run a second time with twice
+the contraction (`2k`): what does not grow with it is launch, first loads and epilogue. Then the same cases, with random
+operands and with zeros, and the dense product run in a loop outside ncu, where power, energy and clock are read
+(power.py).
 """
 
 import argparse
@@ -16,7 +17,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -149,33 +150,50 @@ def add_slopes(rows: list[dict]) -> None:
             row["fixed_cycles"] = round(cycles - row["stage_cycles"] * row["stages"])
 
 
-def launch(words: str, seconds: float) -> None:
-    """Launch each case once and print its name; no case is begun that would not end within `seconds`."""
-    end, longest = time.monotonic() + seconds, 0.0
+def launch(names: Sequence[str]) -> None:
+    """Launch each case once and print its name."""
+    known = cases()
 
     def prepare(problem, sizes, config):
         arguments = (*bench.operands(problem, 0), bench.group_array(problem, sizes))
         return jax.jit(bench.launch(problem, config)).lower(*arguments).compile(), arguments
 
-    for batch in itertools.batched(cases(words).items(), 12):
-        start = time.monotonic()
-        if start + longest > end:
-            return
-        built = timing.build({name: functools.partial(prepare, *case) for name, case in batch}, at_once=12)
-        for name, ready in built.items():
-            if isinstance(ready, Exception):
-                print(f"skipped {name}: {ready!r}", flush=True)
-                continue
-            compiled, arguments = ready
-            jax.block_until_ready(compiled(*arguments))
-            print(f"launched {name}", flush=True)
+    for (
+        name
+    ) in names:  # one after the other: the one run under ncu that compiled in threads ended in a segmentation fault
+        try:
+            compiled, arguments = prepare(*known[name])
+        except Exception as error:
+            print(f"skipped {name}: {error!r}", flush=True)
+            continue
+        jax.block_until_ready(compiled(*arguments))
+        print(f"launched {name}", flush=True)
+
+
+def read_counters(words: str, seconds: float, log: str, at_once: int = 6) -> list[dict]:
+    """The rows of all cases that ncu saw within `seconds`; what fails together is tried again in halves.
+
+    Raises:
+      RuntimeError, ValueError: no case could be read; of the last one.
+    """
+    end, longest = time.monotonic() + seconds, 0.0
+    waiting = [list(batch) for batch in itertools.batched(cases(words), at_once)]
+    read: dict[str, dict[str, float]] = {}
+    failure: Exception | None = None
+    while waiting and time.monotonic() + longest < end:
+        names, start = waiting.pop(0), time.monotonic()
+        try:
+            command = [sys.executable, "-m", "pallas_kernels.roofline", "--launch", *names]
+            read |= counters.count(command, log)
+        except (RuntimeError, ValueError) as error:
+            failure = error
+            print(f"{len(names)} cases from {names[0]} on: {error}", flush=True)
+            half = len(names) // 2
+            waiting[:0] = [names[:half], names[half:]] if half else []
         longest = max(longest, time.monotonic() - start)
-
-
-def read_counters(words: str, seconds: float, log: str) -> list[dict]:
-    """The rows of all cases that ncu saw."""
-    command = [sys.executable, "-m", "pallas_kernels.roofline", "--launch", f"--seconds={seconds}", f"--cases={words}"]
-    rows = [row_of(name, read, device.sm_count()) for name, read in counters.count(command, log).items()]
+    if failure and not read:
+        raise failure
+    rows = [row_of(name, found, device.sm_count()) for name, found in read.items()]
     add_slopes(rows)
     return rows
 
@@ -253,12 +271,12 @@ def main() -> None:
     parser.add_argument("--json", default="roofline.json", help="the file of results")
     parser.add_argument("--table", help="also write them as Markdown tables")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=600.0, help="launch nothing for counters after so many")
-    parser.add_argument("--launch", action="store_true", help="only launch the cases: what ncu runs")
+    parser.add_argument("--seconds", type=float, default=600.0, help="begin nothing for counters after so many")
+    parser.add_argument("--launch", nargs="+", metavar="CASE", help="only launch these once: what ncu runs")
     parser.add_argument("--parts", default="counters,power", help="which of the two")
     arguments = parser.parse_args()
     if arguments.launch:
-        launch(arguments.cases, arguments.seconds)
+        launch(arguments.launch)
         return
     rows, failures = [], []
 

@@ -29,8 +29,8 @@ from train.metrics import read_metrics
 LAST = 20  # steps whose mean stands for where a run has come to
 
 
-def train(workdir: Path, given: argparse.Namespace, recipe: str, way: str) -> list[float] | str:
-    """The losses of all steps, or the last words of a run that failed."""
+def options(given: argparse.Namespace, recipe: str, way: str) -> tuple[str, list[str]]:
+    """The gin file and the bindings of a run."""
     sparse_from = max(1, given.steps // 10)  # to the end, as what is compared is the sparse step
     bindings = {
         "Data.folder": str(given.tokens.resolve()),
@@ -42,9 +42,14 @@ def train(workdir: Path, given: argparse.Namespace, recipe: str, way: str) -> li
         "Train.eval_every": given.steps,
         "Train.checkpoint_every": given.steps,
     }
-    command = [sys.executable, "-m", "train.main", f"--workdir={workdir}", f"--gin_file=configs/size/{given.size}.gin"]
-    command += [f"--gin_bindings={name} = {value!r}" for name, value in bindings.items()]
-    command += [f"--gin_bindings={binding}" for binding in given.binding]
+    return f"configs/size/{given.size}.gin", [f"{name} = {value!r}" for name, value in bindings.items()] + given.binding
+
+
+def train(workdir: Path, given: argparse.Namespace, recipe: str, way: str) -> list[float] | str:
+    """The losses of all steps, or the last words of a run that failed."""
+    file, bindings = options(given, recipe, way)
+    command = [sys.executable, "-m", "train.main", f"--workdir={workdir}", f"--gin_file={file}"]
+    command += [f"--gin_bindings={binding}" for binding in bindings]
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     try:
         done = subprocess.run(
@@ -80,8 +85,8 @@ def compare(case: str, ways: list[str], losses: list[list[float] | str]) -> dict
     return row | {"device": device, "jax": jax.__version__, "date": datetime.date.today().isoformat()}
 
 
-def main() -> int:
-    """Trains, writes the rows and prints them."""
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, required=True, help="folder that train.prepare wrote")
     parser.add_argument("--output", type=Path, required=True, help="a file for the rows as JSON")
@@ -93,7 +98,12 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=0.02)
     parser.add_argument("--seconds", type=float, default=600, help="limit of one run")
     parser.add_argument("--binding", action="append", default=[], help="one more gin binding; may be repeated")
-    given = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    """Trains, writes the rows and prints them."""
+    given = arguments()
     first, second = given.ways
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the runs need the device too
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(given.parallel) as pool:

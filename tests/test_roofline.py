@@ -212,6 +212,25 @@ def test_what_fails_is_said(monkeypatch, tmp_path):
     assert not path.exists()
 
 
+def test_a_case_that_breaks_ncu_costs_itself_alone(monkeypatch, tmp_path):
+    names = list(roofline.cases("mode=rows"))
+    broken, asked = names[2], []
+
+    def count(command, log):
+        asked.append(command[command.index("--launch") + 1 :])
+        if broken in asked[-1]:
+            raise RuntimeError("ncu ended with -11 after 0 launches")
+        return dict.fromkeys(asked[-1], READ)
+
+    monkeypatch.setattr(counters, "count", count)
+    rows = roofline.read_counters("mode=rows", 600.0, str(tmp_path / "log"), at_once=4)
+    assert {row["case"] for row in rows} == set(names) - {broken}
+    assert asked[:4] == [names[:4], names[:2], names[2:4], names[2:3]]
+    monkeypatch.setattr(roofline, "cases", lambda words: [broken])
+    with pytest.raises(RuntimeError, match="-11"):
+        roofline.read_counters("mode=rows", 600.0, str(tmp_path / "log"))
+
+
 def test_rows_and_table():
     stamp = {"device": "a GPU", "jax": "1", "date": "2026-01-01"}
     row = roofline.row_of("16384x4096x4096 b=nmajor", READ, 132)

@@ -1,4 +1,4 @@
-"""The comparison of kernels and reference in training, with the reference in both places."""
+"""The comparison of kernels and reference in training."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests import same_loss
-from tests.trainer import MODEL, token_folder
+from train.config import load_config
 
 LOSSES = [[3.0, 2.0, 1.0], [3.0, 2.25, 1.0], [3.0, 2.0, 1.5]]
 
@@ -21,26 +21,25 @@ def test_a_run_that_fails_is_told():
     assert same_loss.compare("x", ["a", "b"], [LOSSES[0], "no GPU", LOSSES[1]])["failed"] == "no GPU"
 
 
-def run(monkeypatch, output, *options):
-    shape = {f"Model.{name}": value for name, value in vars(MODEL).items()}
-    settings = shape | {"Train.batch_size": 8, "Train.seq_len": 16, "Train.dtype": "float32", "Train.eval_batches": 1}
-    program = ["same_loss", f"--tokens={token_folder()}", f"--output={output}", "--size=tiny", "--recipes", "venom"]
-    program += ["--parallel=1", *(f"--binding={name} = {value!r}" for name, value in settings.items()), *options]
-    monkeypatch.setattr(sys, "argv", program)
-    code = same_loss.main()
-    return code, json.loads(output.read_text())
+def test_the_runs_differ_in_the_implementation_alone():
+    given = same_loss.arguments(["--tokens=t", "--output=o", "--binding=Optimizer.b2 = 0.9"])
+    for recipe in given.recipes:
+        configs = []
+        for way in given.ways:
+            file, bindings = same_loss.options(given, recipe, way)
+            configs.append(load_config([file], bindings))
+            assert configs[-1].train.implementation == way
+            assert configs[-1].optimizer.b2 == 0.9
+            assert [phase.start for phase in configs[-1].schedule.phases] == [0, 20]
+        assert configs[0].train.seed == configs[1].train.seed
+        assert configs[0].schedule == configs[1].schedule
 
 
-def test_the_reference_trains_as_itself(monkeypatch, tmp_path):
-    code, [row] = run(monkeypatch, tmp_path / "x.json", "--steps=6", "--ways", "reference", "reference")
-    assert "failed" not in row, row
-    assert (code, row["steps"]) == (0, 6)
-    assert row["between"] == row["noise"] == {"largest": 0.0, "mean_of_last_20": 0.0, "final": 0.0}
-
-
-def test_without_a_hopper_gpu_it_says_so(monkeypatch, tmp_path):
-    if same_loss.jax.default_backend() != "cpu":
-        pytest.skip("there is a GPU")
-    code, [row] = run(monkeypatch, tmp_path / "x.json", "--steps=6")
-    assert code == 1
-    assert "hopper" in row["failed"]
+@pytest.mark.parametrize(("second", "code"), [(LOSSES[1], 1), (LOSSES[0], 0), ("failed", 1)])
+def test_the_exit_code_says_if_they_agree(monkeypatch, tmp_path, second, code):
+    runs = {"hopper": LOSSES[0], "reference": second}
+    monkeypatch.setattr(same_loss, "train", lambda workdir, given, recipe, way: runs[way])
+    output = tmp_path / "x.json"
+    monkeypatch.setattr(sys, "argv", ["same_loss", "--tokens=t", f"--output={output}", "--recipes", "venom"])
+    assert same_loss.main() == code
+    assert len(json.loads(output.read_text())) == 1
