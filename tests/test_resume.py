@@ -87,8 +87,13 @@ def test_killed_at_a_random_moment_the_command_ends_the_same(tmp_path):
 
     moment = random.Random().randrange(15, 85)
     process = start("killed")
-    metrics = killed / "metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or metrics.read_text().count('"train"') < moment):
+    metrics, saved = killed / "metrics.jsonl", killed / "checkpoints"
+
+    def has_come():
+        enough = metrics.exists() and metrics.read_text().count('"train"') >= moment
+        return enough and any(path.name.isdigit() for path in saved.iterdir())  # other names are still being written
+
+    while process.poll() is None and not has_come():
         time.sleep(0.005)
     process.kill()
     process.communicate()
