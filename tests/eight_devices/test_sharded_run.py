@@ -46,6 +46,7 @@ def test_weights_moments_and_gradients_are_cut():
             assert leaf.addressable_shards[0].data.size * 4 == leaf.size
 
 
+@pytest.mark.slow  # test_two_processes goes on alone too
 def test_a_checkpoint_goes_on_alone_as_it_would_have_on_eight(whole, tmp_path):
     """From step 3 it goes through the clustering and the baking on one device."""
     workdir = tmp_path / "alone"
