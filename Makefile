@@ -10,7 +10,6 @@
 BIN := .venv/bin
 DEMO_RUN ?= runs/demo
 PYTEST_ARGS ?=
-SLOW := tests/faults tests/test_guard.py tests/test_two_processes.py tests/test_eight_devices.py
 
 .PHONY: demo test faults audit docs lint format clean
 .DEFAULT_GOAL := demo
@@ -23,7 +22,8 @@ test: .venv/.installed-test
 
 faults: .venv/.installed-test
 	mkdir -p build
-	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 $(SLOW) $(PYTEST_ARGS)
+	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 tests/faults tests/test_guard.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m slow --ignore=tests/faults $(PYTEST_ARGS)
 
 audit: .venv/.installed-dev
 	$(BIN)/python -m tests.audit

@@ -58,6 +58,7 @@ def count(command: list[str], log: str) -> dict[str, dict[str, float]]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     while True:
+        pathlib.Path(log).unlink(missing_ok=True)  # what an earlier ncu said is no answer of this one
         code, names = _run([ncu, *options, "--metrics", ",".join(metrics.values()), *command], environment)
         lines = pathlib.Path(log).read_text().splitlines() if os.path.exists(log) else []
         if code == 0 and names:

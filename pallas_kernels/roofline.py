@@ -158,9 +158,8 @@ def launch(names: Sequence[str]) -> None:
         arguments = (*bench.operands(problem, 0), bench.group_array(problem, sizes))
         return jax.jit(bench.launch(problem, config)).lower(*arguments).compile(), arguments
 
-    for (
-        name
-    ) in names:  # one after the other: the one run under ncu that compiled in threads ended in a segmentation fault
+    # One after the other: the one run under ncu that compiled in threads ended in a segmentation fault.
+    for name in names:
         try:
             compiled, arguments = prepare(*known[name])
         except Exception as error:

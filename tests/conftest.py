@@ -8,14 +8,13 @@ import tempfile
 # Most of the time of these tests is compilation of programs that run once, on tiny arrays. So every process of a test
 # run, those that tests start among them, reads what another one compiled (a warm cache gives the same bits), and on a
 # CPU the compiler neither optimises nor verifies its own steps. Set before anything imports jax, which reads it then.
+if shutil.which("nvidia-smi") is None and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_emitter_verification_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    if shutil.which("nvidia-smi") is None:
-        _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_emitter_verification_level=0"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled = tempfile.mkdtemp(prefix="compilation-")
     atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

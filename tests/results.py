@@ -1,4 +1,4 @@
-"""Every figure of docs/results/h100 once more, on the GPUs that are there.
+"""The benchmarks and checks of docs/results/h100 once more, on the GPUs that are there; no sweeps, no races of tiles.
 
     python -m tests.results --list                                       the jobs, in order, and what each may take
     python -m tests.results --tokens=FOLDER --output=RESULTS             all of them
@@ -12,6 +12,7 @@ Exit code 1 if a job failed or is missing.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -26,7 +27,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = 20.0  # seconds: a job that would have less is not begun
-TOKENS, OUTPUT, SECONDS = "{tokens}", "{output}", "{seconds}"
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,8 @@ class Job:
 
     def command(self, tokens: Path, output: Path, seconds: float) -> list[str]:
         """The command with its places filled in; `seconds` for those that end by themselves when time is up."""
-        told = {TOKENS: str(tokens), OUTPUT: str(output), SECONDS: str(int(seconds))}
-        filled = []
-        for argument in self.arguments:
-            for place, value in told.items():
-                argument = argument.replace(place, value)
-            filled.append(argument)
-        return [sys.executable, "-m", *filled]
+        told = {"tokens": tokens, "output": output, "seconds": int(seconds)}
+        return [sys.executable, "-m", *(argument.format_map(told) for argument in self.arguments)]
 
 
 def _job(name: str, seconds: int, command: str, *more: str, alone: bool = False) -> Job:
@@ -61,14 +56,15 @@ JOBS = (
     _job("layers", 240, "train.bench --gin_file=configs/size/7b-layers.gin --rounds=3 --json={output}/layers.json",
          "--recipes=dense,act24,all24,venom:4:2,venom:4:1", _DATA, alone=True),
     _job("vnm", 330, "pallas_kernels.vnm.bench --json {output}/vnm.json", alone=True),
-    _job("roofline", 240, "pallas_kernels.roofline --json {output}/roofline.json --table {output}/roofline.md",
-         "--seconds", "180", alone=True),
-    _job("kernels", 400, "pallas_kernels.bench --json {output}/kernels.json", alone=True),
-    _job("bandwidth", 200, "pallas_kernels.bandwidth --json {output}/bandwidth.json", alone=True),
+    _job("roofline", 240, "pallas_kernels.roofline --parts counters --json {output}/roofline.json --seconds=180",
+         "--table={output}/roofline.md", alone=True),
+    _job("kernels", 400, "pallas_kernels.bench --json {output}/kernels.json --table {output}/kernels.md", alone=True),
+    _job("bandwidth", 200, "pallas_kernels.bandwidth --json {output}/bandwidth.json", "--table={output}/bandwidth.md",
+         alone=True),
     _job("power", 120, "pallas_kernels.roofline --parts power --json {output}/power.json", alone=True),
     _job("gpu-tests", 600, "pytest -m gpu -n 12 -q tests"),
-    _job("determinism", 200, "tests.determinism --all --seconds={seconds}"),
-    _job("same-loss", 240, "tests.same_loss --tokens={tokens} --output={output}/same-loss.json"),
+    _job("determinism", 300, "tests.determinism --all --seconds=120"),
+    _job("same-loss", 360, "tests.same_loss --tokens={tokens} --output={output}/same-loss.json"),
     _job("long-run", 150, "tests.long_run --output={output}/long-run.json --seconds={seconds}"),
     _job("sanitizer", 420, "tests.sanitizer --output={output}/sanitizer.json --seconds={seconds}"),
     _job("trainer", 330, "tests.trainer_on_gpu --tokens={tokens} --output={output} --seconds={seconds}"),
@@ -82,6 +78,7 @@ class Queue:
     def __init__(self, tokens: Path, output: Path, seconds: float):
         self.tokens, self.output, self.end = tokens, output, time.monotonic() + seconds
         self._lock = threading.Lock()
+        self._running: set[subprocess.Popen] = set()
         output.mkdir(parents=True, exist_ok=True)
         self._told = output / "jobs.jsonl"
 
@@ -98,9 +95,16 @@ class Queue:
                 self._tell(job, gpu, "not begun", 0.0)
                 continue
             began = time.monotonic()
-            self._tell(job, gpu, *self._run(job, gpu, left), time.monotonic() - began)
+            self._tell(job, gpu, self._run(job, gpu, left), time.monotonic() - began)
 
-    def _run(self, job: Job, gpu: str, seconds: float) -> tuple[str]:
+    def stop(self) -> None:
+        """Ends what runs, and begins nothing more: jobs have sessions of their own, which no Ctrl-C reaches."""
+        self.end = 0.0
+        for process in list(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _run(self, job: Job, gpu: str, seconds: float) -> str:
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true" if job.alone else "false"} | os.environ
         environment |= {"CUDA_VISIBLE_DEVICES": gpu}
         command = job.command(self.tokens, self.output, seconds - 10)
@@ -108,13 +112,16 @@ class Queue:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+            self._running.add(process)
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                return ("late",)
-        return ("done" if code == 0 else f"exit code {code}",)
+                return "late"
+            finally:
+                self._running.discard(process)
+        return "done" if code == 0 else f"exit code {code}"
 
     def _tell(self, job: Job, gpu: str, state: str, seconds: float) -> None:
         record = {"job": job.name, "state": state, "seconds": round(seconds, 1), "gpu": gpu}
@@ -131,7 +138,7 @@ def gpus() -> list[str]:
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
     present = [str(i) for i in range(listed.count("GPU "))]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return chosen.split(",") if chosen else present
+    return chosen.split(",") if chosen else present or [""]
 
 
 def run(jobs: list[Job], queue: Queue) -> list[str]:
@@ -139,12 +146,16 @@ def run(jobs: list[Job], queue: Queue) -> list[str]:
     waiting = [job for job in jobs if job.name not in queue.done()]
     first, *others = gpus()
     alone, shared = ([job for job in waiting if job.alone is kind] for kind in (True, False))
-    lanes = {first: alone} | {gpu: shared[i :: len(others)] for i, gpu in enumerate(others)}
+    lanes = {first: alone if others else alone + shared} | {
+        gpu: shared[i :: len(others)] for i, gpu in enumerate(others)
+    }
     with ThreadPoolExecutor(len(lanes)) as pool:
-        for lane in [pool.submit(queue.work, part, gpu) for gpu, part in lanes.items()]:
-            lane.result()
-    if not others:
-        queue.work(shared, first)
+        try:
+            for lane in [pool.submit(queue.work, part, gpu) for gpu, part in lanes.items()]:
+                lane.result()
+        except BaseException:
+            queue.stop()
+            raise
     return [job.name for job in jobs if job.name not in queue.done()]
 
 
@@ -166,6 +177,7 @@ def main() -> int:
         return 0
     if given.tokens is None or given.output is None:
         parser.error("give --tokens and --output")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     missing = run(jobs, Queue(given.tokens.resolve(), given.output.resolve(), given.seconds))
     print(f"missing: {', '.join(missing)}" if missing else "all done", flush=True)
     return int(bool(missing))

@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import os
+import signal
 import sys
+import threading
+import time
 
 import pytest
 
@@ -62,6 +66,29 @@ def test_what_has_no_time_left_is_not_begun(program, monkeypatch):
     monkeypatch.setattr(results, "gpus", lambda: [""])
     code, told = program([("job", 30, True, WRITE)], "--seconds=0")
     assert (code, told["job"]["state"]) == (1, "not begun")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_leaves_nothing_running(program, monkeypatch, tmp_path, sent):
+    monkeypatch.setattr(results, "gpus", lambda: [""])
+    before = signal.getsignal(signal.SIGTERM)
+    written = tmp_path / "pid"
+    code = f"pathlib.Path({str(written)!r}).write_text(str(os.getpid())); time.sleep(60)"
+
+    def stop():
+        while not (written.exists() and written.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), sent)
+
+    threading.Thread(target=stop).start()
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            program([("slow", 60, True, code), ("next", 60, True, WRITE)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(written.read_text()), 0)
+    assert not (tmp_path / "out" / "next").exists()
 
 
 @pytest.mark.parametrize("job", results.JOBS, ids=lambda job: job.name)

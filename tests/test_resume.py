@@ -18,7 +18,7 @@ from train.sources import open_split
 
 
 @pytest.mark.parametrize("step", [10, 12])
-def test_resuming_from_any_step_equals_never_stopping(tmp_path, step):
+def test_resuming_equals_never_stopping(tmp_path, step):
     """Step 10 has masks; 12 is the end. The switches, saved before and switched after, are in the next test."""
     config, uninterrupted, _ = three_phases()
     workdir = tmp_path / "resumed"

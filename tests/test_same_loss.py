@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -31,8 +32,8 @@ def test_the_runs_differ_in_the_implementation_alone():
             assert configs[-1].train.implementation == way
             assert configs[-1].optimizer.b2 == 0.9
             assert [phase.start for phase in configs[-1].schedule.phases] == [0, 20]
-        assert configs[0].train.seed == configs[1].train.seed
-        assert configs[0].schedule == configs[1].schedule
+        first, second = (replace(config, text="") for config in configs)
+        assert replace(first, train=replace(first.train, implementation="reference")) == second
 
 
 @pytest.mark.parametrize(("second", "code"), [(LOSSES[1], 1), (LOSSES[0], 0), ("failed", 1)])
