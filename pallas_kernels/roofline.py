@@ -14,6 +14,7 @@ import datetime
 import functools
 import itertools
 import json
+import os
 import pathlib
 import sys
 import time
@@ -169,8 +170,8 @@ def launch(names: Sequence[str]) -> None:
         print(f"launched {name}", flush=True)
 
 
-def read_counters(words: str, seconds: float, log: str, at_once: int = 6) -> list[dict]:
-    """The rows of all cases that ncu saw within `seconds`; what fails together is tried again in halves.
+def read_counters(words: str, seconds: float, log: str, at_once: int = 6) -> Iterator[list[dict]]:
+    """After every few cases the rows of all that ncu saw within `seconds`; what fails together is tried in halves.
 
     Raises:
       RuntimeError, ValueError: no case could be read; of the last one.
@@ -189,20 +190,23 @@ def read_counters(words: str, seconds: float, log: str, at_once: int = 6) -> lis
             print(f"{len(names)} cases from {names[0]} on: {error}", flush=True)
             half = len(names) // 2
             waiting[:0] = [names[:half], names[half:]] if half else []
+        else:
+            rows = [row_of(name, found, device.sm_count()) for name, found in read.items()]
+            add_slopes(rows)
+            yield rows
         longest = max(longest, time.monotonic() - start)
     if failure and not read:
         raise failure
-    rows = [row_of(name, found, device.sm_count()) for name, found in read.items()]
-    add_slopes(rows)
-    return rows
 
 
-def draw(words: str) -> Iterator[dict]:
+def draw(words: str) -> Iterator[list[dict]]:
     """Power, energy and clock in a loop of each case of `POWER`: "sparse", the same with "zeros", and "dense".
+
+    After each the rows so far.
 
     The dense product is XLA's of the same sizes, and of the whole layer for groups.
     """
-    meter = power.Meter()
+    meter, rows = power.Meter(), []
     kinds = itertools.product((name for name in POWER if words in name), ("sparse", "zeros", "dense"))
     built = timing.build({key: functools.partial(_loop, *key) for key in kinds}, at_once=18)
     for (name, kind), ready in built.items():
@@ -211,7 +215,8 @@ def draw(words: str) -> Iterator[dict]:
             continue
         read = power.measure(meter, *ready)
         print(f"power {name} {kind}: {read}", flush=True)
-        yield {"bench": "power", "case": name, "operands": kind, "limit_watts": meter.limit_watts(), **read}
+        rows.append({"bench": "power", "case": name, "operands": kind, "limit_watts": meter.limit_watts(), **read})
+        yield rows
 
 
 def _loop(name: str, kind: str) -> tuple[timing.Run, int]:
@@ -277,30 +282,32 @@ def main() -> None:
     if arguments.launch:
         launch(arguments.launch)
         return
-    rows, failures = [], []
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # what ncu runs needs the GPU beside this process
+    found: dict[str, list[dict]] = {}
+    failures = []
 
-    def save(row: dict) -> None:
+    def save() -> None:
         gpu = device.current()
         stamp = {
             "device": gpu.name if gpu else "none",
             "jax": jax.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        rows.append(row | stamp)
+        rows = [row | stamp for part in found.values() for row in part]
         with open(arguments.json, "w") as file:
             file.write("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
         if arguments.table:
             pathlib.Path(arguments.table).write_text(table(rows))
 
     parts = {
-        # First, in a process of its own: this one takes the GPU's memory when it asks for the device.
         "counters": lambda: read_counters(arguments.cases, arguments.seconds, f"{arguments.json}.ncu.csv"),
         "power": lambda: draw(arguments.cases),
     }
     for part in (part for part in parts if part in arguments.parts):
         try:
-            for row in parts[part]():
-                save(row)
+            for rows in parts[part]():
+                found[part] = rows
+                save()
         except (RuntimeError, ValueError, OSError) as error:
             failures.append(f"{part}: {error}")
     if failures:

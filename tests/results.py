@@ -50,13 +50,13 @@ def _job(name: str, seconds: int, command: str, *more: str, alone: bool = False)
 
 _DATA = "--gin_bindings=Data.folder='{tokens}'"
 JOBS = (
-    _job("ffn", 420, "venom_jax.bench --json {output}/ffn.json --stages", alone=True),
+    _job("ffn", 900, "venom_jax.bench --json {output}/ffn.json --stages", alone=True),
     _job("train", 420, "train.bench --gin_file=configs/size/1b.gin --rounds=3 --json={output}/train.json",
          "--recipes=dense,act24,all24,venom:4:2,venom:16:1,venom:4:1", _DATA, alone=True),
     _job("layers", 240, "train.bench --gin_file=configs/size/7b-layers.gin --rounds=3 --json={output}/layers.json",
          "--recipes=dense,act24,all24,venom:4:2,venom:4:1", _DATA, alone=True),
     _job("vnm", 330, "pallas_kernels.vnm.bench --json {output}/vnm.json", alone=True),
-    _job("roofline", 240, "pallas_kernels.roofline --parts counters --json {output}/roofline.json --seconds=180",
+    _job("roofline", 600, "pallas_kernels.roofline --parts counters --json {output}/roofline.json --seconds={seconds}",
          "--table={output}/roofline.md", alone=True),
     _job("kernels", 400, "pallas_kernels.bench --json {output}/kernels.json --table {output}/kernels.md", alone=True),
     _job("bandwidth", 200, "pallas_kernels.bandwidth --json {output}/bandwidth.json", "--table={output}/bandwidth.md",

@@ -238,7 +238,7 @@ def measure(
         add(name, found)
     for name, phase in zip(("dense", last), both, strict=False):
         if name in programs:
-            bench.add_row(f"{name}, switch", phase, name, programs[name], parts=False)
+            bench.add_row(f"{name}, switch", phase, name, programs[name], parts=parts)
     return bench.rows
 
 

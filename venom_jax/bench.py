@@ -11,7 +11,7 @@ import argparse
 import datetime
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -114,11 +114,12 @@ def gpu_name() -> str:
     return "cpu" if gpu is None else gpu.name
 
 
-def measure(tokens: int, d_model: int, d_ffn: int, names: list[str], masters: Any, with_stages: bool) -> list[dict]:
-    """A row for each recipe at one size, printed as it comes; a recipe takes turns with dense."""
+def measure(
+    tokens: int, d_model: int, d_ffn: int, names: list[str], masters: Any, with_stages: bool
+) -> Iterator[dict[str, Any]]:
+    """A row for each recipe at one size, as it comes; a recipe takes turns with dense."""
     sets = [operands(tokens, d_model, d_ffn, seed, masters) for seed in range(2)]
     dense = timing.repeated(step(Recipe.dense(), None), sets)
-    rows = []
     for name in names:
         row: dict[str, Any] = {
             "bench": "ffn",
@@ -138,9 +139,7 @@ def measure(tokens: int, d_model: int, d_ffn: int, names: list[str], masters: An
             row |= _times(RECIPES[name], dense, sets, with_stages)
         except (RuntimeError, NotImplementedError) as error:
             row["failure"] = str(error)[:300]
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _times(recipe: Recipe, dense: timing.Run, sets: list[tuple], with_stages: bool) -> dict[str, Any]:
@@ -185,9 +184,11 @@ def main() -> None:
         for d_model, d_ffn in SIZES:
             if d_model in arguments.d_model:
                 with_stages = arguments.stages and masters == "bfloat16"
-                rows += measure(arguments.tokens, d_model, d_ffn, names, jnp.dtype(masters), with_stages)
-                with open(arguments.json, "w") as file:
-                    json.dump(rows, file, indent=1)
+                for row in measure(arguments.tokens, d_model, d_ffn, names, jnp.dtype(masters), with_stages):
+                    print(json.dumps(row), flush=True)
+                    rows.append(row)
+                    with open(arguments.json, "w") as file:
+                        json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":
