@@ -53,7 +53,8 @@ def count(command: list[str], log: str) -> dict[str, dict[str, float]]:
     ncu = find_ncu()
     metrics = choose_metrics(ncu)
     options = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--log-file", log]
-    options += ["--kernel-name", f"regex:{KERNEL}"]
+    # Not what it starts: ncu has ended in a segmentation fault in a compiler that XLA ran, and XLA waits forever then.
+    options += ["--kernel-name", f"regex:{KERNEL}", "--target-processes", "application-only"]
     # A launch inside a CUDA graph would be none; and ncu keeps copies of what a kernel writes.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

@@ -39,7 +39,7 @@ from train.metrics import peak_flops
 from train.schedule import label
 from train.sources import open_split
 from train.state import TrainState, initial_state
-from train.step import NO_COMMAND_BUFFERS, make_train_step
+from train.step import make_train_step
 from venom_jax import Recipe
 
 STEPS_A_TURN = 2
@@ -147,7 +147,7 @@ class Bench:
             lowered = step.lower(self.state, self.batches[0])
             step = lowered.compile()
             seconds = time.perf_counter() - start
-            again = lowered.compile(NO_COMMAND_BUFFERS) if traced and jax.default_backend() == "gpu" else step
+            again = lowered.compile(trace.NO_COMMAND_BUFFERS) if traced and jax.default_backend() == "gpu" else step
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
             reason = str(error).strip().split("\n")[0][:300]
             print(json.dumps({"case": f"{self.case} {name}", "failure": reason}), flush=True)
@@ -231,7 +231,7 @@ def measure(
         wanted[SWITCH] = [recipes["dense"], recipes[last]]
     # Side by side, after dense alone: XLA has by then timed most of the products that all share.
     with ThreadPoolExecutor() as pool:
-        traced = [parts and name != SWITCH for name in wanted]
+        traced = [parts] * len(wanted)
         compiled = dict(zip(wanted, pool.map(bench.compile, wanted, wanted.values(), traced), strict=True))
     both = compiled.pop(SWITCH, [])
     for name, found in compiled.items():

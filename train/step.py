@@ -24,14 +24,6 @@ from venom_jax.stats import WeightMasks, diagnose
 
 Metrics = dict[str, Array]
 
-NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
-"""XLA's option by which the host launches kernel by kernel.
-
-Where a program branches, the host waits for the branch's index, so for the step before, and a CUDA graph of hundreds of
-kernels is prepared while the GPU has nothing to do; the first of single kernels starts at once.  In traces, kernels of
-graphs do not tell their HLO operation.
-"""
-
 
 def hidden_states(
     model: Decoder,
@@ -216,8 +208,7 @@ def make_train_step(
         return new_state, metrics | {"grad_norm": grad_norm, "lr": schedule(state.step)}
 
     recipes = config.schedule.recipes
-    options = layout.compiler_options | (NO_COMMAND_BUFFERS if len(recipes) > 1 else {})
-    places: dict[str, Any] = {"compiler_options": options}
+    places: dict[str, Any] = {"compiler_options": layout.compiler_options}
     if layout.mesh is not None:
         # The new state lies where the old one did, or its step would be compiled again.
         places["out_shardings"] = (layout.shardings(abstract_state(config)), layout.everywhere)

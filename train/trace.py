@@ -4,7 +4,7 @@ A kernel belongs to the part in whose scope its HLO operation was traced: the in
 operation's name, which model and step give by `jax.named_scope`. A fusion across parts counts as that of its root.
 What has an operation outside those scopes (norms, embedding, sums) is ``other``; a kernel that no operation of the
 program is known for is ``unknown``, such as those of CUDA graphs, which do not tell (trace programs that were compiled
-with `train.step.NO_COMMAND_BUFFERS`).
+with `NO_COMMAND_BUFFERS`).
 """
 
 import re
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 
 PARTS = ("ffn", "attention", "projections", "head", "optimizer")
+NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
+"""XLA's option by which the host launches kernel by kernel, without CUDA graphs: 1.6 % slower for a step of 1B."""
 COMMUNICATION, OTHER, UNKNOWN, IDLE = "communication", "other", "unknown", "idle"
 _SCOPE = re.compile(rf"\b({'|'.join(PARTS)})\b")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
