@@ -38,7 +38,7 @@ def options(given: argparse.Namespace, recipe: str, way: str) -> tuple[str, list
         "Train.steps": given.steps,
         "Train.implementation": way,
         "Train.sample_tokens": 0,
-        "Train.log_every": given.steps,
+        "Train.log_every": 1,
         "Train.eval_every": given.steps,
         "Train.checkpoint_every": given.steps,
     }

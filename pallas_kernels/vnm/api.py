@@ -113,10 +113,10 @@ def best_form(m: int, n: int, k: int, *, v: int, compressed: int, has_24: bool =
     return "sparse24" if has_24 and k <= cost else "vnm"
 
 
-_COST = {64: 3.0, 128: 1.9, 256: 1.9}
+_COST = {64: 2.7, 128: 1.7, 256: 1.7}
 """Time of the V:N:M kernel for a stage over that of plain 2:4, by v.
 
-From docs/results/h100/vnm.json, (16384, 4096, 4096): M = 8 and 16 give 2.9 and 3.1 at v = 64, 1.84 and 1.97 at v = 128.
+From docs/results/h100/vnm.json, (16384, 4096, 4096): M = 8 and 16 give 2.7 and 2.7 at v = 64, 1.65 and 1.75 at v = 128.
 v = 256 was not timed; it is taken to cost what v = 128 does.
 """
 
