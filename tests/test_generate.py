@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import assert_close
 from tests.trainer import MODEL, build
-from train import cache, model
+from train import cache, generate, model
 from train.generate import LanguageModel, cached_model, sample, top_p_logits
 from venom_jax import Recipe
 
@@ -126,6 +126,16 @@ def test_greedy_with_a_cache_is_greedy_without_token_for_token(decoder):
     ]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 10
+
+
+def test_the_next_sample_compiles_nothing_anew():
+    graphdef, *arrays = build(MODEL, 1, 0)
+    options = {"seq_len": 8, "new_tokens": 3, "vocab_size": 300}
+    programs = []
+    for seed in (0, 1):
+        sample(cached_model(graphdef, jnp.dtype("float32")), tuple(arrays), [5], seed=seed, **options)
+        programs.append((generate._start._cache_size(), generate._draw._cache_size()))
+    assert programs[0] == programs[1]
 
 
 def test_the_cache_gives_the_logits_of_the_whole_forward(decoder):

@@ -7,7 +7,7 @@ learned, one text at a time; not meant for serving.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -177,8 +177,12 @@ def _draw(
     return jax.lax.while_loop(lambda text: (text.count < until) & ~text.stopped, step, text)
 
 
+@lru_cache(maxsize=1)
 def cached_model(graphdef: nnx.GraphDef, dtype: Any) -> LanguageModel:
-    """The dense model of this structure; its `params` are (parameters, method's state)."""
+    """The dense model of this structure; its `params` are (parameters, method's state).
+
+    The same object each time, so that a run's next sample compiles nothing anew.
+    """
 
     def logits_at(decoder, hidden, position):
         return decoder.logits(jax.lax.dynamic_slice_in_dim(hidden, position, 1, axis=1))[0, 0]
