@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train import loop, model
+from train import evaluate, loop, model
 from train.checkpoint import Checkpoints
 from train.config import Data, LearningRate, Model, Optimizer, Phases, RunConfig, Train, load_config
 from train.metrics import read_metrics
@@ -30,6 +30,16 @@ TRAIN = Train(
     checkpoint_every=6,
     sample_tokens=5,
 )
+
+# Runs of the same configuration in one process share its programs: to trace one takes longer than such a run computes.
+# That another process finds the same bits is for test_resume's kill to show.
+for _module, _maker in (
+    (loop, "make_train_step"),
+    (loop, "make_diagnosis"),
+    (loop, "make_ffn_inputs"),
+    (evaluate, "make_eval_step"),
+):
+    setattr(_module, _maker, functools.lru_cache(maxsize=8)(getattr(_module, _maker)))
 
 
 @functools.cache

@@ -249,6 +249,8 @@ class Phases:
                     "fraction of Train.steps, and recipe a name, a reference such as @venom/Recipe(), or a list of "
                     "(first layer, one of these)"
                 )
+        hashable = ((start, what if _is_one(what) else tuple(map(tuple, what))) for start, what in entries)
+        object.__setattr__(self, "schedule", tuple(hashable))
 
     @property
     def names(self) -> set[str]:

@@ -39,7 +39,7 @@ def initial_state(config: RunConfig, layout: Layout = ONE_DEVICE) -> TrainState:
     Committed to its place, as one that was restored is: else each change would compile the step again.
     """
     if layout.mesh is None:
-        return layout.place(jax.jit(lambda: _create(config))())
+        return layout.place(jax.jit(_create, static_argnums=0)(config))
     # Made in parts: no device may have room for the whole.
     return jax.jit(lambda: _create(config), out_shardings=layout.shardings(abstract_state(config)))()
 
