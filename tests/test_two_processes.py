@@ -23,7 +23,11 @@ def start(bindings, workdir, folder):
     hows = ["auto", f"localhost:{port},2,1"]
     variables = [{f"SLURM_{name}": str(value) for name, value in slurm.items()}, {}]
     program = [sys.executable, "-m", "train.main", *(f"--gin_bindings={binding}" for binding in bindings)]
-    flags = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(CONFIG_ROOT)}
+    flags = {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(CONFIG_ROOT),
+    }
     return [
         subprocess.Popen(
             [*program, f"--workdir={workdir}", f"--distributed={how}"],
