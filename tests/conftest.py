@@ -10,7 +10,7 @@ import tempfile
 # run, those that tests start among them, reads what another one compiled (a warm cache gives the same bits), and on a
 # CPU the compiler neither optimises nor verifies its own steps, nor divides what is small. Set before anything imports
 # jax, which reads it then. On x86 it also leaves out MLIR, which takes as long as all the rest; what it has instead
-# contracts some products and sums to an FMA and others not, so tests of equal bits need a processor without: AVX.
+# seems to make an FMA of some products and sums and not of others: tests of equal bits need a processor without, AVX.
 if shutil.which("nvidia-smi") is None and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_emitter_verification_level=0"
     _QUICK += " --xla_cpu_parallel_codegen_split_count=1"
