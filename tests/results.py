@@ -24,44 +24,56 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = 20.0  # seconds: a job that would have less is not begun
 
 
+Place = Literal["alone", "shared", "all"]
+"""Of a job: a GPU to itself, one that others use too, or every GPU."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """A command, what it may take at most, and whether other work would spoil its figures."""
+    """A command, what it may take at most, and where it runs."""
 
     name: str
     seconds: int
-    alone: bool
+    place: Place
     arguments: tuple[str, ...]
 
-    def command(self, tokens: Path, output: Path, seconds: float) -> list[str]:
+    def command(self, tokens: Path, output: Path, seconds: float, gpus: int = 1) -> list[str]:
         """The command with its places filled in; `seconds` for those that end by themselves when time is up."""
-        told = {"tokens": tokens, "output": output, "seconds": int(seconds)}
+        told = {"tokens": tokens, "output": output, "seconds": int(seconds), "rows": 2 * gpus}
         return [sys.executable, "-m", *(argument.format_map(told) for argument in self.arguments)]
 
 
-def _job(name: str, seconds: int, command: str, *more: str, alone: bool = False) -> Job:
-    return Job(name, seconds, alone, (*command.split(), *more))
+def _job(name: str, seconds: int, command: str, *more: str, place: Place = "shared") -> Job:
+    return Job(name, seconds, place, (*command.split(), *more))
 
 
 _DATA = "--gin_bindings=Data.folder='{tokens}'"
+_OVER_GPUS = "train.bench --gin_file=configs/size/1b.gin --rounds=3 --switch=false --recipes=dense,venom:4:1"
 JOBS = (
-    _job("ffn", 750, "venom_jax.bench --json {output}/ffn.json --stages", alone=True),
+    _job("several-gpus", 300, "pytest -m gpu -v tests/test_several_gpus.py", place="all"),
+    _job("fsdp", 270, f"{_OVER_GPUS} --json={{output}}/fsdp.json", "--gin_bindings=Train.batch_size={rows}", _DATA,
+         place="all"),
+    _job("replicated", 270, f"{_OVER_GPUS} --gin_file=configs/options/replicated.gin --json={{output}}/replicated.json",
+         "--gin_bindings=Train.batch_size={rows}", _DATA, place="all"),
+    _job("ffn", 750, "venom_jax.bench --json {output}/ffn.json --stages", place="alone"),
     _job("train", 270, "train.bench --gin_file=configs/size/1b.gin --rounds=3 --json={output}/train.json",
-         "--recipes=dense,act24,all24,venom:4:2,venom:16:1,venom:4:1", _DATA, alone=True),
+         "--recipes=dense,act24,all24,venom:4:2,venom:16:1,venom:4:1", _DATA, place="alone"),
     _job("layers", 180, "train.bench --gin_file=configs/size/7b-layers.gin --rounds=3 --json={output}/layers.json",
-         "--recipes=dense,act24,all24,venom:4:2,venom:4:1", _DATA, alone=True),
-    _job("vnm", 300, "pallas_kernels.vnm.bench --json {output}/vnm.json", alone=True),
+         "--recipes=dense,act24,all24,venom:4:2,venom:4:1", _DATA, place="alone"),
+    _job("vnm", 300, "pallas_kernels.vnm.bench --json {output}/vnm.json", place="alone"),
     _job("roofline", 330, "pallas_kernels.roofline --parts counters --json {output}/roofline.json --seconds={seconds}",
-         "--table={output}/roofline.md", alone=True),
-    _job("kernels", 400, "pallas_kernels.bench --json {output}/kernels.json --table {output}/kernels.md", alone=True),
+         "--table={output}/roofline.md", place="alone"),
+    _job("kernels", 400, "pallas_kernels.bench --json {output}/kernels.json --table {output}/kernels.md",
+         place="alone"),
     _job("bandwidth", 200, "pallas_kernels.bandwidth --json {output}/bandwidth.json", "--table={output}/bandwidth.md",
-         alone=True),
-    _job("power", 120, "pallas_kernels.roofline --parts power --json {output}/power.json", alone=True),
+         place="alone"),
+    _job("power", 120, "pallas_kernels.roofline --parts power --json {output}/power.json", place="alone"),
     _job("gpu-tests", 700, "pytest -m gpu -n 12 -v tests"),
     _job("determinism", 300, "tests.determinism --all --seconds=120"),
     _job("same-loss", 360, "tests.same_loss --tokens={tokens} --output={output}/same-loss.json"),
@@ -105,9 +117,9 @@ class Queue:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def _run(self, job: Job, gpu: str, seconds: float) -> str:
-        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true" if job.alone else "false"} | os.environ
-        environment |= {"CUDA_VISIBLE_DEVICES": gpu}
-        command = job.command(self.tokens, self.output, seconds - 10)
+        preallocate = "false" if job.place == "shared" else "true"
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": preallocate} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        command = job.command(self.tokens, self.output, seconds - 10, gpu.count(",") + 1)
         with (self.output / f"{job.name}.log").open("w") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -143,14 +155,18 @@ def gpus() -> list[str]:
 
 def run(jobs: list[Job], queue: Queue) -> list[str]:
     """Names of the jobs that are still missing at the end."""
+    present = gpus()
+    first, *others = present
+    if not others:
+        jobs = [job for job in jobs if job.place != "all"]
     waiting = [job for job in jobs if job.name not in queue.done()]
-    first, *others = gpus()
-    alone, shared = ([job for job in waiting if job.alone is kind] for kind in (True, False))
+    alone, shared, together = ([job for job in waiting if job.place == place] for place in get_args(Place))
     lanes = {first: alone if others else alone + shared} | {
         gpu: shared[i :: len(others)] for i, gpu in enumerate(others)
     }
     with ThreadPoolExecutor(len(lanes)) as pool:
         try:
+            queue.work(together, ",".join(present))
             for lane in [pool.submit(queue.work, part, gpu) for gpu, part in lanes.items()]:
                 lane.result()
         except BaseException:
@@ -172,8 +188,7 @@ def main() -> int:
     jobs = [job for job in JOBS if job.name in given.only]
     if given.list:
         for job in jobs:
-            place = "alone" if job.alone else "beside others"
-            print(f"{job.name}: at most {job.seconds} s, {place}: python -m {' '.join(job.arguments)}")
+            print(f"{job.name}: at most {job.seconds} s, {job.place}: python -m {' '.join(job.arguments)}")
         return 0
     if given.tokens is None or given.output is None:
         parser.error("give --tokens and --output")

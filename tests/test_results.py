@@ -19,15 +19,15 @@ WRITE = "pathlib.Path(sys.argv[1]).write_text(os.environ['CUDA_VISIBLE_DEVICES']
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """Runs the program with jobs of (name, seconds, alone, Python code); gives its exit code and what it told."""
+    """Runs the program with jobs of (name, seconds, place, Python code); gives its exit code and what it told."""
     monkeypatch.setattr(results, "LEAST", 0.0)
     monkeypatch.setattr(results, "ROOT", tmp_path)
 
     def run(jobs, *options):
         made = []
-        for name, seconds, alone, code in jobs:
+        for name, seconds, place, code in jobs:
             (tmp_path / f"{name}.py").write_text(f"import os, pathlib, sys, time\n{code}\n")
-            made.append(Job(name, seconds, alone, (name, "{output}/" + name)))
+            made.append(Job(name, seconds, place, (name, "{output}/" + name)))
         monkeypatch.setattr(results, "JOBS", made)
         monkeypatch.setattr(sys, "argv", ["results", "--tokens=t", f"--output={tmp_path / 'out'}", *options])
         code = results.main()
@@ -39,32 +39,42 @@ def program(tmp_path, monkeypatch):
 
 def test_what_is_timed_has_the_first_gpu_to_itself(program, monkeypatch):
     monkeypatch.setattr(results, "gpus", lambda: ["0", "1"])
-    code, told = program([("a", 30, True, WRITE), ("b", 30, False, WRITE), ("c", 30, True, WRITE)])
+    code, told = program([("a", 30, "alone", WRITE), ("b", 30, "shared", WRITE), ("c", 30, "alone", WRITE)])
     assert code == 0
     assert {name: record["gpu"] for name, record in told.items()} == {"a": "0", "b": "1", "c": "0"}
 
 
+def test_what_needs_all_gpus_comes_first_and_is_left_out_on_one(program, monkeypatch):
+    jobs = [("a", 30, "alone", WRITE), ("both", 30, "all", WRITE)]
+    monkeypatch.setattr(results, "gpus", lambda: [""])
+    code, told = program(jobs)
+    assert (code, list(told)) == (0, ["a"])
+    monkeypatch.setattr(results, "gpus", lambda: ["0", "1"])
+    code, told = program([("b", 30, "alone", WRITE), *jobs])
+    assert (code, list(told), told["both"]["gpu"]) == (0, ["a", "both", "b"], "0,1")
+
+
 def test_again_it_does_what_is_missing(program, monkeypatch, tmp_path):
     monkeypatch.setattr(results, "gpus", lambda: [""])
-    jobs = [("good", 30, True, WRITE), ("bad", 30, False, "print('why'); sys.exit(3)")]
+    jobs = [("good", 30, "alone", WRITE), ("bad", 30, "shared", "print('why'); sys.exit(3)")]
     code, told = program(jobs)
     assert (code, told["good"]["state"], told["bad"]["state"]) == (1, "done", "exit code 3")
     assert "why" in (tmp_path / "out" / "bad.log").read_text()
     (tmp_path / "out" / "good").unlink()
-    code, told = program([jobs[0], ("bad", 30, False, WRITE)])
+    code, told = program([jobs[0], ("bad", 30, "shared", WRITE)])
     assert (code, told["bad"]["state"]) == (0, "done")
     assert not (tmp_path / "out" / "good").exists()
 
 
 def test_a_late_job_is_killed_and_told(program, monkeypatch):
     monkeypatch.setattr(results, "gpus", lambda: [""])
-    code, told = program([("slow", 1, True, "time.sleep(60)"), ("next", 30, True, WRITE)])
+    code, told = program([("slow", 1, "alone", "time.sleep(60)"), ("next", 30, "alone", WRITE)])
     assert (code, told["slow"]["state"], told["next"]["state"]) == (1, "late", "done")
 
 
 def test_what_has_no_time_left_is_not_begun(program, monkeypatch):
     monkeypatch.setattr(results, "gpus", lambda: [""])
-    code, told = program([("job", 30, True, WRITE)], "--seconds=0")
+    code, told = program([("job", 30, "alone", WRITE)], "--seconds=0")
     assert (code, told["job"]["state"]) == (1, "not begun")
 
 
@@ -83,7 +93,7 @@ def test_stopped_it_leaves_nothing_running(program, monkeypatch, tmp_path, sent)
     threading.Thread(target=stop).start()
     try:
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            program([("slow", 60, True, code), ("next", 60, True, WRITE)])
+            program([("slow", 60, "alone", code), ("next", 60, "alone", WRITE)])
     finally:
         signal.signal(signal.SIGTERM, before)
     with pytest.raises(ProcessLookupError):
