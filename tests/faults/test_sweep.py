@@ -47,7 +47,7 @@ def test_killed_and_started_again(tmp_path, monkeypatch, capsys):
     assert stopped is not None
     assert 50 < stopped["step"] < 300
 
-    assert sweep.run_sweep(path, output, gpus=[]) == 0
+    assert sweep.run_sweep([path], output, gpus=[]) == 0
     printed = capsys.readouterr().out
     rows = json.loads((output / "table.json").read_text())
     assert [(row["case"], row["twin"], row["sparse_share"]) for row in rows] == [
@@ -60,7 +60,7 @@ def test_killed_and_started_again(tmp_path, monkeypatch, capsys):
         assert steps == list(range(1, 301)), "each step once"
     assert rows[1]["difference"] == pytest.approx(rows[1]["val_loss"] - rows[0]["val_loss"], abs=2e-5)
 
-    assert sweep.run_sweep(path, output, gpus=[]) == 0
+    assert sweep.run_sweep([path], output, gpus=[]) == 0
     printed = capsys.readouterr().out
     assert "2 of 2 runs are finished already" in printed
     assert "begins" not in printed
