@@ -9,9 +9,11 @@ BEGAN = time.monotonic()
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus):
-    """Called once, in the process that hands the tests out."""
+    """Called in every process; only the one that hands the tests out knows of all."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     counts = {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "failed", "error", "skipped")}
     tried(
         WHOLE, sum(counts.values()), "passed" if exitstatus == 0 else "failed", **counts,
-        minutes=round((time.monotonic() - BEGAN) / 60, 1), processes=os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"),
+        minutes=round((time.monotonic() - BEGAN) / 60, 1), processes=terminalreporter.config.getoption("numprocesses", None) or 1,
     )  # fmt: skip
