@@ -13,7 +13,8 @@ def pytest_terminal_summary(terminalreporter, exitstatus):
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     counts = {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "failed", "error", "skipped")}
+    processes = terminalreporter.config.getoption("numprocesses", None) or 1
     tried(
         WHOLE, sum(counts.values()), "passed" if exitstatus == 0 else "failed", **counts,
-        minutes=round((time.monotonic() - BEGAN) / 60, 1), processes=terminalreporter.config.getoption("numprocesses", None) or 1,
+        minutes=round((time.monotonic() - BEGAN) / 60, 1), processes=processes,
     )  # fmt: skip
