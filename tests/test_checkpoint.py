@@ -1,5 +1,6 @@
 """Checkpoints hold everything, say whose they are, and survive a kill while they are written."""
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from tests.trainer import run_config, token_folder
-from train.checkpoint import Checkpoints, describe, fingerprint
+from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointError, describe, fingerprint
 from train.config import Phases
 from train.data import open_dataset, train_iterator
 from train.state import abstract_state, initial_state
@@ -110,6 +111,42 @@ def test_a_checkpoint_cut_off_by_a_kill_is_passed_over(tmp_path, state, written)
         save(checkpoints, state, 2)
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert int(checkpoints.restore_state(abstract_state(CONFIG)).step) == 2
+
+
+def largest_file(workdir, step):
+    files = [path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_a_damaged_checkpoint_is_not_read(tmp_path, state):
+    """train.evaluate, train.export, train.prune and --init_from read this way; training sets it aside before."""
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, state, step)
+    path = largest_file(tmp_path, 2)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with Checkpoints(tmp_path, 2, writer=False) as checkpoints:
+        message = rf"the checkpoint of step 2 .*{path.name} has another checksum .*move .*2 away .*\(steps: 1\)"
+        with pytest.raises(DamagedCheckpointError, match=message):
+            checkpoints.restore_state(abstract_state(CONFIG))
+        checkpoints.restore_state(abstract_state(CONFIG), 1)
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 100), os.unlink], ids=["truncated", "deleted"])
+def test_without_checksums_what_cannot_be_read_is_named(tmp_path, state, damage):
+    """As after a kill between a checkpoint's last byte and its checksums."""
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        save(checkpoints, state, 1)
+    shutil.rmtree(tmp_path / "checksums")
+    damage(largest_file(tmp_path, 1))
+    message = r"the checkpoint of step 1 .*it cannot be read: .*\(steps: none\)"
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        with pytest.raises(CheckpointError, match=message):  # what train.main tells, with exit code 1
+            checkpoints.restore(abstract_state(CONFIG), batches())
+        with pytest.raises(ValueError, match=message):
+            checkpoints.restore_state(abstract_state(CONFIG))
 
 
 def test_the_workdir_of_the_same_run_is_accepted(tmp_path, state):

@@ -22,7 +22,7 @@ from train.config import Model, Optimizer, RunConfig
 from train.processes import first_alone, is_first
 from train.remote import Remote
 from train.state import TrainState
-from train.workdir import CHECKPOINTS, forget_checksums, write_checksums
+from train.workdir import CHECKPOINTS, damage, forget_checksums, write_checksums
 from venom_jax import LayerRecipes, StackRecipe
 from venom_jax.stats import WeightMasks, weight_masks
 
@@ -86,7 +86,11 @@ _EARLIER = {
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written; those before it are intact."""
+    """A checkpoint could not be written or read; those before it are intact."""
+
+
+class DamagedCheckpointError(CheckpointError, ValueError):
+    """A checkpoint is not what was written."""
 
 
 class Checkpoints:
@@ -213,6 +217,9 @@ class Checkpoints:
         """(state, masks or None, seconds of training so far) of the newest; moves ``iterator`` to its position.
 
         ``state`` gives shapes and dtypes, and the places if it has any.
+
+        Raises:
+          DamagedCheckpointError: it cannot be read.
         """
         metadata = self._metadata(self.latest)
         wanted = {"state": _abstract(state), "data": _Position(iterator)}
@@ -220,7 +227,7 @@ class Checkpoints:
             ffn = state.params["blocks"]["ffn"]
             masks = jax.eval_shape(jax.vmap(weight_masks), ffn["w1"], ffn["w2"])
             wanted["masks"] = _abstract(masks, state.step.sharding)
-        loaded = self._checkpointer.load_checkpointables(self.latest, wanted)
+        loaded = self._load(self.latest, wanted)
         return loaded["state"], loaded.get("masks"), metadata["seconds"]
 
     @property
@@ -229,14 +236,35 @@ class Checkpoints:
         return [saved.step for saved in self._checkpointer.checkpoints]
 
     def restore_state(self, state: TrainState, step: int | None = None, *, optimizer: bool = True) -> TrainState:
-        """The state alone, of ``step`` or the newest; without the optimizer's (None in its place) a third of it."""
+        """The state alone, of ``step`` or the newest; without the optimizer's (None in its place) a third of it.
+
+        Raises:
+          DamagedCheckpointError: its files have other checksums than when they were written, or it cannot be read.
+        """
         step = self.latest if step is None else step
+        if step is not None and (what := damage(self.workdir, step)) is not None:
+            raise self._damaged(step, what)
         wanted = _abstract(state)
         if not optimizer:
             left_out = jax.tree.map(lambda _: ocp.PLACEHOLDER, wanted.opt_state)
             wanted = replace(wanted, opt_state=left_out)
-        loaded = self._checkpointer.load_checkpointables(step, {"state": wanted})["state"]
+        loaded = self._load(step, {"state": wanted})["state"]
         return loaded if optimizer else replace(loaded, opt_state=None)
+
+    def _load(self, step: int | None, wanted: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._checkpointer.load_checkpointables(step, wanted)
+        except (KeyError, OSError, ValueError) as error:
+            # Where a file is missing or short orbax raises a KeyError that speaks of its handlers.
+            reason = "files are missing or incomplete" if isinstance(error, KeyError) else str(error)[:200]
+            raise self._damaged(step, f"it cannot be read: {reason}") from error
+
+    def _damaged(self, step: int | None, what: str) -> DamagedCheckpointError:
+        others = ", ".join(str(other) for other in self.steps if other != step) or "none"
+        return DamagedCheckpointError(
+            f"the checkpoint of step {step} in {self.workdir} is damaged ({what}); move "
+            f"{self.workdir / CHECKPOINTS / str(step)} away to use another (steps: {others})"
+        )
 
     def close(self) -> None:
         """Waits until everything is written.  Raises CheckpointError if it could not be."""
