@@ -1,5 +1,6 @@
 """Recipes and patterns: presets, equivalences, and what they refuse."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -68,7 +69,17 @@ def test_sizes_are_checked(recipe, sizes, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"v": 96}, "v = 96"), ({"n": 1}, "n = 1"), ({"m": Fraction(2)}, "m = 2")]
+    ("change", "message"),
+    [
+        ({"v": 96}, "v = 96"),
+        ({"v": 64.0}, "v = 64.0 is no integer"),
+        ({"v": "64"}, "v = '64' is no integer"),
+        ({"n": 1}, "n = 1"),
+        ({"m": Fraction(2)}, "m = 2"),
+        ({"m": math.inf}, "m = inf is no finite number"),
+        ({"m": math.nan}, "m = nan is no finite number"),
+        ({"m": "16"}, "m = '16' is no finite number"),
+    ],
 )
 def test_bad_patterns_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -134,6 +134,7 @@ def test_errors_carry_values():
     for change, message in (
         ({"columns": columns[:, :32]}, r"columns are int32\[1, 32\].*int32\[blocks, 64\]"),
         ({"columns": jnp.tile(columns, (2, 1))}, "64 rows in 2 blocks: a block has 64, 128, 256 rows"),
+        ({"columns": columns[:0]}, "64 rows in 0 blocks: a block has 64, 128, 256 rows"),
         ({"b": b[:, :12]}, "n=12 must be a positive multiple of 8"),
         ({"b": b.astype(jnp.float16)}, "values are bfloat16.*b's dtype, float16"),
         ({"metadata": metadata[..., :64]}, r"uint32\[1, 1, 64\].*uint32\[1, 1, 128\]"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from fractions import Fraction
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.brute_force import magnitude_order
-from venom_jax import VNM, Pattern, prune
+from venom_jax import VNM, Pattern, Sparse24, prune
 from venom_jax.prune import choose_columns
 
 P = Pattern(v=64, m=Fraction(16))
@@ -182,6 +183,33 @@ def test_patterns_that_cannot_be_stored_are_refused(pattern, message):
         pruned(jnp.zeros((64, 64)), pattern)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [jnp.zeros(64), jnp.zeros((1, 64, 64)), jnp.zeros((64, 64), jnp.int32), jnp.zeros((64, 64), bool),
+     jnp.zeros((64, 64), jnp.float8_e4m3fn)],
+    ids=lambda x: f"{x.dtype}{list(x.shape)}",
+)  # fmt: skip
+def test_what_is_no_matrix_of_floats_is_refused(x):
+    """Integers too: their bits do not compare as their magnitudes."""
+    message = rf"can be packed; got {x.dtype} of shape {re.escape(str(x.shape))}|Type-check"
+    for pack in (lambda: prune.vnm(x, P), lambda: VNM.pack(x, jnp.zeros((1, 16), jnp.int32), P)):
+        with pytest.raises(Exception, match=message):
+            pack()
+    with pytest.raises(Exception, match=message):
+        Sparse24.pack(x)
+
+
+def test_matrices_of_another_shape_are_refused():
+    packed = pruned(jnp.ones((64, 64)), P)
+    for use in (packed.take, packed.report):
+        with pytest.raises(ValueError, match=r"a matrix of shape \(32, 64\); the stored one has \(64, 64\)"):
+            use(jnp.ones((32, 64)))
+    with pytest.raises(Exception, match=r"scores of shape \(3, 64\) for a matrix of shape \(64, 64\)|Type-check"):
+        VNM.pack(jnp.ones((64, 64)), packed.columns[:, :16], P, scores=jnp.ones((3, 64)))
+    with pytest.raises(Exception, match=r"columns of shape \(1, 16\) and float32; .* \(1, 16\), integers|Type-check"):
+        VNM.pack(jnp.ones((64, 64)), packed.columns[:, :16] + 0.5, P)
+
+
 def test_too_many_choices_are_refused():
     with pytest.raises(ValueError, match=r"635,376 choices for each block; at most 35,960"):
         pruned(jnp.zeros((64, 64)), Pattern(v=64, m=Fraction(64)), columns="best")
@@ -215,5 +243,5 @@ def test_validate_names_what_is_wrong():
 
 
 def test_columns_of_another_pattern_are_refused():
-    with pytest.raises(ValueError, match=r"columns of shape \(1, 8\); \(64, 64\) as 64:2:16 has \(1, 16\)"):
+    with pytest.raises(ValueError, match=r"columns of shape \(1, 8\) and int32; \(64, 64\) as 64:2:16 has \(1, 16\)"):
         VNM.pack(jnp.zeros((64, 64)), jnp.zeros((1, 8), jnp.int32), P)

@@ -46,10 +46,11 @@ class Sparse24:
         stored comes back as +0.0).
 
         Raises:
-          ValueError: the length along `axis` is no multiple of 4, or `dense` has not two axes.
+          ValueError: the length along `axis` is no multiple of 4, or `dense` is no matrix of floats.
         """
-        if dense.ndim != 2 or axis not in (0, 1):
-            raise ValueError(f"Sparse24.pack takes a matrix and axis 0 or 1; got shape {dense.shape}, {axis=}.")
+        check_matrix(dense)
+        if axis not in (0, 1):
+            raise ValueError(f"Sparse24.pack takes axis 0 or 1; got {axis=}.")
         if dense.shape[axis] % 4:
             raise ValueError(f"axis {axis} of shape {dense.shape} is no multiple of 4; pad the matrix first.")
         a = dense if axis == 1 else dense.T
@@ -127,15 +128,19 @@ class VNM:
           columns: the kept columns, [ceil(R / v), 4 C / m], ascending inside each block (`venom_jax.prune`).
 
         Raises:
-          ValueError: the pattern cannot be stored, or sizes do not belong together.
+          ValueError: the pattern cannot be stored, `dense` is no matrix of floats, or sizes do not belong together.
         """
+        check_matrix(dense)
         rows, num_columns = dense.shape
         sizes = stored(rows, num_columns, pattern.v, pattern.m)
         kept = KEPT * num_columns // int(pattern.m)
-        if columns.shape != (sizes.blocks, kept):
+        if columns.shape != (sizes.blocks, kept) or not jnp.issubdtype(columns.dtype, jnp.integer):
             raise ValueError(
-                f"columns of shape {columns.shape}; {dense.shape} as {pattern} has {(sizes.blocks, kept)}."
+                f"columns of shape {columns.shape} and {columns.dtype}; {dense.shape} as {pattern} has "
+                f"{(sizes.blocks, kept)}, integers."
             )
+        if scores is not None and scores.shape != dense.shape:
+            raise ValueError(f"scores of shape {scores.shape} for a matrix of shape {dense.shape}.")
         columns = jnp.pad(columns.astype(jnp.int32), ((0, 0), (0, sizes.columns - kept)), constant_values=num_columns)
         extra = ((0, sizes.rows - rows), (0, 0))
         compressed = vnm.gather_columns(jnp.pad(dense, extra), columns)
@@ -149,7 +154,12 @@ class VNM:
         return vnm.to_dense(self.values, self.metadata, self.columns, columns)[:rows]
 
     def take(self, dense: Float[Array, "R C"]) -> "VNM":
-        """The entries of another matrix of this shape at the places that are stored here."""
+        """The entries of another matrix of this shape at the places that are stored here.
+
+        Raises:
+          ValueError: it has another shape.
+        """
+        self._check_same_shape(dense)
         padded = jnp.pad(dense, ((0, self.columns.shape[0] * self.pattern.v - dense.shape[0]), (0, 0)))
         compressed = vnm.gather_columns(padded, self.columns)
         values = to_tiles(pack.take24(compressed, hardware.unpack_positions(self.metadata)))
@@ -169,7 +179,12 @@ class VNM:
         return self.pattern.density
 
     def report(self, original: Float[Array, "R C"]) -> Kept:
-        """What is kept of the matrix this one was made from (of a zero matrix, all)."""
+        """What is kept of the matrix this one was made from (of a zero matrix, all).
+
+        Raises:
+          ValueError: `original` has another shape.
+        """
+        self._check_same_shape(original)
         a = original.astype(jnp.promote_types(original.dtype, jnp.float32))
         padded = jnp.pad(a, ((0, self.columns.shape[0] * self.pattern.v - a.shape[0]), (0, 0)))
         total = jnp.sum(jnp.square(a))
@@ -189,6 +204,10 @@ class VNM:
             )
         _check_metadata(self.metadata, tiles)
         self._check_columns(sizes)
+
+    def _check_same_shape(self, other: Array) -> None:
+        if other.shape != self.shape:
+            raise ValueError(f"a matrix of shape {other.shape}; the stored one has {self.shape}.")
 
     def _check_columns(self, sizes: Stored) -> None:
         """Four ascending columns of every block of m, then nothing but the padding's index."""
@@ -215,6 +234,15 @@ class VNM:
                 f"block {block} keeps columns {fours[block, group].tolist()} of its columns {group * m} to "
                 f"{group * m + m - 1}; they must ascend without repetition."
             )
+
+
+def check_matrix(a: Array) -> None:
+    """Raise ValueError unless it is a matrix whose magnitudes can be compared by their bits."""
+    if a.ndim != 2 or a.dtype.name not in _DTYPES:
+        raise ValueError(f"a matrix of {', '.join(_DTYPES)} can be packed; got {a.dtype.name} of shape {a.shape}.")
+
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def _check_metadata(metadata: Array, tiles: tuple[int, ...]) -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
+import math
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 WeightGemm = Literal["y1", "y3", "dy2", "dx"]
@@ -34,6 +36,10 @@ class Pattern:
     m: Fraction = Fraction(4)
 
     def __post_init__(self):
+        if not isinstance(self.v, Integral):
+            raise ValueError(f"pattern.v = {self.v!r} is no integer; use a multiple of 64.")
+        if not isinstance(self.m, Real) or not math.isfinite(self.m):
+            raise ValueError(f"pattern.m = {self.m!r} is no finite number; use m >= 4.")
         if self.v < 64 or self.v % 64:
             raise ValueError(f"pattern.v = {self.v}: the tensor core works on 64 rows; use a multiple of 64.")
         if self.n != 2:

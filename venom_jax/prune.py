@@ -19,7 +19,7 @@ import numpy as np
 from pallas_kernels.array_types import Array, Float, Int
 from pallas_kernels.pack.reference import magnitude_key
 from pallas_kernels.vnm.shapes import KEPT, stored
-from venom_jax.formats import VNM
+from venom_jax.formats import VNM, check_matrix
 from venom_jax.pattern import Pattern
 
 ColumnChoice = Literal["l1", "energy", "best"]
@@ -45,7 +45,8 @@ def vnm(
         and not negative. Without it the score is |x|.
 
     Raises:
-      ValueError: the pattern cannot be stored, C is no multiple of pattern.m, or `best` has too many choices.
+      ValueError: x is no matrix of floats, the pattern cannot be stored, C is no multiple of pattern.m, or `best` has
+        too many choices.
 
     Example:
       >>> w = jax.random.normal(jax.random.key(0), (256, 512))
@@ -59,7 +60,12 @@ def vnm(
 
 
 def score(x: Float[Array, "R C"], input_norm: Float[Array, "_C"] | None = None) -> Float[Array, "R C"]:
-    """|x|, or |x| * input_norm, in f32 (f64 for f64)."""
+    """|x|, or |x| * input_norm, in f32 (f64 for f64).
+
+    Raises:
+      ValueError: x is no matrix of floats, or input_norm has another size than its columns.
+    """
+    check_matrix(x)
     size = jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     if input_norm is None:
         return size
@@ -82,16 +88,10 @@ def choose_columns(
     Raises:
       ValueError: as `vnm`.
     """
-    if columns not in get_args(ColumnChoice):
-        raise ValueError(f"columns = {columns!r}: use one of {', '.join(map(repr, get_args(ColumnChoice)))}.")
+    check_choice(columns, pattern)
     rows, num_columns = scores.shape
     sizes = stored(rows, num_columns, pattern.v, pattern.m)
     m = int(pattern.m)
-    if columns == "best" and math.comb(m, KEPT) > MAX_COMBINATIONS:
-        raise ValueError(
-            f"columns = 'best' with pattern.m = {m} would try {math.comb(m, KEPT):,} choices for each block; at most "
-            f"{MAX_COMBINATIONS:,} (m = 32) are tried. Use 'l1' or 'energy'."
-        )
     padded = jnp.pad(scores, ((0, sizes.rows - rows), (0, 0)))
     # [blocks of rows, blocks of columns, v, m]
     blocks = padded.reshape(sizes.blocks, pattern.v, -1, m).swapaxes(1, 2)
@@ -103,6 +103,18 @@ def choose_columns(
     inside = jnp.sort(inside, axis=-1)
     chosen = inside + jnp.arange(blocks.shape[1])[:, None] * m
     return chosen.reshape(sizes.blocks, -1).astype(jnp.int32)
+
+
+def check_choice(columns: ColumnChoice, pattern: Pattern) -> None:
+    """Raise ValueError for an unknown way to choose columns, or more choices than `best` tries."""
+    if columns not in get_args(ColumnChoice):
+        raise ValueError(f"columns = {columns!r}: use one of {', '.join(map(repr, get_args(ColumnChoice)))}.")
+    m = int(pattern.m)
+    if columns == "best" and math.comb(m, KEPT) > MAX_COMBINATIONS:
+        raise ValueError(
+            f"columns = 'best' with pattern.m = {m} would try {math.comb(m, KEPT):,} choices for each block; at most "
+            f"{MAX_COMBINATIONS:,} (m = 32) are tried. Use 'l1' or 'energy'."
+        )
 
 
 @jax.jit

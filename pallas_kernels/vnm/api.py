@@ -128,13 +128,13 @@ def _check(values: Array, metadata: Array, columns: Array, b: Array) -> tuple[in
             f"values are {values.dtype}{list(values.shape)}; want tiles [R/64, K/64, 8, 256] (tile_order.py)"
         )
     rows, compressed = dispatch.check_packed(values, metadata, b)
-    blocks = columns.shape[0]
     if columns.ndim != 2 or columns.shape[1] != compressed or columns.dtype != jnp.int32:
         raise ValueError(
             f"columns are {columns.dtype}{list(columns.shape)}; values {list(values.shape)} take "
             f"int32[blocks, {compressed}]"
         )
-    if rows % blocks or rows // blocks not in BLOCK_ROWS:
+    blocks = columns.shape[0]
+    if not blocks or rows % blocks or rows // blocks not in BLOCK_ROWS:
         raise ValueError(
             f"{rows} rows in {blocks} blocks: a block has {', '.join(map(str, BLOCK_ROWS))} rows "
             f"(R padded to a multiple of it, and of {GRANULE})"

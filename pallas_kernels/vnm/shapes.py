@@ -27,7 +27,7 @@ def check_pattern(v: int, m) -> None:
     """Raise ValueError for a pattern that cannot be stored."""
     if v not in BLOCK_ROWS:
         raise ValueError(f"pattern.v = {v}: a stored V:N:M matrix has blocks of 64, 128 or 256 rows; use one of them.")
-    if m != int(m) or m % KEPT or not KEPT <= m <= MAX_M:
+    if not KEPT <= m <= MAX_M or m % KEPT:  # in this order: inf and NaN have no remainder
         raise ValueError(f"pattern.m = {m}: a stored V:N:M matrix takes a multiple of 4 from 4 to {MAX_M}.")
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 import shutil
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.metadata import unpack_positions
+from pallas_kernels.vnm.shapes import stored
 from tests.faults.ledger import tried
 from tests.sanitize import normal, packed
 from tests.trainer import gin_bindings, token_folder
@@ -29,7 +31,7 @@ from train.documents import BrokenDocumentError, Field, read_documents
 from train.metrics import METRICS_FILE, read_metrics
 from train.run_info import read_starts
 from train.workdir import set_aside_damaged
-from venom_jax import Recipe, Sparse24, sparse_ffn
+from venom_jax import VNM, Recipe, Sparse24, sparse_ffn
 from venom_jax.pattern import WEIGHT_GEMMS, Pattern
 from venom_jax.threshold import optimal_scale
 
@@ -96,11 +98,17 @@ def test_recipes(fields, sizes):
         assert 0 < recipe.pattern.density <= 0.5
 
 
-@fuzz(30, 300, v=st.integers(-99, 999), n=st.integers(-3, 5), m=st.fractions(-9, 99))
+ANY_NUMBER = st.one_of(st.fractions(-9, 99), st.integers(-9, 200), st.floats(), st.none(), st.text(max_size=2))
+
+
+@fuzz(30, 300, v=st.sampled_from([64, 128, 192, 256]) | st.integers(-99, 999) | st.floats(), n=st.integers(-3, 5),
+      m=ANY_NUMBER)  # fmt: skip
 def test_patterns(v, n, m):
     """patterns V:N:M."""
     with contextlib.suppress(*REFUSED):
-        assert 0 < Pattern(v, n, m).density <= 0.5
+        pattern = Pattern(v, n, m)
+        assert 0 < pattern.density <= 0.5
+        assert stored(1, 128, pattern.v, pattern.m).rows == v
 
 
 NAMES = {
@@ -249,10 +257,15 @@ def test_files_of_a_workdir(lines):
     dtype=st.sampled_from(["float32", "bfloat16", "int32", "bool"]),
     shape=st.tuples(*[st.sampled_from([0, 4, 64, 72, 128, -64])] * 2),
     axis=st.sampled_from([0, 1, 2, -1]),
+    columns=st.none() | st.tuples(*[st.sampled_from([0, 1, 2, 64])] * 2),
 )
-def test_packed_tensors(values, words, dtype, shape, axis):
+def test_packed_tensors(values, words, dtype, shape, axis, columns):
     """packed tensors of shapes and types that may not fit."""
-    packed_tensor = Sparse24(np.zeros(values, jnp.dtype(dtype)), np.zeros(words, np.uint32), shape, axis)  # pyrefly: ignore[bad-argument-type]
+    stored_values, metadata = jnp.zeros(values, dtype), jnp.full(words, 0x44444444, jnp.uint32)
+    if columns is None:
+        packed_tensor = Sparse24(stored_values, metadata, shape, axis)
+    else:
+        packed_tensor = VNM(stored_values, metadata, jnp.zeros(columns, jnp.int32), shape, Pattern(m=Fraction(8)))
     with contextlib.suppress(*REFUSED):
         packed_tensor.validate()
         assert packed_tensor.to_dense().shape == shape
