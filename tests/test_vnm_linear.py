@@ -11,7 +11,8 @@ from flax import nnx
 
 import venom_jax.linen
 from tests.helpers import assert_close
-from venom_jax import VNM, Pattern, VNMLinear, prune, vnm_linear, vnm_matmul
+from venom_jax import VNM, Pattern, Sparse24, VNMLinear, prune, vnm_linear, vnm_matmul
+from venom_jax import vnm as layers
 
 P = Pattern(v=64, m=Fraction(8))
 
@@ -79,6 +80,22 @@ def test_a_stored_matrix_multiplies_any_number_of_columns():
     assert_close(vnm_matmul(packed, b, transpose_out=True), wanted.T)
 
 
+def test_plain_24_is_handed_over_where_the_caller_keeps_it(monkeypatch):
+    """The dispatcher takes the faster of the two forms; with m = 4 the stored matrix is both."""
+    handed, original = [], layers.vnm
+    monkeypatch.setattr(layers, "vnm", lambda *a, as_24, **options: handed.append(as_24) or original(*a, **options))
+    b = jax.random.normal(jax.random.key(5), (64, 8))
+    for m in (4, 8):
+        packed = prune.vnm(jax.random.normal(jax.random.key(4), (72, 64)), Pattern(v=64, m=Fraction(m)))
+        plain = packed.to_sparse24()
+        np.testing.assert_array_equal(vnm_matmul(packed, b), vnm_matmul(packed, b, as_24=plain))
+        alone, given = handed[-2:]
+        assert given[0] is plain.values
+        assert (alone is None) == (m != 4)
+    with pytest.raises(ValueError, match=r"as_24 is \(64, 72\) along axis 0; the stored matrix is \(72, 64\), axis 1"):
+        vnm_matmul(packed, b, as_24=Sparse24.pack(packed.to_dense().T, axis=0))
+
+
 def test_linen_has_the_same_layer():
     module: Any = venom_jax.linen.vnm_linear(32, 72, pattern=P)
     variables: Any = module.init(jax.random.key(0), X)
@@ -100,6 +117,8 @@ def test_bad_input_is_named():
         vnm_linear(X[0], made.w[:, :64], made.packed())
     with pytest.raises(ValueError, match=r"b of shape \(16, 8\) has 16 rows; the stored matrix is \(72, 32\)"):
         vnm_matmul(made.packed(), jnp.zeros((16, 8)))
+    with pytest.raises(Exception, match=r"b of shape \(32,\) is no matrix|Type-check"):
+        vnm_matmul(made.packed(), jnp.zeros(32))
     with pytest.raises(NotImplementedError, match="compute capability"):
         made(X, implementation="hopper")
 

@@ -17,7 +17,7 @@ from flax import nnx
 from pallas_kernels import dispatch
 from pallas_kernels.array_types import Array, Float
 from pallas_kernels.vnm import vnm, vnm_transposed
-from venom_jax.formats import VNM
+from venom_jax.formats import VNM, Sparse24
 from venom_jax.mlp import Method
 from venom_jax.pattern import Pattern
 from venom_jax.prune import ColumnChoice
@@ -27,11 +27,18 @@ Gradient = Literal["ste", "masked"]
 
 
 def vnm_matmul(
-    a: VNM, b: Float[Array, "C n"], *, implementation: dispatch.Implementation | None = None, **options: Any
+    a: VNM,
+    b: Float[Array, "_C _n"],
+    *,
+    as_24: Sparse24 | None = None,
+    implementation: dispatch.Implementation | None = None,
+    **options: Any,
 ) -> Float[Array, "_R _n"]:
     """out = A B for a stored matrix, without its padding rows; any n.
 
     Args:
+      as_24: the same matrix as `a.to_sparse24()`, for a fixed weight whose memory allows both: the faster is taken
+        (`pallas_kernels.vnm.best_form`). Not used where C is no multiple of 64.
       options: transpose_out (out^T [n, R]), out_dtype and config of `pallas_kernels.vnm.vnm`.
 
     Raises:
@@ -40,17 +47,21 @@ def vnm_matmul(
 
     No gradient is defined; `vnm_linear` has one.
     """
+    if b.ndim != 2:
+        raise ValueError(f"b of shape {b.shape} is no matrix.")
     if b.shape[0] != a.shape[1]:
         raise ValueError(f"b of shape {b.shape} has {b.shape[0]} rows; the stored matrix is {a.shape}.")
+    if as_24 is not None and (as_24.shape, as_24.axis) != (a.shape, 1):
+        raise ValueError(f"as_24 is {as_24.shape} along axis {as_24.axis}; the stored matrix is {a.shape}, axis 1.")
     n = b.shape[1]
     # With m = 4 all columns are kept in their order: the stored matrix is plain 2:4 as it stands.
-    as_24 = (a.values, a.metadata) if a.pattern.m == 4 and a.shape[1] % 64 == 0 else None
+    plain = a if as_24 is None and a.pattern.m == 4 else as_24
     out = vnm(
         a.values,
         a.metadata,
         a.columns,
         jnp.pad(b, ((0, 0), (0, -n % 8))),
-        as_24=as_24,
+        as_24=(plain.values, plain.metadata) if plain is not None and a.shape[1] % 64 == 0 else None,
         implementation=implementation,
         **options,
     )
