@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.trainer import MODEL, three_phases
+from tests.trainer import MODEL, run_config, three_phases
 from train import prune as program
+from train.config import Data
 from train.init_from import load_params
 from venom_jax import Pattern, prune
 
@@ -76,6 +77,7 @@ def test_the_command_writes_figures_and_a_model(tmp_path, capsys):
         (["2:4", "64:2:64"], r"64 x 32 does not split into blocks of pattern.m = 64"),
         (["64:2:8", "2:4"], r"--output takes one pattern, --patterns has 2"),
         (["192:2:8"], r"pattern.v = 192"),
+        ([], r"--patterns is empty"),
     ],
 )
 def test_bad_input_is_named(tmp_path, monkeypatch, patterns, message):
@@ -85,3 +87,17 @@ def test_bad_input_is_named(tmp_path, monkeypatch, patterns, message):
         program.run(str(three_phases()[1]), patterns, output=output)
     with pytest.raises(ValueError, match=r"is no workdir of train.main"):
         program.run(str(tmp_path), ["2:4"])
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "Session", None)  # nothing may be opened
+    workdir = str(three_phases()[1])
+    with pytest.raises(ValueError, match=r"--json=.*there is no folder .*nowhere"):
+        program.run(workdir, ["2:4"], json_file=tmp_path / "nowhere" / "rows.json")
+    monkeypatch.setattr(prune, "MAX_COMBINATIONS", 69)
+    with pytest.raises(ValueError, match=r"would try 70 choices for each block; at most 69"):
+        program.run(workdir, ["64:2:8"], columns="best")
+    random_data = run_config(data=Data(synthetic=True))
+    monkeypatch.setattr(program.evaluate, "read_config", lambda _: random_data)
+    with pytest.raises(ValueError, match=r"Data.synthetic=True has no tokenizer"):
+        program.run(workdir, ["2:4"], output=tmp_path / "model")

@@ -26,7 +26,7 @@ from train.config import LearningRate, Phases, RunConfig
 from train.data import train_iterator
 from train.model import assemble
 from train.optimizer import for_run
-from train.sources import open_data
+from train.sources import open_data, open_split
 from train.step import make_gradients
 from venom_jax import Pattern, Recipe, prune
 
@@ -224,15 +224,23 @@ def run(
     Raises:
       ValueError: bad input, before anything is computed where that can be seen.
     """
+    if not patterns:
+        raise ValueError("--patterns is empty; give one or more, such as 64:2:16,2:4")
     parsed = [parse_pattern(text) for text in patterns]
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"--json={json_file}: there is no folder {json_file.parent}")
     if output is not None:
         if len(parsed) != 1:
             raise ValueError(f"--output takes one pattern, --patterns has {len(parsed)}; run it once for each")
         export.check_output(output)
-    model = evaluate.read_config(evaluate.split_source(workdir)[0]).model
+    config = evaluate.read_config(evaluate.split_source(workdir)[0])
+    model = config.model
+    if output is not None:
+        _ = open_split(config, "train").tokenizer  # goes with the model; raises where there is none
     for pattern in parsed:
         stored(model.d_ffn, model.d_model, pattern.v, pattern.m)
         stored(model.d_model, model.d_ffn, pattern.v, pattern.m)
+        prune.check_choice(columns, pattern)
     session = Session(workdir, **options)
     rows = []
     for pattern in parsed:
