@@ -77,13 +77,19 @@ FAULTS = {
     "parameter": ([("blocks.ffn.w2", (1, 3, 5), jnp.nan)], "the parameter ffn.w2 in layer 1 (1 NaN and 0 inf of"),
     "activation": ([BAD_W1], "the output of layer 1 (behind the FFN)"),
     "gradient": (
-        [("blocks.ffn.w1", 1, 0.0), ("blocks.ffn.w2", (1, ..., slice(None, None, 4)), 3e38), ("final_scale", (), 1e5)],
+        [
+            ("blocks.ffn.w1", 1, 1e-12),
+            ("blocks.ffn.w2", (1, ..., slice(None, None, 4)), 3e38),
+            ("final_scale", (), 1e22),
+        ],
         "the gradient of ffn.w1 in layer 1",
     ),
 }
 
 
-@pytest.mark.parametrize(("step", "fault"), [(3, "activation"), (7, "parameter"), (7, "activation"), (7, "gradient")])
+@pytest.mark.parametrize(
+    ("step", "fault"), [(3, "activation"), (7, "parameter"), (7, "activation"), (7, "gradient"), (11, "gradient")]
+)
 def test_a_bad_step_stops_the_run_and_is_traced_to_its_tensor(tmp_path, before_step, step, fault):
     """The state is still the one before the step, though the next step was on its way when the host learnt of it."""
     config, uninterrupted, _ = three_phases()
@@ -154,11 +160,11 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path, before_step):
     assert [record["skipped"] for record in records(tmp_path, "bad_step")] == [True, True, False]
 
 
-def test_a_spike_stops_the_run_and_names_the_largest_gradient(tmp_path, before_step):
-    step = 7  # in the sparse phase
+@pytest.mark.parametrize("step", [7, 11])  # in the sparse phase, in the dense one after it
+def test_a_spike_stops_the_run_and_names_the_largest_gradient(tmp_path, before_step, step):
     config = replace(three_phases()[0], guard=Guard(spike=2.0, window=3))
     before_step(step - 1, lambda state: change(state, "final_scale", (), 300.0))
-    message = rf"^step {step}: .*Guard.spike=2.0 above the usual [45]\.\d+ is exceeded.*of norm"
+    message = rf"^step {step}: .*Guard.spike=2.0 above the usual [345]\.\d+ is exceeded.*of norm"
     with pytest.raises(BadStepError, match=message):
         run_to_end(config, tmp_path)
     assert prepare(config, tmp_path).checkpoints.latest == step - 1
