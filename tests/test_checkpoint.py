@@ -164,7 +164,21 @@ def test_the_workdir_of_the_same_run_is_accepted(tmp_path, state):
         ({"shape": {"tied_head": True}}, "Model.tied_head is False there and True here"),
         ({"seq_len": 8}, "Train.seq_len is 16 there and 8 here"),
         ({"seed": 1}, "Train.seed is 0 there and 1 here"),
-        ({"phases": ((0, "dense"), (3, "venom"), (8, "dense"))}, "phases is"),
+        ({"seed": 1}, r"with \(config.gin there\), or for a new run another --workdir"),
+        (
+            {"phases": ((0, "dense"), (3, "venom"), (8, "dense"))},
+            "phase 2 of Phases.schedule begins at step 4 there and 3 here .*give it as a step",
+        ),
+        ({"phases": ((0, "dense"), (8, "venom"))}, "has a phase that begins at step 4 only there"),
+        ({"phases": ((0, "dense"), (2, "act24"), (4, "venom"))}, "phase 2 of .* begins at step 4 there and 2 here"),
+        (
+            {"phases": ((0, "dense"), (4, "all24"), (8, "venom"))},
+            "phase 2 of Phases.schedule, which begins at step 4, has experts=4 there and 1 here;",
+        ),
+        (
+            {"phases": ((0, "dense"), (4, ((0, "venom"), (1, "act24"))), (8, "dense"))},
+            r"phase 2 of Phases.schedule is Recipe\(.* there and LayerRecipes\(0: Recipe\(",
+        ),
         ({"phases": ((0, "dense"), (4, "act24"), (8, "dense"))}, "largest number of experts is 4 there and 1 here"),
     ],
 )

@@ -8,9 +8,11 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +71,33 @@ def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]
     saved, wanted = past(_EARLIER | saved), past(wanted)
     differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
     if differing:
-        listed = ", ".join(f"{name} is {saved.get(name)!r} there and {wanted.get(name)!r} here" for name in differing)
+        parts = [f"{name} is {saved.get(name)!r} there and {wanted.get(name)!r} here" for name in differing]
+        if "phases" in differing:
+            parts[differing.index("phases")] = _differing_phase(saved["phases"], wanted["phases"])
         raise ValueError(
-            f"workdir {str(workdir)!r} holds a different run at step {step}: {listed}; "
-            "use another --workdir, or the configuration it was started with"
+            f"workdir {str(workdir)!r} holds a different run at step {step}: {', '.join(parts)}; "
+            "use the configuration it was started with (config.gin there), or for a new run another --workdir"
         )
+
+
+def _differing_phase(saved: list, wanted: list) -> str:
+    """In words, the first of two runs' phases, (start, description of the recipe), that is not the same in both."""
+    pairs = enumerate(zip_longest(saved, wanted), 1)
+    number, (there, here) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+    if there is None or here is None:
+        start, place = (here[0], "here") if there is None else (there[0], "there")
+        return f"Phases.schedule has a phase that begins at step {start} only {place}"
+    if there[0] != here[0]:
+        return (
+            f"phase {number} of Phases.schedule begins at step {there[0]} there and {here[0]} here (a start that is a "
+            "fraction moves with Train.steps: give it as a step)"
+        )
+    fields = [dict(re.findall(r"(\w+)=(.*?)(?=, \w+=|\)$)", text)) for _, text in (there, here)]
+    names = [name for name in fields[0] | fields[1] if fields[0].get(name) != fields[1].get(name)]
+    if any(text.startswith("LayerRecipes") for _, text in (there, here)) or not names:
+        return f"phase {number} of Phases.schedule is {there[1]} there and {here[1]} here"
+    listed = ", ".join(f"{name}={fields[0].get(name)} there and {fields[1].get(name)} here" for name in names)
+    return f"phase {number} of Phases.schedule, which begins at step {here[0]}, has {listed}"
 
 
 # Fields that checkpoints may lack because they are older: these had the default.
