@@ -181,8 +181,8 @@ def test_find_files_takes_paths_patterns_and_folders_once_each_in_order(tmp_path
     ("content", "message"),
     [
         (b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl, line 2: not valid JSON"),
-        (b'{"text": "a"}\n\xff\xfe\xfd\n', r"line 2: not valid JSON"),
-        (b'{"text": "a"}\n[1]\n', r"line 2: expected a JSON object, found list"),
+        (b'{"text": "a"}\n\xff\xfe\xfd\n', r"line 2: not valid JSON.*mend or remove the line"),
+        (b'{"text": "a"}\n[1]\n', r"line 2: expected a JSON object, found list; mend or remove the line"),
         (b'{"body": "a"}\n', r"line 1: no field 'text'; the fields are \['body'\].*--text_field"),
         (b'{"text": 3}\n', r"line 1: field 'text' should be a string, found int"),
         (b"", r"the input holds no t"),
@@ -279,6 +279,20 @@ def test_a_wrong_field_stops_before_the_whole_corpus_is_read(prepared, tmp_path,
     options: dict[str, Any] = {"text_field": "body", "vocab_size": 300, "progress": False}
     with pytest.raises(ValueError, match=r"20 of 20 documents are broken.*line 1: no field 'body'.*--text_field"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (60, r"60 of 60 documents are broken.*line 1: no field 'body'.*--text_field"),
+        (3, r"no training document.*broken documents left out: 3 \(100\.00%.*line 1: no field 'body'.*--text_field"),
+    ],
+    ids=["many", "few"],
+)
+def test_a_wrong_field_is_told_where_a_tokenizer_is_to_be_trained(count, message, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:count])
+    with pytest.raises(ValueError, match=message):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "out", text_field="body", vocab_size=300, progress=False)
 
 
 def test_strict_holds_for_what_an_earlier_run_left_out(jsonl, prepared, tmp_path, monkeypatch):

@@ -47,7 +47,10 @@ class Field(NamedTuple):
         """The text.  Raises BrokenDocumentError if it is none, or too long."""
         if not isinstance(text, str):
             found = type(text).__name__
-            raise BrokenDocumentError(f"{where}: field {self.name!r} should be a string, found {found}", "no string")
+            raise BrokenDocumentError(
+                f"{where}: field {self.name!r} should be a string, found {found}; choose another with --text_field",
+                "no string",
+            )
         if len(text) > self.max_chars:
             raise BrokenDocumentError(
                 f"{where}: a document of {len(text):,} characters, more than {self.max_chars:,}; divide it, or raise "
@@ -249,9 +252,13 @@ def _text_of(line: bytes, field: Field, where: str) -> str:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BrokenDocumentError(f"{where}: not valid JSON: {error}", "not valid JSON") from error
+        raise BrokenDocumentError(
+            f"{where}: not valid JSON: {error}; mend or remove the line", "not valid JSON"
+        ) from error
     if not isinstance(record, dict):
-        raise BrokenDocumentError(f"{where}: expected a JSON object, found {type(record).__name__}", "no JSON object")
+        raise BrokenDocumentError(
+            f"{where}: expected a JSON object, found {type(record).__name__}; mend or remove the line", "no JSON object"
+        )
     if field.name not in record:
         raise BrokenDocumentError(
             f"{where}: no field {field.name!r}; the fields are {sorted(record)}, choose one with --text_field",

@@ -127,7 +127,9 @@ def run_tasks(
         )
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if unknown:
-            raise ValueError(f"lm-eval knows no task {', '.join(map(repr, unknown))}")
+            raise ValueError(
+                f"lm-eval knows no task {', '.join(map(repr, unknown))}; `lm-eval ls tasks` lists those it has"
+            )
         refuse_foreign_code(tasks, manager.task_index)
         try:
             results = simple_evaluate(

@@ -9,6 +9,7 @@ and gives the same files, byte for byte, as a run without interruption.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -133,10 +134,17 @@ def prepare(
 
     if not tokenizer_path.exists():
         if given is None:
+            read = Skipped(encoder.max_broken)
             with bar("train tokenizer") as shown:
-                documents = encoder.documents(files, shown.update, Skipped(encoder.max_broken))
+                documents = encoder.documents(files, shown.update, read)
                 training_text = (text for split, text in documents if split == "train")
-                given = train_bpe(_first_bytes(training_text, BPE_TEXT_BYTES), vocab_size or DEFAULT_VOCAB_SIZE)
+                first = next(training_text, None)
+                if first is None:  # most likely because all that was read is broken
+                    check_share(read.record(), read.documents, max_broken)
+                    empty = _empty_message("train", fraction, bool(validation))
+                    raise ValueError(_with_left_out(empty, read.record(), read.documents))
+                texts = _first_bytes(itertools.chain([first], training_text), BPE_TEXT_BYTES)
+                given = train_bpe(texts, vocab_size or DEFAULT_VOCAB_SIZE)
         write_atomically(tokenizer_path, given.to_json())
     units = units_of(files)
     with bar("encode") as shown:
@@ -149,8 +157,8 @@ def prepare(
     for split, content in contents.items():
         if not content["documents"]:
             shutil.rmtree(encoder.folder)  # nothing there is worth going on with
-            left_out = " ".join(describe_skipped(skipped, _documents(contents)))
-            raise ValueError(_empty_message(split, fraction, bool(validation)) + (f". {left_out}" if left_out else ""))
+            empty = _empty_message(split, fraction, bool(validation))
+            raise ValueError(_with_left_out(empty, skipped, _documents(contents)))
     manifest = _finish(output, load_tokenizer(tokenizer_path, encoder.eos_token), contents, skipped)
     shutil.rmtree(encoder.folder)
     return manifest
@@ -199,6 +207,11 @@ def _empty_message(split: str, fraction: float, separate: bool) -> str:
         f"no document fell into the held-out split with validation_fraction={fraction}: raise it, give "
         "--validation=FILE, or use --validation_fraction=0 to go without"
     )
+
+
+def _with_left_out(message: str, skipped: dict[str, Any], documents: int) -> str:
+    """The message, and what was left out beside so many documents, if anything was."""
+    return ". ".join(part for part in (message, " ".join(describe_skipped(skipped, documents))) if part)
 
 
 def _gather(encoder: Encoder, units: Sequence[Unit], split: str) -> dict[str, Any]:
