@@ -31,11 +31,13 @@ def test_the_command_measures_a_prepared_folder():
     command = [sys.executable, "-m", "train.data_bench", f"--folder={token_folder()}", "--seq_len=16", "--seconds=0.2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tokens_per_second"] > 0
+    found = json.loads(done.stdout)
+    assert found["tokens_per_second"] > 0
+    assert found["consumed"] == data_bench.fastest_step(), "what README and docs/data.md say"
 
 
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="seconds=0"):
-        data_bench.measure(str(token_folder()), batch_size=1, seq_len=4, seconds=0)
+        data_bench.measure(str(token_folder()), batch_size=1, seq_len=4, seconds=0, consumed=1)
     with pytest.raises(ValueError, match="sequence length 1000000"):
-        data_bench.measure(str(token_folder()), batch_size=1, seq_len=1_000_000, seconds=1)
+        data_bench.measure(str(token_folder()), batch_size=1, seq_len=1_000_000, seconds=1, consumed=1)

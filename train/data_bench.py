@@ -12,12 +12,16 @@ from absl import app, flags
 
 from train.command import program
 from train.data import open_dataset, train_iterator
-
-# The fastest step of a 1B model on one H100 (venom E=4 k=1, docs/results/h100/train.json).
-CONSUMED = 58_470.0
+from venom_jax import advise
 
 
-def measure(folder: str, *, batch_size: int, seq_len: int, seconds: float, consumed: float = CONSUMED) -> dict:
+def fastest_step() -> float:
+    """Tokens per second of the fastest measured step of the 1B model on one GPU."""
+    steps = [row for row in advise.read_rows() if row["bench"] == "train_step" and row["case"].startswith("1b ")]
+    return float(max(row["tokens_per_second"] for row in steps if row["devices"] == 1))
+
+
+def measure(folder: str, *, batch_size: int, seq_len: int, seconds: float, consumed: float) -> dict:
     """Rates of one process in tokens per second: `tokens_per_second`, and `times_consumed` as its ratio to `consumed`.
 
     `first_batch_seconds` is the wait for the first batch; it and the batches that were made ahead while waiting for it
@@ -51,15 +55,16 @@ def measure(folder: str, *, batch_size: int, seq_len: int, seconds: float, consu
 @program
 def main(values: flags.FlagValues) -> None:
     """The command: one JSON object on a line."""
+    consumed = fastest_step() if values.consumed is None else values.consumed
     found = measure(
         values.folder,
         batch_size=values.batch_size,
         seq_len=values.seq_len,
         seconds=values.seconds,
-        consumed=values.consumed,
+        consumed=consumed,
     )
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    print(json.dumps({"bench": "data"} | found | {"consumed": values.consumed, "cores": os.cpu_count(), "date": date}))
+    print(json.dumps({"bench": "data"} | found | {"consumed": consumed, "cores": os.cpu_count(), "date": date}))
 
 
 if __name__ == "__main__":
@@ -68,6 +73,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seq_len", 2048, "tokens in a sequence")
     flags.DEFINE_float("seconds", 5.0, "how long to measure")
     flags.DEFINE_float(
-        "consumed", CONSUMED, "tokens per second that training consumes (default: a 1B model on one H100)"
+        "consumed", None, "tokens per second that training consumes (default: the fastest measured step of a 1B model)"
     )
     app.run(main)
