@@ -1,12 +1,15 @@
 """A run that goes on in another workdir, with everything the first one had."""
 
+import re
+import shlex
 import shutil
 from dataclasses import replace
 
 import pytest
 
+from tests.test_house import ROOT
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, three_phases
-from train import loop
+from train import checkpoint, loop
 from train.config import LearningRate, changed_bindings, load_config
 
 
@@ -55,6 +58,28 @@ def test_what_cannot_be_branched_is_refused_and_leaves_no_checkpoint(tmp_path):
         going_on(config, tmp_path / "run", init_from=f"{damaged}@6")
     with pytest.raises(ValueError, match="--init_state says what to take"):
         loop.prepare(config, tmp_path / "run", init_state=True)
+
+
+def test_the_pages_commands_go_on_with_its_run():
+    """Each command of docs/training.md in `runs/a`, and the branch of it, is accepted by that run's checkpoint."""
+    lines = re.findall(r"^python -m train\.main .*", (ROOT / "docs" / "training.md").read_text(), flags=re.MULTILINE)
+    given = [[word.partition("=")[::2] for word in shlex.split(line)[3:]] for line in lines]
+    same = [words for words in given if ("--workdir", "runs/a") in words]
+    branches = [words for words in given if any(value.startswith("runs/a@") for _, value in words)]
+    assert len(same) >= 3
+    assert len(branches) == 1
+
+    def config_of(words):
+        files, bindings = ([v for name, v in words if name == f"--gin_{kind}"] for kind in ("file", "bindings"))
+        return load_config(files, bindings)
+
+    trunk = config_of(same[0])
+    saved = checkpoint.fingerprint(trunk, {})
+    for words in (*same, *branches):
+        wanted = checkpoint.fingerprint(config_of(words), {})
+        checkpoint._check_same_run(ROOT, saved, wanted, trunk.train.steps)
+    ((_, source),) = [word for word in branches[0] if word[0] == "--init_from"]
+    assert source == f"runs/a@{trunk.train.steps}", "its last checkpoint, which is there"
 
 
 def test_a_resume_tells_which_bindings_changed(tmp_path, capsys):
