@@ -313,7 +313,7 @@ def markdown(result: dict[str, Any]) -> str:
     for name, (title, words) in PAGE.items():
         part = parts.get(name)
         if part is not None:
-            text = words(part) if part["ok"] else f"**failed**: {part['problem']}"
+            text = words(part) if part["ok"] else f"**failed**: {as_code(part['problem'])}"
             rows.append(f"| {title} | {text} | {part['seconds']:.0f} | {part.get('date', result['date'])} |")
     table = "\n".join(rows)
     return f"""# The trainer as a whole: `{result["size"]}` on one {result["device"]}
@@ -329,6 +329,11 @@ sparse to {SPARSE_UNTIL}, dense to the end, with a moving average of the weights
 The model has seen too little to say anything about quality: the parts show that the commands work, together and on this
 device. After training several parts run side by side, so neither their seconds nor a rate is to be read off.
 """
+
+
+def as_code(message: str) -> str:
+    """A program's message in a cell of a table: what looks like a link or a column there is none."""
+    return "`" + message.replace("`", "'").replace("|", "/") + "`"
 
 
 def words_killed(part: dict[str, Any]) -> str:
