@@ -306,12 +306,30 @@ def test_strict_holds_for_what_an_earlier_run_left_out(jsonl, prepared, tmp_path
         prepare([tmp_path / "a.jsonl"], tmp_path / "out", strict=True, **options)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage inside", "not zst"])
+def test_files_of_other_kinds_in_a_folder_are_told(tmp_path, capsys):
+    (tmp_path / "in" / "deeper").mkdir(parents=True)
+    write_jsonl(tmp_path / "in" / "a.jsonl", TEXTS)
+    for name in ("b.jsonl.gz", "deeper/c.doc", ".hidden"):
+        (tmp_path / "in" / name).touch()
+    prepare([tmp_path / "in"], tmp_path / "out", vocab_size=300, validation_fraction=0, progress=False)
+    assert f"in: 2 files of other kinds are not read, such as {tmp_path}/in/b.jsonl.gz\n" in capsys.readouterr().err
+
+
+def test_an_empty_text_file_is_counted_as_an_empty_document(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "b.txt").touch()
+    manifest = prepare([tmp_path], tmp_path / "out", vocab_size=300, validation_fraction=0, progress=False)
+    assert manifest["skipped"]["files"] == [{"name": str(tmp_path / "b.txt"), "broken": {}, "empty": 1}]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage inside", "not zst", "empty"])
 def test_broken_zst_is_named(damage, tmp_path):
     path = tmp_path / "a.jsonl.zst"
     write_zst(path, TEXTS)
     whole = path.read_bytes()
-    path.write_bytes({"truncated": whole[:-9], "garbage inside": whole + b"x" * 40, "not zst": b"x" * 40}[damage])
+    path.write_bytes(
+        {"truncated": whole[:-9], "garbage inside": whole + b"x" * 40, "not zst": b"x" * 40, "empty": b""}[damage]
+    )
     with pytest.raises(ValueError, match=r"a\.jsonl\.zst: broken compressed data after line \d+.*fetch the file"):
         list(read_documents(path))
 

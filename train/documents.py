@@ -157,7 +157,7 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     """The files behind paths, glob patterns and folders (searched in depth), in sorted order, each once.
 
     Raises:
-      ValueError: a pattern without match, a folder without readable file, an unknown suffix, an empty file.
+      ValueError: a pattern without match, a folder without readable file, an unknown suffix.
     """
     found: set[Path] = set()
     for entry in inputs:
@@ -179,6 +179,12 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     if not found:
         raise ValueError("no input files given")
     return sorted(found)
+
+
+def other_files(folder: Path) -> list[Path]:
+    """What `find_files` passes over in a folder: files of other suffixes, hidden ones aside, in sorted order."""
+    inside = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(SUFFIXES))
+    return sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def read_documents(
@@ -230,6 +236,10 @@ def _jsonl(
         raw: BinaryIO = CallbackIOWrapper(on_bytes, file, "read")  # pyrefly: ignore
         stream: pa.NativeFile = pa.PythonFile(raw, mode="r")
         if not path.name.endswith(".jsonl"):
+            if path.stat().st_size == 0:  # no compressor writes that, and pyarrow takes it for no documents
+                raise ValueError(
+                    f"{path}: broken compressed data after line 0: it is empty; fetch the file again, or leave it out"
+                )
             # pyarrow's reader goes through all frames and, unlike zstandard's, reports one that is cut off.
             stream = pa.CompressedInputStream(stream, "zstd")
         try:
@@ -301,6 +311,8 @@ def _parquet(
 
 def _txt(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:
     lines = 0
+    if path.stat().st_size == 0:  # the file is a document, so an empty one counts as such
+        yield ""
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             while text := file.read(TXT_DOCUMENT_CHARS):

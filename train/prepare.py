@@ -23,7 +23,16 @@ from absl import app, flags
 from tqdm import tqdm
 
 from train import data
-from train.documents import MAX_DOCUMENT_CHARS, Field, Skipped, check_share, describe_skipped, find_files, together
+from train.documents import (
+    MAX_DOCUMENT_CHARS,
+    Field,
+    Skipped,
+    check_share,
+    describe_skipped,
+    find_files,
+    other_files,
+    together,
+)
 from train.encode import Encoder, Unit, encode_units, units_of, write_atomically
 from train.tokenizer import END_OF_DOCUMENT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
 
@@ -101,6 +110,9 @@ def prepare(
     val_files = find_files(validation) if validation else []
     if both := set(train_files) & set(val_files):
         raise ValueError(f"{min(both)} is both training and validation input")
+    for folder in (Path(entry) for entry in (*inputs, *validation)):
+        if folder.is_dir() and (others := other_files(folder)):
+            print(f"{folder}: {len(others):,} files of other kinds are not read, such as {others[0]}", file=sys.stderr)
     splits = data.SPLITS if validation or fraction > 0 else data.SPLITS[:1]
     files = [(path, "train") for path in train_files] + [(path, "val") for path in val_files]
     given = load_tokenizer(tokenizer, eos_token) if tokenizer is not None else None
