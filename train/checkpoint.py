@@ -84,9 +84,10 @@ def _differing_phase(saved: list, wanted: list) -> str:
     """In words, the first of two runs' phases, (start, description of the recipe), that is not the same in both."""
     pairs = enumerate(zip_longest(saved, wanted), 1)
     number, (there, here) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
-    if there is None or here is None:
-        start, place = (here[0], "here") if there is None else (there[0], "there")
-        return f"Phases.schedule has a phase that begins at step {start} only {place}"
+    if here is None:
+        return f"Phases.schedule has a phase that begins at step {there[0]} only there"
+    if there is None:
+        return f"Phases.schedule has a phase that begins at step {here[0]} only here"
     if there[0] != here[0]:
         return (
             f"phase {number} of Phases.schedule begins at step {there[0]} there and {here[0]} here (a start that is a "
