@@ -113,7 +113,7 @@ def test_workdir_with_another_model(error_of, tmp_path):
         checkpointer.save(6, {"x": jax.numpy.zeros(1)}, force=True, custom_metadata=metadata)
     message = error_of()
     assert "Model.layers is 3 there and 2 here" in message
-    assert "use another --workdir" in message
+    assert "another --workdir" in message
 
 
 def test_hopper_without_a_hopper_gpu(error_of):
