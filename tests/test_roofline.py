@@ -242,5 +242,7 @@ def test_rows_and_table():
     assert "| 16384x4096x4096 b=nmajor | 128x256 | 540.0 | 1.50 |" in text
     assert "| load | 25% |" in text
     assert "| c | zeros | 0.5000 | 650 of 700 | 0.325 | 1.70 | 50% of the time |" in text
+    assert "| case | operands" not in roofline.table([row | stamp])
+    assert "| case | tile" not in roofline.table([drawn | {"joules": 0.325, "ghz": 1.7, "capped": 0.5} | stamp])
     lines = [line for line in text.splitlines() if line.startswith(("| case | tile", "| 16384"))]
     assert lines[0].count("|") == lines[1].count("|")
