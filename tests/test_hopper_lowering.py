@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import tune, tuned
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import hopper as grouped24
-from pallas_kernels.hopper import kernel
+from pallas_kernels.hopper import kernel, main_loop
 from pallas_kernels.sparse24 import hopper as sparse24
 from pallas_kernels.tiles import Mode, Problem, TileConfig
 
@@ -95,6 +95,18 @@ def test_sizes_that_fit_no_tile_lower(m, n, k, b_k_major):
     traced = launch.trace(array((m, k // 2), jnp.bfloat16), words, b)
     assert traced.out_info.shape == ((n, m) if b_k_major else (m, n))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_stores_behind_products_split_no_warp(monkeypatch):
+    """On the GPU a warp that ptxas splits here hangs, and only with one step: `main_loop._Program._store`."""
+    texts, text = [], main_loop._Program.text
+    monkeypatch.setattr(main_loop._Program, "text", lambda program: texts.append(text(program)) or texts[-1])
+    lower(problem_of("contraction"), TileConfig(128, 128, store_slots=1, deferred=True))
+    (lines,) = (text.splitlines() for text in texts)
+    groups = [line for line in lines if "bulk.wait_group" in line or "bulk.commit_group" in line]
+    stores = 4 + 3 + 4  # behind products, the rest of them where there are fewer products, all where there are none
+    assert len(groups) == 2 * stores
+    assert not any(line.startswith("@") for line in groups)
 
 
 def test_a_grouped_product_is_one_kernel_launch():

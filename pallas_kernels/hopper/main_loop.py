@@ -291,7 +291,12 @@ class _Program(NamedTuple):
         ]
 
     def _store(self, chunk: int) -> list[str]:
-        """Chunk number `chunk` of the deferred tile into shared memory, and off to the output."""
+        """Chunk number `chunk` of the deferred tile into shared memory, and off to the output.
+
+        Every thread waits for its copies and closes its group, though one alone has copies. Were these for that thread
+        only, ptxas would lead the others past both, from the end of one store into the next, and never join the warp
+        again: its barriers would count it twice and the kernel would hang (docs/log.md).
+        """
         per_row = self.n // _CHUNK_COLUMNS
         i, j = chunk // per_row, chunk % per_row
         slot = chunk % self.slots * _CHUNK_SIZE
@@ -315,7 +320,7 @@ class _Program(NamedTuple):
             f"setp.lt.s32 owned, row, {self.names['m_end']};",
             f"setp.lt.and.s32 owned, col, {self.names['n_end']}, owned;",
             "and.pred owned, owned, leads;",
-            f"@leads cp.async.bulk.wait_group.read {self.slots - 1};",
+            f"cp.async.bulk.wait_group.read {self.slots - 1};",
             f"bar.sync {self.names['warpgroup']}, {utils.WARPGROUP_SIZE};",
             f"add.u32 to, {self.names['lane']}, {slot};",
             *matrices,
@@ -323,7 +328,7 @@ class _Program(NamedTuple):
             f"bar.sync {self.names['warpgroup']}, {utils.WARPGROUP_SIZE};",
             f"add.u32 to, {self.names['chunk']}, {slot};",
             f"@owned cp.async.bulk.tensor.2d.global.shared::cta.bulk_group {box}, [to];",
-            "@leads cp.async.bulk.commit_group;",
+            "cp.async.bulk.commit_group;",
             "}",
         ]
 
