@@ -45,7 +45,7 @@ class Job:
 
     def command(self, tokens: Path, output: Path, seconds: float, gpus: int = 1) -> list[str]:
         """The command with its places filled in; `seconds` for those that end by themselves when time is up."""
-        told = {"tokens": tokens, "output": output, "seconds": int(seconds), "rows": 2 * gpus}
+        told = {"tokens": tokens, "output": output, "seconds": int(seconds), "gpus": gpus, "rows": 2 * gpus}
         return [sys.executable, "-m", *(argument.format_map(told) for argument in self.arguments)]
 
 
@@ -61,6 +61,9 @@ JOBS = (
          place="all"),
     _job("replicated", 270, f"{_OVER_GPUS} --gin_file=configs/options/replicated.gin --json={{output}}/replicated.json",
          "--gin_bindings=Train.batch_size={rows}", _DATA, place="all"),
+    _job("fsdp-7b", 400, "train.bench --gin_file=configs/size/7b.gin --rounds=2 --json={output}/fsdp-7b.json", _DATA,
+         "--recipes=dense,venom:4:1", "--parts=false", "--switch=false", "--gin_bindings=Train.batch_size={gpus}",
+         place="all"),
     _job("ffn", 750, "venom_jax.bench --json {output}/ffn.json --stages", place="alone"),
     _job("train", 270, "train.bench --gin_file=configs/size/1b.gin --rounds=3 --json={output}/train.json",
          "--recipes=dense,act24,all24,venom:4:2,venom:16:1,venom:4:1", _DATA, place="alone"),
@@ -118,7 +121,8 @@ class Queue:
 
     def _run(self, job: Job, gpu: str, seconds: float) -> str:
         preallocate = "false" if job.place == "shared" else "true"
-        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": preallocate} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+        memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": preallocate, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+        environment = memory | os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
         command = job.command(self.tokens, self.output, seconds - 10, gpu.count(",") + 1)
         with (self.output / f"{job.name}.log").open("w") as log:
             process = subprocess.Popen(

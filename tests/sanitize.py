@@ -91,9 +91,9 @@ def products() -> Iterator[Case]:
 
 
 def grouped_products() -> Iterator[Case]:
-    """The three ragged products, with sizes that are honest, too large, and negative."""
+    """The three ragged products, with sizes that are honest, of one step, too large, and negative."""
     tokens, m, n, k = 384, 128, 192, 128
-    for sizes in ((128, 0, 192), (2**31 - 1, 64, 64), (-(2**31), 65, 2**30)):
+    for sizes in ((128, 0, 192), (64, 0, 64), (2**31 - 1, 64, 64), (-(2**31), 65, 2**30)):
         for mode, a_shape, b_shape, b_k_major in (
             ("rows", (tokens, k), (3, k, n), False),
             ("rows", (tokens, k), (n, 3, k), True),

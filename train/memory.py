@@ -101,16 +101,18 @@ def check_fits(config: RunConfig, data: int, fsdp: int) -> str | None:
     if limit is None:
         return None
     found = estimate(config, data, fsdp)
-    has = f"Mesh.data={data} x Mesh.fsdp={fsdp} devices have {limit / 2**30:.2f} GiB each"
+    has = f"Mesh.data={data} x Mesh.fsdp={fsdp} devices give JAX {limit / 2**30:.2f} GiB each"
+    more = "let JAX have more than 75 % of a device (XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 in the environment)"
     if found.fixed > limit:
         needed = math.ceil(found.fixed * fsdp / limit)
         raise ValueError(
             f"the model does not fit: {has}, parameters, optimizer and gradients take {found.fixed / 2**30:.2f} GiB of "
-            f"each; use Mesh.fsdp={needed} or more devices, Optimizer.first_moment_dtype='bfloat16', or a smaller model"
+            f"each; use Mesh.fsdp={needed} or more devices, Optimizer.first_moment_dtype='bfloat16', a smaller model, or "
+            f"{more}"
         )
     if found.total > limit:
         return (
             f"the run may not fit: {has}, and it takes {found}; if it runs out of memory, raise Train.accumulation, "
-            "Train.loss_chunks or Mesh.fsdp, or set Train.remat='full'"
+            f"Train.loss_chunks or Mesh.fsdp, set Train.remat='full', or {more}"
         )
     return None
