@@ -56,8 +56,8 @@ def _has_hopper() -> bool:
 
 def pytest_collection_modifyitems(items):
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    # Python hears no signal while it waits in the driver for a kernel that hangs. A thread ends the process instead, and
-    # pytest-xdist names the test and goes on.
+    # Python hears no signal while it waits in the driver for a kernel that hangs. A thread ends the process instead,
+    # and pytest-xdist names the test and goes on.
     mark = pytest.mark.timeout(method="thread")
     if marked and not _has_hopper():
         mark = pytest.mark.skip(reason="needs an NVIDIA GPU of compute capability 9.0 (H100, H200)")

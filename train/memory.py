@@ -107,8 +107,8 @@ def check_fits(config: RunConfig, data: int, fsdp: int) -> str | None:
         needed = math.ceil(found.fixed * fsdp / limit)
         raise ValueError(
             f"the model does not fit: {has}, parameters, optimizer and gradients take {found.fixed / 2**30:.2f} GiB of "
-            f"each; use Mesh.fsdp={needed} or more devices, Optimizer.first_moment_dtype='bfloat16', a smaller model, or "
-            f"{more}"
+            f"each; use Mesh.fsdp={needed} or more devices, Optimizer.first_moment_dtype='bfloat16', a smaller model, "
+            f"or {more}"
         )
     if found.total > limit:
         return (
