@@ -52,8 +52,12 @@ def test_the_figures_show_the_numbers_of_their_sources(tmp_path, kernels, monkey
 
 def test_the_front_has_the_means_of_the_seeds_over_their_times(tmp_path, kernels, monkeypatch):
     def row(case, seed, steps, step_time, difference, twin="dense"):
-        found = {"case": case, "seed": seed, "steps": steps, "step_time": step_time, "difference": difference}
-        return found | {"twin": twin, "step_time_of": "1b on H100"}
+        times = [
+            {"of": "1b on H100", "step_time": step_time},
+            {"of": "7b on H100", "step_time": step_time and step_time**2 if case != "b" else None},
+        ]
+        found = {"case": case, "seed": seed, "steps": steps, "difference": difference, "twin": twin}
+        return found | {"step_times": times}
 
     rows = [row("dense", seed, 100, 1.0, None, twin=None) for seed in (0, 1)]
     rows += [row("a", 0, 100, 0.8, 0.03), row("a", 1, 100, 0.8, 0.05), row("b", 0, 110, 0.9, 0.02)]
@@ -63,15 +67,18 @@ def test_the_front_has_the_means_of_the_seeds_over_their_times(tmp_path, kernels
     dots, curves, plot = {}, [], Axes.plot
     annotate = Axes.annotate
     monkeypatch.setattr(
-        Axes, "annotate", lambda axes, name, at, **o: dots.update({name: at}) or annotate(axes, name, at, **o)
+        Axes,
+        "annotate",
+        lambda axes, name, at, **o: dots.setdefault(name, []).append(at) or annotate(axes, name, at, **o),
     )
     monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *a, **o: curves.append(list(x)) or plot(axes, x, y, *a, **o))
     figures.draw_front(figures.read_sweep(path), tmp_path / "front.svg")
-    assert dots["a"] == pytest.approx((0.8, 0.04))
-    assert dots["b"] == pytest.approx((0.99, 0.02))
-    assert dots["dense"] == (1.0, 0.0)
+    assert dots["a"] == [pytest.approx((0.8, 0.04)), pytest.approx((0.64, 0.04))]
+    assert dots["b"] == [pytest.approx((0.99, 0.02))]
+    assert dots["dense"] == [(1.0, 0.0)] * 2
     assert dots.keys() == {"a", "b", "dense"}
-    assert curves[0] == pytest.approx([0.8, 0.99, 1.0])
+    fronts = [curve for curve in curves if len(curve) > 1]
+    assert fronts == [pytest.approx([0.8, 0.99, 1.0]), pytest.approx([0.64, 1.0])]
     path.write_text(json.dumps([rows[0], rows[5]]))
     with pytest.raises(ValueError, match="holds no run with a time"):
         figures.draw_all(kernels, tmp_path, path)

@@ -258,6 +258,7 @@ def test_a_row_tells_what_the_run_wrote(tmp_path):
 def test_runs_that_share_a_gpu_tell_no_seconds_and_take_those_of_the_benchmark(tmp_path):
     """The recipe reaches its twin between 12 and 16 steps: 3.1 and 2.9 against 3.0, so after 14."""
     times = StepTimes("f", "1b", "gpu", {"dense": 1.0, "act24": 0.8})
+    half = StepTimes("f", "7b", "gpu", {"dense": 1.0})
     longer = run_config(phases=((0, "dense"), (0.5, "act24")), steps=16)
     options = ("size.gin", "Train.steps = 12", "act24.gin")
     members = [
@@ -268,11 +269,12 @@ def test_runs_that_share_a_gpu_tell_no_seconds_and_take_those_of_the_benchmark(t
     ]
     for member, loss in zip(members, (3.0, 3.1, 2.9, 3.2), strict=True):
         write_run(member.workdir, member.config, loss)
-    rows = sweep_table.make_rows(members, "s", sweep_table.Clock(times, shared=True))
+    rows = sweep_table.make_rows(members, "s", sweep_table.Clock((times, half), shared=True))
     assert [row["steps_to_twin"] for row in rows] == [None, 14, 14, None]
-    assert rows[1]["step_time"] == pytest.approx(0.9)
-    assert rows[1]["step_time_of"] == "1b on gpu"
-    assert rows[1]["time_to_twin_by_step_times"] == pytest.approx(0.9 * 14 / 12, abs=1e-4)
+    assert rows[1]["step_times"] == [
+        {"of": "1b on gpu", "step_time": 0.9, "time_to_twin": pytest.approx(0.9 * 14 / 12, abs=1e-4)},
+        {"of": "7b on gpu", "step_time": None, "time_to_twin": None},
+    ]
     assert {rows[1][name] for name in ("tokens_per_second", "seconds", "step_seconds", "time_to_twin")} == {None}
     text = sweep_table.markdown(rows)
     assert "tokens/s" not in text
@@ -312,7 +314,7 @@ def test_seconds_of_the_steps_and_the_jump_at_a_switch():
 
 def test_the_tables_have_means_over_seeds():
     tables = (sweep_table._LOSSES, sweep_table._DIAGNOSES, sweep_table._CLOCK)
-    row = dict.fromkeys([key for table in tables for key, _ in table.values()])
+    row = dict.fromkeys([key for table in tables for key, _ in table.values()]) | {"step_times": []}
     rows = [row | {"case": "a", "seed": seed, "val_loss": 3.0 + seed, "difference": 0.1} for seed in (0, 1)]
     text = sweep_table.markdown(rows)
     assert "| a | 2 | 3.5000 (3.0000 to 4.0000) | +0.1000 (+0.1000 to +0.1000) |  |  |" in text

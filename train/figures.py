@@ -117,7 +117,7 @@ def read_sweep(path: Path) -> list[Row]:
       ValueError: no such file, or none in it.
     """
     try:
-        rows = [row for row in json.loads(path.read_text()) if row["step_time"] is not None]
+        rows = [row for row in json.loads(path.read_text()) if any(t["step_time"] for t in row["step_times"])]
         rows = [row for row in rows if row["twin"] is None or row["difference"] is not None]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no table of python -m train.sweep ({error})") from error
@@ -127,7 +127,20 @@ def read_sweep(path: Path) -> list[Row]:
 
 
 def draw_front(rows: Sequence[Row], output: Path) -> None:
-    """Loss against the twin's over the run's time of the twin's; means over the seeds, and the front."""
+    """Loss against the twin's over the run's time of the twin's, for each model whose steps were timed.
+
+    Means over the seeds, and the front of those that none beats in both.
+    """
+    models = [times["of"] for times in rows[0]["step_times"]]
+    figure, axes = new_figure(len(models), height=5 * len(models))
+    for i, (name, one) in enumerate(zip(models, np.atleast_1d(axes), strict=True)):
+        _draw_front([row | row["step_times"][i] for row in rows if row["step_times"][i]["step_time"]], one)
+        one.set_title(f"times of {name}", fontsize="small", loc="left")
+        one.tick_params(labelbottom=True)
+    _save(figure, output)
+
+
+def _draw_front(rows: Sequence[Row], axes: Any) -> None:
     twins = {(row["case"], row["seed"]): row for row in rows if row["twin"] is None}
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -138,7 +151,6 @@ def draw_front(rows: Sequence[Row], output: Path) -> None:
     names = [*found, *dict.fromkeys(row["twin"] for row in rows if row["twin"])]
     dots = [(fmean(t for t, _ in runs), fmean(d for _, d in runs)) for runs in found.values()]
     dots += [(1.0, 0.0)] * (len(names) - len(dots))
-    figure, axes = new_figure()
     front = pareto_front(dots)
     axes.plot(*zip(*(dots[i] for i in front), strict=True), color="0.3", linewidth=1, label="none is better in both")
     for i, (name, (time, difference)) in enumerate(zip(names, dots, strict=True)):
@@ -146,10 +158,9 @@ def draw_front(rows: Sequence[Row], output: Path) -> None:
         axes.plot([time], [difference], marker="o", linewidth=0, color=color, markeredgecolor="white")
         axes.annotate(name, (time, difference), xytext=(5, 4), textcoords="offset points", fontsize="x-small")
     axes.margins(x=0.12)
-    axes.set_xlabel(f"time of the steps, as {rows[0]['step_time_of']} takes for them, of the dense run's")
+    axes.set_xlabel("time of the steps, of the dense run's")
     axes.set_ylabel("validation loss against the dense run (nats per token)")
     axes.legend(fontsize="small")
-    _save(figure, output)
 
 
 def read_steps(path: Path) -> list[Row]:

@@ -19,7 +19,7 @@ checkpoints; those that outlived the kill of the sweep are waited for.
 
 Several files, a.toml and b.toml, take turns in one queue; their folders are then OUTPUT/a and OUTPUT/b.  With
 ``--per_device`` runs share a GPU, and the table leaves out their seconds, which say nothing; ``--step_times`` takes the
-times of steps from what `train.bench` has measured by itself.
+times of steps from what `train.bench` has measured by itself; it may be given for several models.
 """
 
 import itertools
@@ -317,7 +317,7 @@ def run_sweep(
     gpus: Sequence[str] | None = None,
     per_device: int = 1,
     collect: bool = False,
-    step_times: str | None = None,
+    step_times: Sequence[str] = (),
 ) -> int:
     """Runs and collects.  Returns 0 (all finished), 1 (some failed), 130 (stopped; type the command again).
 
@@ -327,7 +327,7 @@ def run_sweep(
       gpus: names for CUDA_VISIBLE_DEVICES; None is all that are visible, none runs on the CPU.
       per_device: runs at a time on each GPU, or on the CPU.
       collect: only write the tables of what has finished.
-      step_times: FILE or FILE@SIZE, results of `train.bench`, for the times of steps.
+      step_times: FILE or FILE@SIZE each, results of `train.bench`, for the times of steps.
 
     Raises:
       ValueError: a mistake in the input; nothing was started.
@@ -339,7 +339,7 @@ def run_sweep(
         raise ValueError(f"the sweeps {', '.join(paths)} share a name, and so would their folders; rename one")
     if only is not None and len(paths) > 1:
         raise ValueError(f"--only={','.join(only)} names runs of one sweep; give one file")
-    clock = Clock(None if step_times is None else read_step_times(step_times), shared=per_device > 1)
+    clock = Clock(tuple(map(read_step_times, step_times)), shared=per_device > 1)
     sheets = []
     for path, name in zip(paths, names, strict=True):
         folder = output if len(paths) == 1 else output / name
@@ -383,8 +383,8 @@ if __name__ == "__main__":
     flags.DEFINE_list("only", None, "names of the runs to do, with commas between; their twins are done too")
     flags.DEFINE_list("gpus", None, "GPUs to use, as CUDA_VISIBLE_DEVICES names them (default: all that are visible)")
     flags.DEFINE_integer("per_device", 1, "runs at a time on each GPU, or on the CPU")
-    flags.DEFINE_string(
-        "step_times", None, "FILE or FILE@SIZE of python -m train.bench to take the times of steps from"
+    flags.DEFINE_multi_string(
+        "step_times", [], "FILE or FILE@SIZE of python -m train.bench to take the times of steps from"
     )
     flags.DEFINE_boolean("collect", False, "only write the table of the runs that have finished")
     app.run(main)

@@ -37,7 +37,7 @@ class Member:
 class Clock:
     """What tells the time: the runs' own seconds, unless they shared a GPU, and steps that were timed by themselves."""
 
-    step_times: StepTimes | None = None
+    step_times: tuple[StepTimes, ...] = ()
     shared: bool = False
 
 
@@ -70,12 +70,12 @@ def make_rows(members: Sequence[Member], sweep: str, clock: Clock = OWN_CLOCK) -
     seconds: measured, everything included; step_seconds: of the steps alone, at each phase's median speed.
     time_to_twin: step_seconds up to the first evaluation that reaches the twin's final loss, over the twin's
       step_seconds; null where it does not.
-    step_time: mean time of its steps over that of a dense step, as `step_times` has them for another model, which
-      step_time_of names; null without, or where a recipe has not been timed.
     steps_to_twin: steps in which the recipe, lengthened with its schedule, reaches the twin's final loss: between the
       longest run that does not and the shortest one that does, by a straight line; null where none reaches it. Runs
       that differ in Train.steps only are one recipe's.
-    time_to_twin_by_step_times: steps_to_twin times step_time, over the twin's steps.
+    step_times: for each model and GPU of `Clock.step_times`, named in `of`, the mean time of the run's steps over that
+      of a dense step there, `step_time`, null where a recipe has not been timed; and `time_to_twin`, steps_to_twin
+      times that over the twin's steps.
     density and the diagnoses: at the end of the last routed phase, or the last sparse one where none routes;
     load_max, load_min: there, the fullest and emptiest expert of any layer over the fair share, mean of 100 records;
       load_bar: what load_max should not exceed; starved: share of these steps in which some expert got no token.
@@ -90,9 +90,10 @@ def make_rows(members: Sequence[Member], sweep: str, clock: Clock = OWN_CLOCK) -
     for member, records in found.values():
         twin = found.get((member.twin, member.seed)) if member.twin else None
         rows.append({"bench": f"sweep {sweep}", **_row(member, records, twin)})
-        times = clock.step_times
-        rows[-1]["step_time"] = None if times is None else _rounded(times.of_run(member.config), 4)
-        rows[-1]["step_time_of"] = None if times is None else f"{times.size} on {times.device}"
+        rows[-1]["step_times"] = [
+            {"of": f"{times.size} on {times.device}", "step_time": _rounded(times.of_run(member.config), 4)}
+            for times in clock.step_times
+        ]
         if clock.shared:
             rows[-1] |= dict.fromkeys(("tokens_per_second", "seconds", "step_seconds", "time_to_twin"))
     _add_steps_to_twin(rows)
@@ -107,16 +108,19 @@ def _add_steps_to_twin(rows: list[Row]) -> None:
             families.setdefault((options, row["seed"], row["twin"]), []).append(row)
     steps_of = {(row["case"], row["seed"]): row["steps"] for row in rows}
     for row in rows:
-        row |= {"steps_to_twin": None, "time_to_twin_by_step_times": None}
+        row["steps_to_twin"] = None
+        for times in row["step_times"]:
+            times["time_to_twin"] = None
     for family in families.values():
         steps = crossing([(row["steps"], row["difference"]) for row in family])
         if steps is None:
             continue
         for row in family:
             row["steps_to_twin"] = round(steps)
-            if row["step_time"] is not None:
-                relative = steps / steps_of[row["twin"], row["seed"]]
-                row["time_to_twin_by_step_times"] = _rounded(relative * row["step_time"], 4)
+            relative = steps / steps_of[row["twin"], row["seed"]]
+            for times in row["step_times"]:
+                if times["step_time"] is not None:
+                    times["time_to_twin"] = _rounded(relative * times["step_time"], 4)
 
 
 def crossing(points: Sequence[tuple[int, float]]) -> float | None:
@@ -260,8 +264,6 @@ _CLOCK = {
     "steps": ("steps", "{:,}"),
     "against its twin": ("difference", "{:+.4f}"),
     "steps to the twin's loss": ("steps_to_twin", "{:,}"),
-    "time of a step": ("step_time", "{:.3f}"),
-    "time to the twin's loss": ("time_to_twin_by_step_times", "{:.3f}"),
 }
 _DIAGNOSES = {
     "density": ("density", "{:.1%}"),
@@ -286,11 +288,21 @@ _MEANS = {
 def markdown(rows: Sequence[Row]) -> str:
     """Tables of losses, of diagnoses, of times by measured steps, and of means over the seeds with their range."""
     text = _table(rows, _LOSSES) + "\n" + _table(rows, _DIAGNOSES)
-    if any(row["step_time"] is not None for row in rows):
-        text += "\n" + _table(rows, _CLOCK)
+    if any(times["step_time"] is not None for row in rows for times in row["step_times"]):
+        text += "\n" + _clock_table(rows)
     if len({row["seed"] for row in rows}) > 1:
         text += "\n" + _means(rows)
     return text
+
+
+def _clock_table(rows: Sequence[Row]) -> str:
+    columns, flat = dict(_CLOCK), [dict(row) for row in rows]
+    for i, times in enumerate(rows[0]["step_times"]):
+        size = times["of"].split(" on ")[0]
+        columns |= {f"a step, {size}": (f"step {i}", "{:.3f}"), f"to the twin's loss, {size}": (f"twin {i}", "{:.3f}")}
+        for row in flat:
+            row |= {f"step {i}": row["step_times"][i]["step_time"], f"twin {i}": row["step_times"][i]["time_to_twin"]}
+    return _table(flat, columns)
 
 
 def _table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:
