@@ -102,7 +102,7 @@ def check_fits(config: RunConfig, data: int, fsdp: int) -> str | None:
         return None
     found = estimate(config, data, fsdp)
     has = f"Mesh.data={data} x Mesh.fsdp={fsdp} devices give JAX {limit / 2**30:.2f} GiB each"
-    more = "let JAX have more than 75 % of a device (XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 in the environment)"
+    more = "let JAX have more of a device (XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 in the environment; by default 0.75)"
     if found.fixed > limit:
         needed = math.ceil(found.fixed * fsdp / limit)
         raise ValueError(
