@@ -63,10 +63,8 @@ def test_a_model_that_cannot_fit_is_refused_with_the_number_of_devices(monkeypat
             return {"bytes_limit": 2**34}
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    with pytest.raises(
-        ValueError,
-        match=r"does not fit: .* 16.00 GiB each, .* use Mesh.fsdp=2 or more.* XLA_PYTHON_CLIENT_MEM_FRACTION=0.92",
-    ):
+    message = r"does not fit: .* 16.00 GiB each, .* use Mesh.fsdp=2 or more .*XLA_PYTHON_CLIENT_MEM_FRACTION"
+    with pytest.raises(ValueError, match=message):
         memory.check_fits(of_1b(), 1, 1)
     warning = memory.check_fits(of_1b(Train_batch_size=16), 1, 2)
     assert warning is not None
