@@ -22,6 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import gin
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -70,3 +71,9 @@ def strict_dtypes():
     """No silent promotion between dtypes; optax and nnx layers in bf16 would not survive it."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_bindings():
+    """Bindings that an earlier test has read would reach every recipe that a test takes by its name."""
+    gin.clear_config()

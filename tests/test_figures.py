@@ -57,10 +57,12 @@ def test_the_front_has_the_means_of_the_seeds_over_their_times(tmp_path, kernels
             {"of": "7b on H100", "step_time": step_time and step_time**2 if case != "b" else None},
         ]
         found = {"case": case, "seed": seed, "steps": steps, "difference": difference, "twin": twin}
-        return found | {"step_times": times}
+        options = [case.split("-")[0], f"Train.steps = {steps}"]
+        return found | {"step_times": times, "options": options, "val_loss": 3 + (difference or 0)}
 
     rows = [row("dense", seed, 100, 1.0, None, twin=None) for seed in (0, 1)]
     rows += [row("a", 0, 100, 0.8, 0.03), row("a", 1, 100, 0.8, 0.05), row("b", 0, 110, 0.9, 0.02)]
+    rows += [row("dense-90", 0, 90, 1.0, 0.1)]
     rows += [row("untimed", 0, 100, None, 0.0), row("later", 0, 100, 0.5, None, twin=None)]
     path = tmp_path / "table.json"
     path.write_text(json.dumps(rows))
@@ -71,15 +73,18 @@ def test_the_front_has_the_means_of_the_seeds_over_their_times(tmp_path, kernels
         "annotate",
         lambda axes, name, at, **o: dots.setdefault(name, []).append(at) or annotate(axes, name, at, **o),
     )
-    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *a, **o: curves.append(list(x)) or plot(axes, x, y, *a, **o))
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *a, **o: curves.append((x, y)) or plot(axes, x, y, *a, **o))
     figures.draw_front(figures.read_sweep(path), tmp_path / "front.svg")
     assert dots["a"] == [pytest.approx((0.8, 0.04)), pytest.approx((0.64, 0.04))]
     assert dots["b"] == [pytest.approx((0.99, 0.02))]
     assert dots["dense"] == [(1.0, 0.0)] * 2
-    assert dots.keys() == {"a", "b", "dense"}
-    fronts = [curve for curve in curves if len(curve) > 1]
+    assert dots.keys() == {"a", "b", "dense", "dense-90"}
+    fronts = [x for x, _ in curves if 1 < len(x) < 10]
     assert fronts == [pytest.approx([0.8, 0.99, 1.0]), pytest.approx([0.64, 1.0])]
-    path.write_text(json.dumps([rows[0], rows[5]]))
+    shorter = [dict(zip(np.round(x, 3), y, strict=True)) for x, y in curves if len(x) > 10]
+    assert [line[1.0] for line in shorter] == [0, 0]
+    assert shorter[0][0.8] == pytest.approx(0.1 * np.log(0.8) / np.log(0.9)), "what dense loses with fewer steps"
+    path.write_text(json.dumps([rows[0], rows[6]]))
     with pytest.raises(ValueError, match="holds no run with a time"):
         figures.draw_all(kernels, tmp_path, path)
 

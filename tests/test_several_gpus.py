@@ -33,7 +33,7 @@ def config_of(recipe, mesh):
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("mesh", [Mesh(1, 2), Mesh(2, 1)], ids=["fsdp", "data"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_two_gpus_give_the_gradients_of_one(name, mesh, record_property):
+def test_two_gpus_give_the_gradients_of_one(name, mesh):
     results = []
     for each in (mesh, Mesh(1, 1)):
         config = config_of(RECIPES[name], each)
@@ -49,9 +49,8 @@ def test_two_gpus_give_the_gradients_of_one(name, mesh, record_property):
     leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     errors = {jax.tree_util.keystr(path): relative_error(leaf, other) for (path, leaf), other in leaves}
     worst = max(errors, key=lambda leaf: errors[leaf])
-    record_property("worst", f"{worst} {errors[worst]:.2e}")  # in the report of --junitxml
-    # bfloat16 through two layers; a token whose experts tie to within rounding may go elsewhere.
-    assert errors[worst] < 0.05, worst
+    # bfloat16 through two layers: 3.7e-3 on two H100s.  A token whose experts tie to within rounding may go elsewhere.
+    assert errors[worst] < 0.01, worst
 
 
 @pytest.mark.gpu

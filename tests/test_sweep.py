@@ -1,6 +1,7 @@
 """Sweeps: what a file means, runs over devices, a kill and what comes after it, the table."""
 
 import json
+import math
 import signal
 import sys
 from dataclasses import dataclass
@@ -272,8 +273,13 @@ def test_runs_that_share_a_gpu_tell_no_seconds_and_take_those_of_the_benchmark(t
     rows = sweep_table.make_rows(members, "s", sweep_table.Clock((times, half), shared=True))
     assert [row["steps_to_twin"] for row in rows] == [None, 14, 14, None]
     assert rows[1]["step_times"] == [
-        {"of": "1b on gpu", "step_time": 0.9, "time_to_twin": pytest.approx(0.9 * 14 / 12, abs=1e-4)},
-        {"of": "7b on gpu", "step_time": None, "time_to_twin": None},
+        {
+            "of": "1b on gpu",
+            "step_time": 0.9,
+            "time_to_twin": pytest.approx(0.9 * 14 / 12, abs=1e-4),
+            "time_for_loss": None,
+        },
+        {"of": "7b on gpu", "step_time": None, "time_to_twin": None, "time_for_loss": None},
     ]
     assert {rows[1][name] for name in ("tokens_per_second", "seconds", "step_seconds", "time_to_twin")} == {None}
     text = sweep_table.markdown(rows)
@@ -282,6 +288,32 @@ def test_runs_that_share_a_gpu_tell_no_seconds_and_take_those_of_the_benchmark(t
     unshared = sweep_table.make_rows(members, "s")
     assert unshared[1]["tokens_per_second"] == 128
     assert sweep_table.crossing([(12, -0.1), (16, -0.2)]) == 12, "the shortest run reaches it already"
+
+
+def test_a_loss_is_worth_the_steps_in_which_the_twin_gets_it(tmp_path):
+    """Dense reaches 3.0 in 12 steps and 2.9 in 16, so 2.9 in 12 steps is worth 16, and 3.1 is worth 9."""
+    times = StepTimes("f", "1b", "gpu", {"dense": 1.0, "act24": 0.8})
+    sparse, longer = run_config(phases=((0, "dense"), (0.5, "act24"))), run_config(steps=16)
+    members = [
+        Member("dense", 0, None, tmp_path / "dense-0", run_config(), ("size.gin", "Train.steps = 12")),
+        Member(
+            "dense-16", 0, "dense", tmp_path / "b-0", longer, ("size.gin", "Train.steps = 16", "Train.eval_every = 4")
+        ),
+        Member("better", 0, "dense", tmp_path / "c-0", sparse, ("size.gin", "act24.gin")),
+        Member("worse", 0, "dense", tmp_path / "d-0", sparse, ("size.gin", "other.gin")),
+        Member("alone", 1, "dense", tmp_path / "e-1", sparse, ("size.gin", "act24.gin")),
+    ]
+    for member, loss in zip(members, (3.0, 2.9, 2.9, 3.1, 2.9), strict=True):
+        write_run(member.workdir, member.config, loss)
+    rows = sweep_table.make_rows(members, "s", sweep_table.Clock((times,), shared=True))
+    assert [row["twin_steps"] for row in rows] == [None, None, 16, 9, None]
+    assert [row["twin_steps_train"] for row in rows] == [None, None, 16, 9, None]
+    found = [row["step_times"][0]["time_for_loss"] for row in rows]
+    assert found == [None, None, pytest.approx(0.9 * 12 / 16), pytest.approx(0.9 * 12 / 9), None]
+    assert "| better | 0 | 12 | -0.1000 | 12 | 16 | 16 | 0.900 | 0.900 | 0.675 |" in sweep_table.markdown(rows)
+    assert sweep_table.slope(rows, rows[0]) == pytest.approx(0.1 / math.log(16 / 12))
+    assert sweep_table.slope([rows[0], rows[1] | {"seed": 1}], rows[0]) is None, "of two seeds"
+    assert sweep_table.slope([rows[0], rows[1] | {"val_loss": 3.1}], rows[0]) is None, "longer is no better"
 
 
 def test_an_expert_without_tokens_is_counted_and_the_bar_goes_by_the_experts():

@@ -25,12 +25,16 @@ from train import model
 from train.command import program
 from train.config import load_config
 from train.plot import COLORS, new_figure, pareto_front
+from train.sweep_table import slope
 from train.trace import COMMUNICATION, IDLE, OTHER, PARTS
 from venom_jax import Recipe
 
 SIZES = ("40m", "125m", "1b", "7b")
 RECIPES = {"act24": Recipe.act24(), "all24": Recipe.all24(), "venom E=4 k=1": Recipe.venom(4, 1)}
 _GROUPED = re.compile(r"E=(?P<experts>\d+) D=(?P<d_model>\d+) F=\d+ mode=(?P<mode>\w+) sizes=equal")
+
+LINEAR = 0.02
+"""Differences of the loss below this are drawn to scale, larger ones by their logarithm."""
 
 Row = dict[str, Any]
 
@@ -129,7 +133,8 @@ def read_sweep(path: Path) -> list[Row]:
 def draw_front(rows: Sequence[Row], output: Path) -> None:
     """Loss against the twin's over the run's time of the twin's, for each model whose steps were timed.
 
-    Means over the seeds, and the front of those that none beats in both.
+    Means over the seeds, the front of those that none beats in both, and, where the twin was run in two lengths, what
+    it loses with fewer steps: below that line a recipe wins.
     """
     models = [times["of"] for times in rows[0]["step_times"]]
     figure, axes = new_figure(len(models), height=5 * len(models))
@@ -154,9 +159,15 @@ def _draw_front(rows: Sequence[Row], axes: Any) -> None:
     front = pareto_front(dots)
     axes.plot(*zip(*(dots[i] for i in front), strict=True), color="0.3", linewidth=1, label="none is better in both")
     for i, (name, (time, difference)) in enumerate(zip(names, dots, strict=True)):
-        color = COLORS[0] if i in front else COLORS[1]
+        color, place, side = (COLORS[0], (-5, -5), "right") if i in front else (COLORS[1], (5, 2), "left")
         axes.plot([time], [difference], marker="o", linewidth=0, color=color, markeredgecolor="white")
-        axes.annotate(name, (time, difference), xytext=(5, 4), textcoords="offset points", fontsize="x-small")
+        axes.annotate(name, (time, difference), xytext=place, textcoords="offset points", ha=side, fontsize="x-small")
+    twin = twins[next((row["twin"], row["seed"]) for row in rows if (row["twin"], row["seed"]) in twins)]
+    if (steep := slope(rows, twin)) is not None:
+        axis = np.linspace(min(time for time, _ in dots), 1, 200)
+        axes.plot(axis, -steep * np.log(axis), color="0.6", linestyle="--", label=f"{twin['case']}, fewer steps")
+    axes.set_yscale("symlog", linthresh=LINEAR)
+    axes.yaxis.set_major_formatter("{x:+g}")
     axes.margins(x=0.12)
     axes.set_xlabel("time of the steps, of the dense run's")
     axes.set_ylabel("validation loss against the dense run (nats per token)")

@@ -1,6 +1,7 @@
 """What the runs of a sweep came to: one row a run, as JSON and as Markdown, from what the runs wrote themselves."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from venom_jax import Recipe, StackRecipe
 Record = dict[str, Any]
 Row = dict[str, Any]
 
+_LENGTH = ("Train.steps", "Train.eval_every", "Train.checkpoint_every", "Train.diagnosis_every")
+"""Options in which runs of one recipe may differ: how long it is, and how often it is looked at."""
 _DIAGNOSED = ("dropped_features", "dropped_tokens", "kept_router", "kept_oracle")
 
 
@@ -72,10 +75,14 @@ def make_rows(members: Sequence[Member], sweep: str, clock: Clock = OWN_CLOCK) -
       step_seconds; null where it does not.
     steps_to_twin: steps in which the recipe, lengthened with its schedule, reaches the twin's final loss: between the
       longest run that does not and the shortest one that does, by a straight line; null where none reaches it. Runs
-      that differ in Train.steps only are one recipe's.
+      that differ in their length only are one recipe's.
+    twin_steps, twin_steps_train: the other way round, the steps in which the twin reaches this run's val_loss or
+      train_loss_last_100: on a straight line over the logarithm of the steps, through the twin at the same seed, as
+      steep as between runs of the twin of two lengths; null where there are none.
     step_times: for each model and GPU of `Clock.step_times`, named in `of`, the mean time of the run's steps over that
-      of a dense step there, `step_time`, null where a recipe has not been timed; and `time_to_twin`, steps_to_twin
-      times that over the twin's steps.
+      of a dense step there, `step_time`, null where a recipe has not been timed; `time_to_twin`, steps_to_twin
+      times that over the twin's steps; and `time_for_loss`, the run's steps times that over twin_steps: below 1 the
+      recipe gets further in a given time.
     density and the diagnoses: at the end of the last routed phase, or the last sparse one where none routes;
     load_max, load_min: there, the fullest and emptiest expert of any layer over the fair share, mean of 100 records;
       load_bar: what load_max should not exceed; starved: share of these steps in which some expert got no token.
@@ -97,15 +104,54 @@ def make_rows(members: Sequence[Member], sweep: str, clock: Clock = OWN_CLOCK) -
         if clock.shared:
             rows[-1] |= dict.fromkeys(("tokens_per_second", "seconds", "step_seconds", "time_to_twin"))
     _add_steps_to_twin(rows)
+    _add_twin_steps(rows)
     return rows
+
+
+def recipe_of(row: Row) -> tuple[str, ...]:
+    """The options of a row but its length: the same for the runs of one recipe."""
+    return tuple(option for option in row["options"] if not option.startswith(_LENGTH))
+
+
+def _add_twin_steps(rows: list[Row]) -> None:
+    by_name = {(row["case"], row["seed"]): row for row in rows}
+    for row in rows:
+        twin = by_name.get((row["twin"], row["seed"]))
+        for name, loss in (("twin_steps", "val_loss"), ("twin_steps_train", "train_loss_last_100")):
+            row[name] = None
+            if twin is None or recipe_of(row) == recipe_of(twin):
+                continue
+            steep = slope(rows, twin, loss)
+            if steep is not None:
+                row[name] = round(twin["steps"] * math.exp((twin[loss] - row[loss]) / steep))
+        for times in row["step_times"]:
+            known = times["step_time"] is not None and row["twin_steps"] is not None
+            times["time_for_loss"] = (
+                _rounded(times["step_time"] * row["steps"] / row["twin_steps"], 4) if known else None
+            )
+
+
+def slope(rows: Sequence[Row], of: Row, loss: str = "val_loss") -> float | None:
+    """How much lower a recipe's loss gets where steps grow by a factor of e.
+
+    From the two longest runs of each seed, the mean over the seeds; None where no seed has two lengths, or the longer
+    one is no better.
+    """
+    found = []
+    same = sorted((row for row in rows if recipe_of(row) == recipe_of(of)), key=lambda row: row["steps"])
+    for seed in {row["seed"] for row in same}:
+        points = [(math.log(row["steps"]), row[loss]) for row in same if row["seed"] == seed][-2:]
+        if points[0] < points[-1]:
+            (less, before), (more, after) = points
+            found.append((before - after) / (more - less))
+    return fmean(found) if found and fmean(found) > 0 else None
 
 
 def _add_steps_to_twin(rows: list[Row]) -> None:
     families: dict[Any, list[Row]] = {}
     for row in rows:
         if row["difference"] is not None:
-            options = tuple(option for option in row["options"] if not option.startswith("Train.steps"))
-            families.setdefault((options, row["seed"], row["twin"]), []).append(row)
+            families.setdefault((recipe_of(row), row["seed"], row["twin"]), []).append(row)
     steps_of = {(row["case"], row["seed"]): row["steps"] for row in rows}
     for row in rows:
         row["steps_to_twin"] = None
@@ -264,6 +310,8 @@ _CLOCK = {
     "steps": ("steps", "{:,}"),
     "against its twin": ("difference", "{:+.4f}"),
     "steps to the twin's loss": ("steps_to_twin", "{:,}"),
+    "the twin's steps to this loss": ("twin_steps", "{:,}"),
+    "to this training loss": ("twin_steps_train", "{:,}"),
 }
 _DIAGNOSES = {
     "density": ("density", "{:.1%}"),
@@ -299,9 +347,14 @@ def _clock_table(rows: Sequence[Row]) -> str:
     columns, flat = dict(_CLOCK), [dict(row) for row in rows]
     for i, times in enumerate(rows[0]["step_times"]):
         size = times["of"].split(" on ")[0]
-        columns |= {f"a step, {size}": (f"step {i}", "{:.3f}"), f"to the twin's loss, {size}": (f"twin {i}", "{:.3f}")}
-        for row in flat:
-            row |= {f"step {i}": row["step_times"][i]["step_time"], f"twin {i}": row["step_times"][i]["time_to_twin"]}
+        for column, key in (
+            ("a step", "step_time"),
+            ("to the twin's loss", "time_to_twin"),
+            ("for the loss", "time_for_loss"),
+        ):
+            columns[f"{column}, {size}"] = (f"{key} {i}", "{:.3f}")
+            for row in flat:
+                row[f"{key} {i}"] = row["step_times"][i][key]
     return _table(flat, columns)
 
 
