@@ -8,6 +8,7 @@ import pytest
 
 from tests.trainer import run_config
 from train import memory, model
+from train.bench import parse_recipe, with_phases
 from train.config import Mesh, load_config
 from train.mesh import layout_of
 from train.report import plan
@@ -41,6 +42,26 @@ def test_a_step_of_1b_on_an_h100(bindings, gib):
     """What XLA allots to the compiled step."""
     found = memory.estimate(of_1b(Train_loss_chunks=8, **bindings), 1, 1)
     assert found.total / 2**30 == pytest.approx(gib, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("size", "recipe", "devices", "gib"),
+    [
+        ("1b", "dense", 1, 46.1),
+        ("1b", "act24", 1, 41.2),
+        ("1b", "venom:4:2", 1, 37.7),
+        ("1b", "venom:16:1", 1, 34.4),
+        ("7b-layers", "dense", 1, 37.7),
+        ("7b-layers", "venom:4:1", 1, 31.1),
+        ("1b", "dense", 2, 35.2),
+        ("1b", "venom:4:1", 2, 25.3),
+    ],
+)
+def test_unrolled_layers_take_what_they_took(size, recipe, devices, gib):
+    """2 x 8,192 tokens a device: docs/results/h100/train.json, and docs/results/compiled-memory.json for two."""
+    bindings = ["Data.synthetic = True", f"Train.batch_size = {2 * devices}"]
+    config = with_phases(load_config([f"configs/size/{size}.gin"], bindings), [parse_recipe(recipe)[1]])
+    assert memory.estimate(config, 1, devices).total / 2**30 == pytest.approx(gib, rel=0.06)
 
 
 def test_devices_share_what_is_cut():

@@ -1,9 +1,10 @@
 """What a step takes of a device's memory, reckoned before anything is compiled.
 
 Parameters, the optimizer's state and gradients are exact; the rest is a reckoning of what the layers keep for the
-backward and of the largest arrays that exist for a moment. For a step of 1B (dense, 2 x 8,192 tokens, loss in 8 slices)
-with `Train.remat='dots'` it gives 41.5 GiB, where XLA took 38.5 on an H100; with all layers unrolled and
-`Train.remat='none'` 49.8, where XLA took 46.0 (docs/results/h100/train.json).
+backward and of the largest arrays that exist for a moment. With all layers unrolled and `Train.remat='none'` it is
+within 6 % of what XLA took for 1B and for 7B's layers, dense and sparse, on one H100 (docs/results/h100/train.json),
+and within 7 % of programs compiled for two and four (docs/results/compiled-memory.json). For layers in a loop it is
+rougher: 1B with `Train.remat='dots'` 41.5 GiB, where XLA took 38.5.
 """
 
 import math
@@ -73,10 +74,13 @@ def _activations(config: RunConfig, width: int) -> tuple[int, int]:
     """Bytes a token: kept by a layer, and of one layer's work."""
     d, f, wide = config.model.d_model, config.model.d_ffn, jnp.dtype(config.train.dtype).itemsize
     recipes = [part for recipe in config.schedule.recipes for _, _, part in recipe.parts(config.model.layers)]
-    # y1, or a packed twice at 9/16 of its size, of the neurons that a token computes.
-    hidden = wide * f * max(1.0 if r.is_dense else r.top_k / r.experts * 9 / 8 for r in recipes)
-    everything = 2 * 4 * d + wide * (4 * d + 2 * width) + 2 * hidden
-    unrolled = wide * (5 * d + width) + 2 * hidden  # a loop keeps the norms' float32 and the projections, too
+    # a, or a packed twice at 9/16 of its size, of the neurons that a token computes; without recomputation dense keeps
+    # a^2 as well.
+    shares = [1.0 if recipe.is_dense else recipe.top_k / recipe.experts * 9 / 8 for recipe in recipes]
+    both = [2 * share if recipe.is_dense else share for recipe, share in zip(recipes, shares, strict=True)]
+    hidden, unpruned = wide * f * max(shares), wide * f * max(both)
+    everything = 2 * 4 * d + wide * (4 * d + 2 * width) + unpruned
+    unrolled = wide * (1.5 * d + width) + unpruned  # a loop keeps the norms' float32 and the projections, too
     kept = {
         "none": unrolled if config.train.unroll >= config.model.layers else everything,
         "dots": wide * (3 * d + width) + hidden,  # the input, what heads read and give, and the hidden activations

@@ -7,7 +7,7 @@ The batch is cut over both axes. A large parameter, its moments and its gradient
 | parameter | cut along        | how a device uses it                                                                  |
 |-----------|------------------|--------------------------------------------------------------------------------------|
 | w1, w2    | neurons          | `venom_jax.sharded_ffn`                                                               |
-| qkv, out  | their input side | gathered in the compute dtype when the layer begins, and again in the backward        |
+| qkv, out  | their input side | gathered in the compute dtype for each of the two passes                              |
 | head      | d_model          | gathered for the loss; its gradient is scattered                                      |
 | embedding | d_model          | each device looks up its part of the rows of everybody's tokens; parts are exchanged  |
 """
@@ -53,8 +53,15 @@ class Shards:
         return jax.lax.all_to_all(everybodys, self.axis, split_axis=0, concat_axis=2, tiled=True)
 
     def whole(self, part: Array, name: str, dtype: Any) -> Array:
-        """The parameter of that name in `dtype`, in which it travels; gradients are summed in the part's own dtype."""
-        return _whole(self.axis, part.ndim + CUT[name], jnp.dtype(dtype), part.dtype, part)
+        """The parameter of that name in `dtype`, in which it travels; without a gradient."""
+        return gather(jax.lax.stop_gradient(part).astype(dtype), self.axis, part.ndim + CUT[name])
+
+    def times(self, x: Float[Array, "*B I"], part: Float[Array, "_ _"], name: str) -> Float[Array, "*B O"]:
+        """x times the parameter of that name, which travels in x's dtype, for the gradient once more.
+
+        The parameter's gradient is computed and summed in its own dtype.
+        """
+        return _times(self.axis, part.ndim + CUT[name], x, part)
 
     def own_key(self, key: Array) -> Array:
         """A key of each device's own: rows of the batch do not share their noise."""
@@ -71,20 +78,23 @@ class Shards:
         return jax.lax.psum(tree, AXES)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _whole(axis: str, dimension: int, dtype: Any, master: Any, part: Array) -> Array:
-    return gather(part.astype(dtype), axis, dimension)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _times(axis: str, dimension: int, x: Array, part: Array) -> Array:
+    return x @ gather(part.astype(x.dtype), axis, dimension)
 
 
-def _whole_forward(axis, dimension, dtype, master, part):
-    return _whole(axis, dimension, dtype, master, part), None
+def _times_forward(axis, dimension, x, part):
+    return _times(axis, dimension, x, part), (x, part)
 
 
-def _whole_backward(axis, dimension, dtype, master, _, gradient):
-    return (scatter(gradient.astype(master), axis, dimension),)
+def _times_backward(axis, dimension, residuals, dy):
+    x, part = residuals
+    dx = dy @ gather(part.astype(x.dtype), axis, dimension, after=dy).T
+    gradient = jnp.einsum("...i,...o->io", x, dy, preferred_element_type=part.dtype)
+    return dx, scatter(gradient, axis, dimension)
 
 
-_whole.defvjp(_whole_forward, _whole_backward)
+_times.defvjp(_times_forward, _times_backward)
 
 
 @dataclass(frozen=True)

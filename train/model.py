@@ -41,13 +41,7 @@ def _keep_products(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
     return "dot_product_attention_fwd" in primitive.name or keep(primitive, *shapes, **parameters)
 
 
-def _keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Weights gathered from other devices are gathered again: kept for the backward, they would be whole copies."""
-    return primitive.name != "all_gather"
-
-
 REMAT_POLICIES = {
-    "gathered": _keep_all_but_gathered,
     "dots": _keep_products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -110,13 +104,16 @@ class Attention(nnx.Module):
             self.key_scale = nnx.Param(jnp.ones(config.head_dim, jnp.float32))
 
     def project(
-        self, x: Float[Array, "B S D"], position: Int[Array, "B S"] | Int[Array, ""] | int = 0
+        self,
+        x: Float[Array, "B S D"],
+        position: Int[Array, "B S"] | Int[Array, ""] | int = 0,
+        shards: Shards | None = None,
     ) -> tuple[Float[Array, "B S H h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
         """Queries, keys and values; the first two rotated, x standing at ``position`` as in ``rotary``."""
         config = self.config
         heads, kv_heads = config.heads, config.key_value_heads
         with jax.named_scope("projections"):
-            qkv = x @ self.qkv[...].astype(x.dtype)
+            qkv = _times(x, self.qkv[...], "qkv", shards)
         qkv_BxSxNxh = qkv.reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query, key, value = jnp.split(qkv_BxSxNxh, (heads, heads + kv_heads), axis=2)
         if config.qk_norm:
@@ -147,17 +144,24 @@ class Attention(nnx.Module):
             query, key, value, mask=mask, is_causal=True, implementation=attention_implementation(query.dtype)
         )
 
-    def merge(self, mixed: Float[Array, "B S H h"]) -> Float[Array, "B S D"]:
+    def merge(self, mixed: Float[Array, "B S H h"], shards: Shards | None = None) -> Float[Array, "B S D"]:
         """The output projection of what the heads read."""
         with jax.named_scope("projections"):
-            return mixed.reshape(*mixed.shape[:2], -1) @ self.out[...].astype(mixed.dtype)
+            return _times(mixed.reshape(*mixed.shape[:2], -1), self.out[...], "out", shards)
 
     def __call__(
-        self, x: Float[Array, "B S D"], documents: Documents | None = None, deterministic: bool = False
+        self,
+        x: Float[Array, "B S D"],
+        documents: Documents | None = None,
+        shards: Shards | None = None,
+        deterministic: bool = False,
     ) -> Float[Array, "B S D"]:
-        if documents is None:
-            return self.merge(self.mix(*self.project(x), deterministic=deterministic))
-        return self.merge(self.mix(*self.project(x, documents.position), documents.mask, deterministic))
+        position, mask = (0, None) if documents is None else documents
+        return self.merge(self.mix(*self.project(x, position, shards), mask, deterministic), shards)
+
+
+def _times(x: Float[Array, "*B I"], weight: Array, name: str, shards: Shards | None) -> Float[Array, "*B O"]:
+    return x @ weight.astype(x.dtype) if shards is None else shards.times(x, weight, name)
 
 
 class Block(nnx.Module):
@@ -186,14 +190,14 @@ class Block(nnx.Module):
         packed: PackedWeights | None,
         implementation: Implementation | None,
         documents: Documents | None = None,
-        axis: str | None = None,
+        shards: Shards | None = None,
         deterministic: bool = False,
     ) -> tuple[Float[Array, "B S D"], tuple[FFNStats, Float[Array, "B S D"]]]:
         """The block's output, and what its FFN reports and reads."""
         epsilon = self.config.norm_epsilon
         attention_input = rms_norm(x, self.attention_scale[...], epsilon)
         with jax.named_scope("attention"):
-            mixed = self.attention(attention_input, documents, deterministic)
+            mixed = self.attention(attention_input, documents, shards, deterministic)
         x = x + mixed
         ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
         with jax.named_scope("ffn"):
@@ -204,7 +208,7 @@ class Block(nnx.Module):
                 return_stats=True,
                 key=key,
                 implementation=implementation,
-                axis=axis,
+                axis=None if shards is None else shards.axis,
             )
         return x + y, (stats, ffn_input)
 
@@ -256,19 +260,11 @@ class Decoder(nnx.Module):
 
         def layer(recipe, x, scanned):
             state, layer_key, layer_packed = scanned
-            block = nnx.merge(graphdef, state)
-            if shards is not None:
-                for name in ("qkv", "out"):
-                    part = getattr(block.attention, name)[...]
-                    setattr(block.attention, name, nnx.Param(shards.whole(part, name, dtype)))
-            axis = None if shards is None else shards.axis
-            x, (stats, ffn_input) = block(
-                x, recipe, layer_key, layer_packed, implementation, documents, axis, deterministic
+            x, (stats, ffn_input) = nnx.merge(graphdef, state)(
+                x, recipe, layer_key, layer_packed, implementation, documents, shards, deterministic
             )
             return x, (stats, ffn_input if keep_ffn_inputs else None)
 
-        if remat == "none" and shards is not None:
-            remat = "gathered"
         table = self.embedding[...].astype(dtype)
         x = look_up(table, tokens, deterministic) if shards is None else shards.embed(table, tokens, deterministic)
         found = []

@@ -66,7 +66,8 @@ class Recipe:
        ("transposable", an ablation), so that y1 and dx, or y3 and dy2, read the very same matrix.
     A  `activations`: y3 and dx read activations with two of each four neighbouring neurons kept by magnitude.
        `wgrad`: dW1 and dW2 read the activations pruned two of four along *tokens* ("24"), with the densest 5 % of
-       the features exempt ("split95"), drawn at random and scaled so that no bias is left ("mvue"), or "dense".
+       the features exempt ("split95"; 128 at a time, so none where an expert has fewer than 2,560), drawn at random
+       and scaled so that no bias is left ("mvue"), or "dense".
        `token_order`: fours of tokens far apart ("interleaved") or neighbours ("natural", harmful: ablation only).
        `token_blocks`: form groups and fours inside this many equal blocks of the batch, so that results do not
        depend on how many devices share it.

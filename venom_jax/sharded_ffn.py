@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.array_types import Array, Float, Int
 from venom_jax import packed_ffn
@@ -132,14 +133,15 @@ def _backward(recipe, kernels, axis, residuals, cotangents):
     x, w1, w2, beta, packed, saved = residuals
     dy3 = cotangents[0]
     if kernels is None:
-        second = gather(weight_operand("dy2", recipe, w2, beta, packed, x.dtype), axis, _ROWS)
-        first = gather(weight_operand("dx", recipe, w1, beta, packed, x.dtype), axis, _COLUMNS)
+        second = gather(weight_operand("dy2", recipe, w2, beta, packed, x.dtype), axis, _ROWS, after=dy3)
+        first = gather(weight_operand("dx", recipe, w1, beta, packed, x.dtype), axis, _COLUMNS, after=dy3)
         grouping, a = saved
         dx, dw1, dw2 = masked_backward(recipe, x, second, first, grouping, a, dy3)
     else:
-        sparse_w2 = gather_packed(packed.w2, axis) if packed is not None and "dy2" in recipe.weights else None
-        whole_w2 = w2 if sparse_w2 is not None else _gather_master(w2, axis, _ROWS, x.dtype)
-        whole_w1 = _gather_master(w1, axis, _COLUMNS, x.dtype)
+        has_sparse_w2 = packed is not None and "dy2" in recipe.weights
+        sparse_w2 = gather_packed(packed.w2, axis, after=dy3) if has_sparse_w2 else None
+        whole_w2 = w2 if sparse_w2 is not None else _gather_master(w2, axis, _ROWS, x.dtype, after=dy3)
+        whole_w1 = _gather_master(w1, axis, _COLUMNS, x.dtype, after=dy3)
         dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, whole_w1, whole_w2, sparse_w2, saved, dy3)
     dw1, dw2 = scatter(dw1.astype(w1.dtype), axis, _COLUMNS), scatter(dw2.astype(w2.dtype), axis, _ROWS)
     return through_thresholds(recipe, w1, w2, beta, dx, dw1, dw2)
@@ -163,8 +165,8 @@ def _dense_forward(axis, x, w1, w2):
 def _dense_backward(axis, residuals, cotangents):
     x, w1, w2, a = residuals
     dy3 = cotangents[0]
-    dy1 = 2 * (dy3 @ gather(w2.astype(x.dtype), axis, _ROWS).T) * a
-    dx = dy1 @ gather(w1.astype(x.dtype), axis, _COLUMNS).T
+    dy1 = 2 * (dy3 @ gather(w2.astype(x.dtype), axis, _ROWS, after=dy3).T) * a
+    dx = dy1 @ gather(w1.astype(x.dtype), axis, _COLUMNS, after=dy3).T
     dw1 = jnp.dot(x.T, dy1, preferred_element_type=w1.dtype)
     dw2 = jnp.dot((a * a).T, dy3, preferred_element_type=w2.dtype)
     return dx, scatter(dw1, axis, _COLUMNS), scatter(dw2, axis, _ROWS)
@@ -173,32 +175,43 @@ def _dense_backward(axis, residuals, cotangents):
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
-def gather(part: Array, axis: str, dimension: int) -> Array:
-    """The parts of all devices of a mesh axis, one behind the other."""
+def gather(part: Array, axis: str, dimension: int, *, after: Array | None = None) -> Array:
+    """The parts of all devices of a mesh axis, one behind the other.
+
+    after: an array without which the exchange does not begin.  A backward gives its cotangent: XLA would otherwise see
+      that the forward has gathered the same, and keep the whole weights of all layers for it.
+    """
     if jax.lax.axis_size(axis) == 1:
         return part
+    if after is not None:
+        part, _ = jax.lax.optimization_barrier((part, after))
     return jax.lax.all_gather(part, axis, axis=dimension, tiled=True)
 
 
 def scatter(whole: Array, axis: str, dimension: int) -> Array:
-    """This device's part of the sum over the devices of a mesh axis."""
+    """This device's part of the sum over the devices of a mesh axis.
+
+    The exchange puts the dimension that it cuts first.  Left so, the optimizer's update of the part would go elsewhere
+    and be copied back, moments included; the part is turned around here, which moves a sixth of that.
+    """
     if jax.lax.axis_size(axis) == 1:
         return whole
-    return jax.lax.psum_scatter(whole, axis, scatter_dimension=dimension, tiled=True)
+    part = jax.lax.psum_scatter(whole, axis, scatter_dimension=dimension, tiled=True)
+    return with_layout_constraint(part, Layout(tuple(range(part.ndim))))
 
 
-def _gather_master(part: Array, axis: str, dimension: int, dtype: Any) -> Array:
+def _gather_master(part: Array, axis: str, dimension: int, dtype: Any, *, after: Array | None = None) -> Array:
     """The whole weight with the values it has in the compute dtype, in which it travels, as an array of its own dtype.
 
     XLA drops the widening: whoever reads the result narrows it again.
     """
-    return gather(part.astype(dtype), axis, dimension).astype(part.dtype)
+    return gather(part.astype(dtype), axis, dimension, after=after).astype(part.dtype)
 
 
-def gather_packed(part: Sparse24, axis: str) -> Sparse24:
-    """Rows of a packed matrix are neurons, whichever axis of the logical matrix they are."""
+def gather_packed(part: Sparse24, axis: str, *, after: Array | None = None) -> Sparse24:
+    """Rows of a packed matrix are neurons, whichever axis of the logical matrix they are; ``after`` as for `gather`."""
     neurons = 1 - part.axis
     shape = [*part.shape]
     shape[neurons] *= jax.lax.axis_size(axis)
-    values, metadata = gather(part.values, axis, 0), gather(part.metadata, axis, 0)
+    values, metadata = (gather(array, axis, 0, after=after) for array in (part.values, part.metadata))
     return Sparse24(values, metadata, (shape[0], shape[1]), part.axis)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import device
 from tests.helpers import assert_close
+from train.mesh import Shards
 from venom_jax import Recipe, router, sparse_ffn
 from venom_jax.ffn import _sparse, pack_weights
 from venom_jax.sharded_ffn import _sparse as _sharded
@@ -101,8 +102,15 @@ def test_sharded_equals_whole(name):
         assert_close(out, reference)
 
 
+def bytes_after_gathers(function, *arrays):
+    """What a device has after the all-gathers of the compiled program, where they are of 16 bits."""
+    text = jax.jit(function).lower(*arrays).compile().as_text() or ""
+    found = re.findall(r"= (\w)(\d+)\[([\d,]*)\]\S* all-gather\(", text)
+    return sum(int(bits) // 8 * math.prod(map(int, shape.split(","))) for _, bits, shape in found)
+
+
 def gathered_bytes(mesh, recipe, *, backward):
-    """Bytes that a device has after the all-gathers of the compiled program, which computes in 16 bits."""
+    """Of the layer, by itself or with its gradients."""
     run = sharded_function(mesh, recipe, None if recipe.is_dense else "reference", pack=bool(recipe.weights))
 
     def results(*arrays):
@@ -110,19 +118,37 @@ def gathered_bytes(mesh, recipe, *, backward):
         return (y, density, *gradients) if backward else y
 
     # float16: the CPU's compiler would move bfloat16 as float32.
-    text = jax.jit(results).lower(*place(mesh, *inputs(jnp.float16))).compile().as_text() or ""
-    found = re.findall(r"= (\w)(\d+)\[([\d,]*)\]\S* all-gather\(", text)
-    return sum(int(bits) // 8 * math.prod(map(int, shape.split(","))) for _, bits, shape in found)
+    return bytes_after_gathers(results, *place(mesh, *inputs(jnp.float16)))
 
 
 def test_all_gathers_move_25_of_32_bytes_in_each_pass():
     mesh = mesh_of(2, 4)
     dense = gathered_bytes(mesh, Recipe.dense(), backward=False)
     assert dense == 2 * 2 * D * F
+    assert gathered_bytes(mesh, Recipe.dense(), backward=True) == 2 * dense, "gathered again, not kept"
     recipe = Recipe.all24(token_blocks=8)
     forward = gathered_bytes(mesh, recipe, backward=False)
     assert forward * 32 == 25 * dense
     assert gathered_bytes(mesh, recipe, backward=True) - forward == forward
+
+
+def test_projections_gather_their_weight_once_in_each_pass():
+    mesh, shards = mesh_of(2, 4), Shards()
+    x, w, _, dy = inputs()
+    w, dy = w[:, :D], dy.astype(jnp.float32)
+
+    def part(x, w, dy):
+        y, vjp = jax.vjp(lambda x, w: shards.times(x, w, "qkv"), x, w)
+        dx, dw = vjp(dy)
+        return y, dx, jax.lax.psum(dw, "data")
+
+    specs = (BATCH, ROWS, BATCH)
+    run = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=(BATCH, BATCH, ROWS), check_vma=False)
+    with jax.default_matmul_precision("highest"):
+        y, vjp = jax.vjp(jnp.matmul, x, w)
+        for out, reference in zip(jax.jit(run)(x, w, dy), (y, *vjp(dy)), strict=True):
+            assert_close(out, reference)
+    assert bytes_after_gathers(run, x.astype(jnp.float16), w, dy.astype(jnp.float16)) == 2 * 2 * D * D
 
 
 @pytest.mark.parametrize("recipe", [Recipe.all24(), Recipe.venom(4, 1)], ids=["all24", "venom"])
