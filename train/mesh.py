@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from train.config import RunConfig
 from train.embedding import look_up
 from venom_jax import LayerRecipes, StackRecipe
-from venom_jax.sharded_ffn import gather, local_recipe, scatter
+from venom_jax.sharded_ffn import gather, in_order, local_recipe, scatter
 
 DATA, FSDP = AXES = ("data", "fsdp")
 ROWS = P(AXES)
@@ -50,7 +50,9 @@ class Shards:
         if jax.lax.axis_size(self.axis) == 1:
             return look_up(part, tokens, deterministic)
         everybodys = look_up(part, gather(tokens, self.axis, 0), deterministic)
-        return jax.lax.all_to_all(everybodys, self.axis, split_axis=0, concat_axis=2, tiled=True)
+        rows = jax.lax.all_to_all(everybodys, self.axis, split_axis=0, concat_axis=2, tiled=True)
+        # As the parts come, D would be the slowest axis, and XLA would leave the whole residual stream so.
+        return in_order(rows)
 
     def whole(self, part: Array, name: str, dtype: Any) -> Array:
         """The parameter of that name in `dtype`, in which it travels; without a gradient."""
@@ -89,7 +91,7 @@ def _times_forward(axis, dimension, x, part):
 
 def _times_backward(axis, dimension, residuals, dy):
     x, part = residuals
-    dx = dy @ gather(part.astype(x.dtype), axis, dimension, after=dy).T
+    dx = dy @ gather(part.astype(x.dtype), axis, dimension, after=x).T
     gradient = jnp.einsum("...i,...o->io", x, dy, preferred_element_type=part.dtype)
     return dx, scatter(gradient, axis, dimension)
 

@@ -133,15 +133,15 @@ def _backward(recipe, kernels, axis, residuals, cotangents):
     x, w1, w2, beta, packed, saved = residuals
     dy3 = cotangents[0]
     if kernels is None:
-        second = gather(weight_operand("dy2", recipe, w2, beta, packed, x.dtype), axis, _ROWS, after=dy3)
-        first = gather(weight_operand("dx", recipe, w1, beta, packed, x.dtype), axis, _COLUMNS, after=dy3)
+        second = gather(weight_operand("dy2", recipe, w2, beta, packed, x.dtype), axis, _ROWS, after=x)
+        first = gather(weight_operand("dx", recipe, w1, beta, packed, x.dtype), axis, _COLUMNS, after=x)
         grouping, a = saved
         dx, dw1, dw2 = masked_backward(recipe, x, second, first, grouping, a, dy3)
     else:
         has_sparse_w2 = packed is not None and "dy2" in recipe.weights
-        sparse_w2 = gather_packed(packed.w2, axis, after=dy3) if has_sparse_w2 else None
-        whole_w2 = w2 if sparse_w2 is not None else _gather_master(w2, axis, _ROWS, x.dtype, after=dy3)
-        whole_w1 = _gather_master(w1, axis, _COLUMNS, x.dtype, after=dy3)
+        sparse_w2 = gather_packed(packed.w2, axis, after=x) if has_sparse_w2 else None
+        whole_w2 = w2 if sparse_w2 is not None else _gather_master(w2, axis, _ROWS, x.dtype, after=x)
+        whole_w1 = _gather_master(w1, axis, _COLUMNS, x.dtype, after=x)
         dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, whole_w1, whole_w2, sparse_w2, saved, dy3)
     dw1, dw2 = scatter(dw1.astype(w1.dtype), axis, _COLUMNS), scatter(dw2.astype(w2.dtype), axis, _ROWS)
     return through_thresholds(recipe, w1, w2, beta, dx, dw1, dw2)
@@ -165,8 +165,8 @@ def _dense_forward(axis, x, w1, w2):
 def _dense_backward(axis, residuals, cotangents):
     x, w1, w2, a = residuals
     dy3 = cotangents[0]
-    dy1 = 2 * (dy3 @ gather(w2.astype(x.dtype), axis, _ROWS, after=dy3).T) * a
-    dx = dy1 @ gather(w1.astype(x.dtype), axis, _COLUMNS, after=dy3).T
+    dy1 = 2 * (dy3 @ gather(w2.astype(x.dtype), axis, _ROWS, after=x).T) * a
+    dx = dy1 @ gather(w1.astype(x.dtype), axis, _COLUMNS, after=x).T
     dw1 = jnp.dot(x.T, dy1, preferred_element_type=w1.dtype)
     dw2 = jnp.dot((a * a).T, dy3, preferred_element_type=w2.dtype)
     return dx, scatter(dw1, axis, _COLUMNS), scatter(dw2, axis, _ROWS)
@@ -178,8 +178,8 @@ _dense.defvjp(_dense_forward, _dense_backward)
 def gather(part: Array, axis: str, dimension: int, *, after: Array | None = None) -> Array:
     """The parts of all devices of a mesh axis, one behind the other.
 
-    after: an array without which the exchange does not begin.  A backward gives its cotangent: XLA would otherwise see
-      that the forward has gathered the same, and keep the whole weights of all layers for it.
+    after: an array without which the exchange does not begin.  A backward gives its layer's input: XLA would otherwise
+      see that the forward has gathered the same, and keep the whole weights of all layers for it.
     """
     if jax.lax.axis_size(axis) == 1:
         return part
@@ -196,8 +196,12 @@ def scatter(whole: Array, axis: str, dimension: int) -> Array:
     """
     if jax.lax.axis_size(axis) == 1:
         return whole
-    part = jax.lax.psum_scatter(whole, axis, scatter_dimension=dimension, tiled=True)
-    return with_layout_constraint(part, Layout(tuple(range(part.ndim))))
+    return in_order(jax.lax.psum_scatter(whole, axis, scatter_dimension=dimension, tiled=True))
+
+
+def in_order(x: Array) -> Array:
+    """x, laid out in memory with its last axis fastest, which XLA need not do by itself."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _gather_master(part: Array, axis: str, dimension: int, dtype: Any, *, after: Array | None = None) -> Array:
