@@ -151,6 +151,18 @@ def test_projections_gather_their_weight_once_in_each_pass():
     assert bytes_after_gathers(run, x.astype(jnp.float16), w, dy.astype(jnp.float16)) == 2 * 2 * D * D
 
 
+def test_what_an_exchange_has_turned_is_turned_back_at_once():
+    """Or XLA would leave the embedding's rows, and all after them, with the features slowest, and copy W1's update."""
+    tokens, table = jnp.zeros((8, 16), jnp.int32), jnp.zeros((32, 8))
+    embed = functools.partial(jax.shard_map, mesh=mesh_of(2, 4), check_vma=False)(
+        Shards().embed, in_specs=(P(None, "fsdp"), BATCH), out_specs=BATCH
+    )
+    in_order = re.compile(r"@LayoutConstraint\(.*result_layouts = \[dense<\[([\d, ]*)\]>")
+    assert in_order.findall(jax.jit(embed).lower(table, tokens).as_text()) == ["2, 1, 0"]
+    layer = sharded_function(mesh_of(2, 4), Recipe.dense(), None)
+    assert in_order.findall(layer.lower(*place(mesh_of(2, 4), *inputs())).as_text()) == ["1, 0"] * 2
+
+
 @pytest.mark.parametrize("recipe", [Recipe.all24(), Recipe.venom(4, 1)], ids=["all24", "venom"])
 def test_kernels_lower_under_a_mesh(recipe, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
