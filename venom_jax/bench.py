@@ -80,7 +80,7 @@ def stages(recipe: Recipe, x, w1, w2, dy) -> dict[str, tuple[Callable[..., Any],
     rows = jax.jit(order.enter)(x)
     sparse = (None, None) if weights is None else (weights.w1, weights.w2)
     along = {"features": recipe.activations, "tokens": recipe.wgrad == "24"}
-    pack = functools.partial(order.pack_hidden, **along)
+    pack = functools.partial(order.pack_hidden, by_neuron=False, **along)
     packed = jax.jit(pack)(rows, sparse[0], w1)
     features, along_tokens = packed.features, packed.tokens
     y3 = jax.jit(lambda p, w: order.back(p, None, w, k_major=False))(features, w2)

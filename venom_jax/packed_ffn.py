@@ -96,11 +96,14 @@ class TokenRows:
         return grouped.columns(sparse.values, sparse.metadata, rows, self.grouping.expert_sizes, **options)
 
     def pack_hidden(
-        self, rows: Array, sparse: Sparse24 | None, dense: Array, *, features: bool, tokens: bool
+        self, rows: Array, sparse: Sparse24 | None, dense: Array, *, by_neuron: bool, features: bool, tokens: bool
     ) -> api.PackedActivations:
-        """`pack_activations` of rows times the weight [D, F] of each row's expert, which is never in memory."""
+        """`pack_activations` of rows times the weight of each row's expert, [D, F] or, `by_neuron`, [F, D].
+
+        The product is never in memory.
+        """
         weights, options = self._weights(sparse, dense)
-        along = {"features": features, "tokens": tokens, "transposed": sparse is None}
+        along = {"features": features, "tokens": tokens, "transposed": sparse is None and not by_neuron}
         return product.pack_product(weights, rows, self._sizes, **along, **options)
 
     def take_hidden(
@@ -167,18 +170,20 @@ def forward(
     w2: Array,
     sparse_w1: Sparse24 | None,
     grouping: Grouping | None,
+    *,
+    by_neuron: bool = False,
 ) -> tuple[Array, Array, Residuals]:
     """y3 [T, D], the density of a, and residuals.
 
-    w1, w2: the masters. sparse_w1: given where y1 reads W1 2:4.
+    w1, w2: the masters; w1 is [F, D] if `by_neuron`. sparse_w1: given where y1 reads W1 2:4.
     """
     order = TokenRows(recipe, grouping, x.shape[0], implementation)
     rows, dense = order.enter(x), None
     along = {"features": recipe.activations, "tokens": recipe.wgrad == "24" and recipe.token_copy == "kept"}
     if recipe.activations:
-        packed = order.pack_hidden(rows, sparse_w1, w1.astype(x.dtype), **along)
+        packed = order.pack_hidden(rows, sparse_w1, w1.astype(x.dtype), by_neuron=by_neuron, **along)
     else:
-        y1 = order.hidden(rows, sparse_w1, w1.astype(x.dtype))
+        y1 = order.hidden(rows, sparse_w1, (w1.T if by_neuron else w1).astype(x.dtype))
         packed = api.pack_activations(y1, **along, interleaved=order.interleaved, implementation=implementation)
         dense = None if recipe.activations else jax.nn.relu(y1)
     density = packed.positives / (x.shape[0] * recipe.top_k * (w2.shape[0] // recipe.experts))
@@ -197,10 +202,12 @@ def backward(
     sparse_w2: Sparse24 | None,
     residuals: Residuals,
     dy3: Array,
+    *,
+    by_neuron: bool = False,
 ) -> tuple[Array, Array, Array]:
     """dx in x's dtype, and dW1 [D, F], dW2 [F, D] in the masters' dtypes, before any gradient through the threshold.
 
-    w1, w2: the masters.
+    w1, w2: the masters. by_neuron: w1 and dW1 are [F, D].
     """
     grouping, dense, features, tokens = residuals
     order = TokenRows(recipe, grouping, x.shape[0], implementation)
@@ -219,15 +226,15 @@ def backward(
         dy2, options = order.hidden(dy3_rows, sparse_w2, w2.astype(x.dtype).T), {"interleaved": order.interleaved}
         taken = api.take_activations(dy2, features, tokens, **options, implementation=implementation)
         dense_dy1 = None if dense is None else 2 * dy2 * dense
-    dx = order.leave(order.back(taken.features, dense_dy1, w1.astype(x.dtype), k_major=True), x.dtype)
+    dx = order.leave(order.back(taken.features, dense_dy1, w1.astype(x.dtype), k_major=not by_neuron), x.dtype)
 
     if tokens is None:
         assert dense is not None
         dw2 = order.over_tokens(None, dense * dense, dy3_rows, w2.dtype, transpose=False)
-        dw1 = order.over_tokens(None, dense_dy1, rows, w1.dtype, transpose=True)
+        dw1 = order.over_tokens(None, dense_dy1, rows, w1.dtype, transpose=not by_neuron)
     else:
         dw2 = order.over_tokens(taken.squared, None, dy3_rows, w2.dtype, transpose=False)
-        dw1 = order.over_tokens(taken.tokens, None, rows, w1.dtype, transpose=True)
+        dw1 = order.over_tokens(taken.tokens, None, rows, w1.dtype, transpose=not by_neuron)
     return dx, dw1, dw2
 
 

@@ -122,10 +122,12 @@ def _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
         packed = pack_weights(w1, w2, beta, dtype=x.dtype, implementation=kernels)
     sparse_w1 = gather_packed(packed.w1, axis) if packed is not None and "y1" in recipe.weights else None
     # Where the packed operand stands in, the dense one is not read.
-    whole_w1 = w1 if sparse_w1 is not None else _gather_master(w1, axis, _COLUMNS, x.dtype)
+    by_neuron = jax.lax.axis_size(axis) > 1
+    whole_w1 = w1 if sparse_w1 is not None else _gather_w1(w1, axis, x.dtype)
     grouping = rows_of_kernels(recipe, route, x.shape[0], kernels)
     whole_w2 = _gather_master(w2, axis, _ROWS, x.dtype)
-    y3, density, saved = packed_ffn.forward(recipe, kernels, x, whole_w1, whole_w2, sparse_w1, grouping)
+    operands = (whole_w1, whole_w2, sparse_w1, grouping)
+    y3, density, saved = packed_ffn.forward(recipe, kernels, x, *operands, by_neuron=by_neuron)
     return (y3, density), (x, w1, w2, beta, packed, saved)
 
 
@@ -141,8 +143,9 @@ def _backward(recipe, kernels, axis, residuals, cotangents):
         has_sparse_w2 = packed is not None and "dy2" in recipe.weights
         sparse_w2 = gather_packed(packed.w2, axis, after=x) if has_sparse_w2 else None
         whole_w2 = w2 if sparse_w2 is not None else _gather_master(w2, axis, _ROWS, x.dtype, after=x)
-        whole_w1 = _gather_master(w1, axis, _COLUMNS, x.dtype, after=x)
-        dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, whole_w1, whole_w2, sparse_w2, saved, dy3)
+        operands, by_neuron = (_gather_w1(w1, axis, x.dtype, after=x), whole_w2), jax.lax.axis_size(axis) > 1
+        dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, *operands, sparse_w2, saved, dy3, by_neuron=by_neuron)
+        dw1 = dw1.T if by_neuron else dw1
     dw1, dw2 = scatter(dw1.astype(w1.dtype), axis, _COLUMNS), scatter(dw2.astype(w2.dtype), axis, _ROWS)
     return through_thresholds(recipe, w1, w2, beta, dx, dw1, dw2)
 
@@ -210,6 +213,13 @@ def _gather_master(part: Array, axis: str, dimension: int, dtype: Any, *, after:
     XLA drops the widening: whoever reads the result narrows it again.
     """
     return gather(part.astype(dtype), axis, dimension, after=after).astype(part.dtype)
+
+
+def _gather_w1(part: Array, axis: str, dtype: Any, *, after: Array | None = None) -> Array:
+    """W1 as `_gather_master` has it; [F, D] where there is something to gather, as its parts then come one by one."""
+    if jax.lax.axis_size(axis) == 1:
+        return part
+    return _gather_master(part.T, axis, 0, dtype, after=after)
 
 
 def gather_packed(part: Sparse24, axis: str, *, after: Array | None = None) -> Sparse24:

@@ -85,6 +85,7 @@ FORMS = {
         None,
     ),
     "act24 packed": (Recipe.act24(wgrad="dense"), "reference"),
+    "one weight packed, activations dense": (Recipe(weights=("dy2",)), "reference"),
     "all24 packed, blocks": (Recipe.all24(**EIGHT_BLOCKS), "reference"),
     "venom k=1 packed, blocks": (Recipe.venom(4, 1, **EIGHT_BLOCKS), "reference"),
     "venom k=2 packed": (Recipe.venom(4, 2, wgrad="dense"), "reference"),
