@@ -42,6 +42,8 @@ class Shards:
     """What a device does inside `jax.shard_map` to work with the others; `axis` is the mesh axis of the weights."""
 
     axis: str = FSDP
+    by_layer: bool = False
+    """Whether the gradients of a layer are summed over `data` in the backward, which goes on with the next layer."""
 
     def embed(
         self, part: Float[Array, "V Dn"], tokens: Int[Array, "B S"], deterministic: bool = False
@@ -69,15 +71,32 @@ class Shards:
         """A key of each device's own: rows of the batch do not share their noise."""
         return jax.random.fold_in(key, jax.lax.axis_index(AXES))
 
+    def of_layer(self, part: Array) -> Array:
+        """A cut parameter as a layer reads it: its gradient is summed over `data` there, if `by_layer`."""
+        return _summed_over_data(part) if self.by_layer and jax.lax.axis_size(DATA) > 1 else part
+
     def total_gradients(self, grads: Any) -> Any:
         """Sums over the devices that hold the same part: scattering has summed what is cut over the others."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, g: jax.lax.psum(g, AXES if _spec(path, g) == P() else DATA), grads
-        )
+
+        def total(path, gradient):
+            if _spec(path, gradient) == P():
+                return jax.lax.psum(gradient, AXES)
+            done = self.by_layer and jax.tree_util.keystr(path[:1], simple=True) == "blocks"
+            return gradient if done else jax.lax.psum(gradient, DATA)
+
+        return jax.tree_util.tree_map_with_path(total, grads)
 
     def total(self, tree: Any) -> Any:
         """Sums over all devices."""
         return jax.lax.psum(tree, AXES)
+
+
+@jax.custom_vjp
+def _summed_over_data(part: Array) -> Array:
+    return part
+
+
+_summed_over_data.defvjp(lambda part: (part, None), lambda _, gradient: (jax.lax.psum(gradient, DATA),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,6 +1,7 @@
 """One optimizer step, one evaluation, one diagnosis: pure functions of a state and tokens."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -86,6 +87,8 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
     in ``Train.accumulation`` microbatches, which share weights that are thresholded and packed once.
     """
     shards, devices = layout.shards, layout.devices
+    if shards is not None:  # microbatches are added up first
+        shards = replace(shards, by_layer=config.train.accumulation == 1)
 
     def microbatch(params, method, packed, tokens, key, *, recipe):
         def loss(params):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import pytest
 
 from tests.helpers import assert_close
 from tests.trainer import run_config
@@ -18,15 +19,17 @@ BATCH = np.random.default_rng(5).integers(0, 300, (16, 17), np.int32)
 RECIPE = Recipe.all24(token_blocks=8)
 
 
-def test_gradients_equal_those_of_one_device():
-    """In microbatches and slices of the loss, recomputed, with a tied head; test_sharded_ffn has all the recipes."""
+@pytest.mark.parametrize(
+    "options", [{"accumulation": 2, "remat": "full"}, {"unroll": 2}], ids=["microbatches, recomputed", "unrolled"]
+)
+def test_gradients_equal_those_of_one_device(options):
+    """In slices of the loss, with a tied head; test_sharded_ffn has all the recipes."""
     config = run_config(
         shape={"tied_head": True},
         phases=((0, RECIPE),),
         batch_size=16,
-        accumulation=2,
         loss_chunks=2,
-        remat="full",
+        **options,
     )
     config = replace(config, mesh=Mesh(data=2, fsdp=4))
     graphdef, key, results = model.structure(config.model, config.max_experts), jax.random.key(1), []
