@@ -157,6 +157,25 @@ def test_a_run_that_outlived_its_sweep_keeps_its_gpu_until_it_ends(tmp_path, mon
     assert started == [("b-0", "2")]
 
 
+def test_a_run_that_another_sweep_began_at_the_same_moment_is_waited_for(tmp_path, monkeypatch):
+    """It is free when this sweep looks, held when its own process has failed and at the next look, then finished."""
+    monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: "")
+    (run,) = fakes(tmp_path, "broken")
+    run.member.workdir.mkdir()
+    held = [False, True, True]
+
+    def is_held(workdir):
+        if not held:
+            (workdir / "metrics.jsonl").write_text('{"kind": "end", "step": 12}')
+        return held.pop(0) if held else False
+
+    monkeypatch.setattr(sweep, "_is_held", is_held)
+    found = sweep.Sweep([sweep.Sheet("s", (run,), tmp_path)], [], per_device=1)
+    assert found.run()
+    assert not found.failed
+    assert not held
+
+
 def test_several_sweeps_take_turns_and_keep_their_folders(tmp_path, monkeypatch):
     collected = []
     monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: collected.append((self.name, clock.shared)) or "")

@@ -221,7 +221,8 @@ class Sweep:
                 for process in [process for process in self._active if process.poll() is not None]:
                     run, gpu = self._active.pop(process)
                     self._free.append(gpu)
-                    self._end(run, process.returncode, progress)
+                    if self._end(run, process.returncode, progress):
+                        waiting.insert(0, run)
                 if time.monotonic() - looked > 5:
                     looked = time.monotonic()
                     done |= {run.member.workdir: run.steps_done() for run, _ in self._active.values()}
@@ -276,15 +277,19 @@ class Sweep:
         self._active[process] = (run, gpu)
         progress.say(f"{self._name(run)} begins{f' on GPU {gpu}' if gpu else ''}, process {process.pid}")
 
-    def _end(self, run: SweepRun, code: int, progress: Progress) -> None:
+    def _end(self, run: SweepRun, code: int, progress: Progress) -> bool:
+        """Whether it is to be waited for: another sweep on the same folder has begun it at the same moment."""
         log = self._file(run, ".txt")
         last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
         if run.is_finished():
             self._home[run.member.workdir].collect(self._clock)
             progress.say(f"{self._name(run)}: {last}")
+        elif _is_held(run.member.workdir):
+            return True
         elif not self._stopping:
             self.failed[self._name(run)] = code
             progress.say(f"{self._name(run)} failed with exit code {code}: {last} ({log})")
+        return False
 
     def _status(self, waiting: Sequence[SweepRun]) -> str:
         running = ", ".join(f"{self._name(run)} {run.steps_done()}" for run, _ in self._active.values())
