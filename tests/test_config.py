@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gin
 import pytest
 
 from tests.trainer import gin_bindings, run_config
@@ -113,7 +112,6 @@ def test_python_configs_ignore_gin():
     load_config(["configs/size/tiny.gin"], [*DATA, "Optimizer.b1 = 0.5"])
     assert Optimizer().b1 == 0.9
     assert run_config().optimizer.b1 == 0.9
-    gin.clear_config()
 
 
 @pytest.mark.parametrize(

@@ -136,13 +136,19 @@ def draw_front(rows: Sequence[Row], output: Path) -> None:
     Means over the seeds, the front of those that none beats in both, and, where the twin was run in two lengths, what
     it loses with fewer steps: below that line a recipe wins.
     """
-    models = [times["of"] for times in rows[0]["step_times"]]
+    models = [[row | times for row in rows if (times := row["step_times"][i])["step_time"]] for i in _models(rows)]
     figure, axes = new_figure(len(models), height=5 * len(models))
-    for i, (name, one) in enumerate(zip(models, np.atleast_1d(axes), strict=True)):
-        _draw_front([row | row["step_times"][i] for row in rows if row["step_times"][i]["step_time"]], one)
-        one.set_title(f"times of {name}", fontsize="small", loc="left")
+    for timed, one in zip(models, np.atleast_1d(axes), strict=True):
+        _draw_front(timed, one)
+        one.set_title(f"times of {timed[0]['of']}", fontsize="small", loc="left")
         one.tick_params(labelbottom=True)
     _save(figure, output)
+
+
+def _models(rows: Sequence[Row]) -> list[int]:
+    """Those for which a run that has a twin was timed."""
+    found = range(len(rows[0]["step_times"]))
+    return [i for i in found if any(row["twin"] and row["step_times"][i]["step_time"] for row in rows)]
 
 
 def _draw_front(rows: Sequence[Row], axes: Any) -> None:

@@ -71,9 +71,13 @@ class Shards:
         """A key of each device's own: rows of the batch do not share their noise."""
         return jax.random.fold_in(key, jax.lax.axis_index(AXES))
 
-    def of_layer(self, part: Array) -> Array:
-        """A cut parameter as a layer reads it: its gradient is summed over `data` there, if `by_layer`."""
-        return _summed_over_data(part) if self.by_layer and jax.lax.axis_size(DATA) > 1 else part
+    def of_layer(self, state: Any) -> Any:
+        """A layer's nnx state as it reads it: gradients of what is cut are summed over `data` there, if `by_layer`."""
+        if not self.by_layer or jax.lax.axis_size(DATA) == 1:
+            return state
+        return jax.tree_util.tree_map_with_path(  # the last key of a path is that of a variable's value
+            lambda path, leaf: leaf if _spec(path[:-1], leaf) == P() else _summed_over_data(leaf), state
+        )
 
     def total_gradients(self, grads: Any) -> Any:
         """Sums over the devices that hold the same part: scattering has summed what is cut over the others."""

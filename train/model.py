@@ -41,9 +41,6 @@ def _keep_products(primitive: Any, *shapes: Any, **parameters: Any) -> Any:
     return "dot_product_attention_fwd" in primitive.name or keep(primitive, *shapes, **parameters)
 
 
-CUT_IN_LAYERS = (("attention", "qkv"), ("attention", "out"), ("ffn", "w1"), ("ffn", "w2"))
-"""Modules and parameters of a block that `train.mesh` cuts over devices."""
-
 REMAT_POLICIES = {
     "dots": _keep_products,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -263,11 +260,7 @@ class Decoder(nnx.Module):
 
         def layer(recipe, x, scanned):
             state, layer_key, layer_packed = scanned
-            block = nnx.merge(graphdef, state)
-            if shards is not None:
-                for module, name in CUT_IN_LAYERS:
-                    owner = getattr(block, module)
-                    setattr(owner, name, nnx.Param(shards.of_layer(getattr(owner, name)[...])))
+            block = nnx.merge(graphdef, state if shards is None else shards.of_layer(state))
             x, (stats, ffn_input) = block(
                 x, recipe, layer_key, layer_packed, implementation, documents, shards, deterministic
             )

@@ -122,12 +122,11 @@ def _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
         packed = pack_weights(w1, w2, beta, dtype=x.dtype, implementation=kernels)
     sparse_w1 = gather_packed(packed.w1, axis) if packed is not None and "y1" in recipe.weights else None
     # Where the packed operand stands in, the dense one is not read.
-    by_neuron = jax.lax.axis_size(axis) > 1
     whole_w1 = w1 if sparse_w1 is not None else _gather_w1(w1, axis, x.dtype)
     grouping = rows_of_kernels(recipe, route, x.shape[0], kernels)
     whole_w2 = _gather_master(w2, axis, _ROWS, x.dtype)
     operands = (whole_w1, whole_w2, sparse_w1, grouping)
-    y3, density, saved = packed_ffn.forward(recipe, kernels, x, *operands, by_neuron=by_neuron)
+    y3, density, saved = packed_ffn.forward(recipe, kernels, x, *operands, by_neuron=_is_cut(axis))
     return (y3, density), (x, w1, w2, beta, packed, saved)
 
 
@@ -143,9 +142,9 @@ def _backward(recipe, kernels, axis, residuals, cotangents):
         has_sparse_w2 = packed is not None and "dy2" in recipe.weights
         sparse_w2 = gather_packed(packed.w2, axis, after=x) if has_sparse_w2 else None
         whole_w2 = w2 if sparse_w2 is not None else _gather_master(w2, axis, _ROWS, x.dtype, after=x)
-        operands, by_neuron = (_gather_w1(w1, axis, x.dtype, after=x), whole_w2), jax.lax.axis_size(axis) > 1
-        dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, *operands, sparse_w2, saved, dy3, by_neuron=by_neuron)
-        dw1 = dw1.T if by_neuron else dw1
+        operands = (_gather_w1(w1, axis, x.dtype, after=x), whole_w2, sparse_w2, saved)
+        dx, dw1, dw2 = packed_ffn.backward(recipe, kernels, x, *operands, dy3, by_neuron=_is_cut(axis))
+        dw1 = dw1.T if _is_cut(axis) else dw1
     dw1, dw2 = scatter(dw1.astype(w1.dtype), axis, _COLUMNS), scatter(dw2.astype(w2.dtype), axis, _ROWS)
     return through_thresholds(recipe, w1, w2, beta, dx, dw1, dw2)
 
@@ -178,13 +177,18 @@ def _dense_backward(axis, residuals, cotangents):
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
+def _is_cut(axis: str) -> bool:
+    """Whether the neurons are: W1 then comes, and its gradient leaves, as [F, D], in the order of its parts."""
+    return jax.lax.axis_size(axis) > 1
+
+
 def gather(part: Array, axis: str, dimension: int, *, after: Array | None = None) -> Array:
     """The parts of all devices of a mesh axis, one behind the other.
 
     after: an array without which the exchange does not begin.  A backward gives its layer's input: XLA would otherwise
       see that the forward has gathered the same, and keep the whole weights of all layers for it.
     """
-    if jax.lax.axis_size(axis) == 1:
+    if not _is_cut(axis):
         return part
     if after is not None:
         part, _ = jax.lax.optimization_barrier((part, after))
@@ -197,7 +201,7 @@ def scatter(whole: Array, axis: str, dimension: int) -> Array:
     The exchange puts the dimension that it cuts first.  Left so, the optimizer's update of the part would go elsewhere
     and be copied back, moments included; the part is turned around here, which moves a sixth of that.
     """
-    if jax.lax.axis_size(axis) == 1:
+    if not _is_cut(axis):
         return whole
     return in_order(jax.lax.psum_scatter(whole, axis, scatter_dimension=dimension, tiled=True))
 
@@ -216,10 +220,8 @@ def _gather_master(part: Array, axis: str, dimension: int, dtype: Any, *, after:
 
 
 def _gather_w1(part: Array, axis: str, dtype: Any, *, after: Array | None = None) -> Array:
-    """W1 as `_gather_master` has it; [F, D] where there is something to gather, as its parts then come one by one."""
-    if jax.lax.axis_size(axis) == 1:
-        return part
-    return _gather_master(part.T, axis, 0, dtype, after=after)
+    """W1 as `_gather_master` has it, [F, D] if it is cut."""
+    return _gather_master(part.T, axis, _ROWS, dtype, after=after) if _is_cut(axis) else part
 
 
 def gather_packed(part: Sparse24, axis: str, *, after: Array | None = None) -> Sparse24:

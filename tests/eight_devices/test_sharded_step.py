@@ -1,5 +1,6 @@
 """The gradients over a mesh equal those of one device to rounding."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -40,3 +41,15 @@ def test_gradients_equal_those_of_one_device(options):
     leaves = [jax.tree_util.tree_leaves_with_path(result) for result in results]
     for (path, found), (_, expected) in zip(*leaves, strict=True):
         assert_close(found, expected), path
+
+
+@pytest.mark.parametrize(("accumulation", "shape"), [(1, "32x16"), (2, "2x32x16")], ids=["by layer", "at the end"])
+def test_copies_sum_a_layers_gradients_in_the_backward_unless_there_are_microbatches(accumulation, shape):
+    """W1 is 32 x 64 in each of two layers, over four devices."""
+    config = replace(run_config(batch_size=16, accumulation=accumulation), mesh=Mesh(data=2, fsdp=4))
+    layout, graphdef = layout_of(config), model.structure(config.model, config.max_experts)
+    state, gradients = initial_state(config, layout), make_gradients(graphdef, config, layout)
+    arguments = (state.params, state.method, layout.rows(BATCH), jax.random.key(1))
+    text = jax.jit(gradients, static_argnames="recipe").lower(*arguments, recipe=Recipe()).as_text()
+    summed = re.findall(r"\}\) : \(tensor<((?:2x)?32x16)xf32>\) -> tensor<\1xf32>", text)
+    assert set(summed) == {shape}
