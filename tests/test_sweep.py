@@ -335,6 +335,53 @@ def test_a_loss_is_worth_the_steps_in_which_the_twin_gets_it(tmp_path):
     assert sweep_table.slope([rows[0], rows[1] | {"val_loss": 3.1}], rows[0]) is None, "longer is no better"
 
 
+def test_runs_that_finished_elsewhere_are_in_the_table_and_not_run_again(tmp_path, capsys):
+    text = """
+twin = "dense"
+[runs.dense]
+[runs.act24]
+gin_bindings = ["Train.steps = 12"]
+[runs.later]
+gin_bindings = ["Train.steps = 12", "Train.eval_every = 4"]
+"""
+    path = bindings_file(tmp_path, text)
+    for name, bindings, losses in (("all", "a", (3.4, 3.0, 2.9)), ("first", "a", (3.4, 3.0)), ("second", "b", ())):
+        (tmp_path / name).mkdir()
+        runs = sweep.load_sweep(path, tmp_path / name, [f"Data.folder='{bindings}'"])
+        for run, loss in zip(runs, losses, strict=False):
+            write_run(run.member.workdir, run.member.config, loss)
+
+    def collect(name, folder, *earlier):
+        bindings = [f"Data.folder='{folder}'"]
+        tables = [str(tmp_path / table / "table.json") for table in earlier]
+        assert not sweep.run_sweep(
+            [path], tmp_path / name, gin_bindings=bindings, gpus=[], collect=True, earlier=tables
+        )
+        return json.loads((tmp_path / name / "table.json").read_text())
+
+    rows, first = collect("all", "a"), collect("first", "a")
+    assert [row["case"] for row in first] == ["dense", "act24"]
+    write_run(tmp_path / "second" / "later-0", sweep.load_sweep(path, tmp_path)[2].member.config, 2.9)
+    both = collect("second", "b", "first")
+    folders = {"Data.folder='a'": "Data.folder='b'"}
+    expected = [row | {"options": [folders.get(option, option) for option in row["options"]]} for row in rows]
+    assert both == expected, "as if all had run here"
+    changed = tmp_path / "first" / "table.json"
+    changed.write_text(json.dumps([first[0], first[1] | {"seed": 1}]))
+    assert [row["case"] for row in collect("second", "b", "first")] == ["dense", "later"], "another seed"
+    changed.write_text(json.dumps([first[0] | {"bench": "sweep other"}, first[1]]))
+    assert [row["twin"] for row in collect("second", "b", "first")] == [None, None], "another sweep's dense run"
+
+    capsys.readouterr()
+    sheet = sweep.Sheet("small", tuple(sweep.load_sweep(path, tmp_path / "new"))[:1], tmp_path / "new", tuple(first))
+    assert sweep.Sweep([sheet], [], per_device=1).run()
+    assert "1 of 1 runs are finished already" in capsys.readouterr().out
+    for wrong in ("[1]", "[{}]", "{", "3"):
+        changed.write_text(wrong)
+        with pytest.raises(ValueError, match=r"is no table\.json of"):
+            sweep.run_sweep([path], tmp_path / "new", gpus=[], earlier=[str(changed)])
+
+
 def test_an_expert_without_tokens_is_counted_and_the_bar_goes_by_the_experts():
     records: list[dict[str, Any]] = [
         {"kind": "train", "step": step, "density": 0.1, "load_max": 1.0, "load_mean": 0.25, "load_min": float(step > 2)}

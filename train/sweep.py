@@ -19,7 +19,8 @@ checkpoints; those that outlived the kill of the sweep are waited for.
 
 Several files, a.toml and b.toml, take turns in one queue; their folders are then OUTPUT/a and OUTPUT/b.  With
 ``--per_device`` runs share a GPU, and the table leaves out their seconds, which say nothing; ``--step_times`` takes the
-times of steps from what `train.bench` has measured by itself; it may be given for several models.
+times of steps from what `train.bench` has measured by itself; it may be given for several models.  ``--earlier`` takes
+the rows of runs that finished elsewhere from a table.json: they are in the table, and are not run again.
 """
 
 import itertools
@@ -42,7 +43,7 @@ from train.config import RunConfig, find_config, load_config
 from train.evaluate import CONFIG_FILE
 from train.metrics import Progress, last_record
 from train.step_times import read_step_times
-from train.sweep_table import OWN_CLOCK, Clock, Member, write_table
+from train.sweep_table import OWN_CLOCK, Clock, Member, Row, read_table, row_of, write_table
 from train.workdir import WorkdirLock
 
 LOGS = "logs"
@@ -182,10 +183,15 @@ class Sheet:
     name: str
     runs: tuple[SweepRun, ...]
     output: Path
+    earlier: tuple[Row, ...] = ()  # rows of runs that finished elsewhere
 
     def collect(self, clock: Clock) -> str:
         """Writes the table of the runs that have ended."""
-        return write_table([run.member for run in self.runs], self.name, self.output, clock)
+        return write_table([run.member for run in self.runs], self.name, self.output, clock, self.earlier)
+
+    def is_finished(self, run: SweepRun) -> bool:
+        """Whether it ran to its end, here or elsewhere."""
+        return run.is_finished() or row_of(run.member, self.earlier) is not None
 
 
 class Sweep:
@@ -207,8 +213,10 @@ class Sweep:
         """Runs what is not finished.  Returns False if it was stopped by SIGTERM or SIGINT before the end."""
         for sheet in self._sheets:
             (sheet.output / LOGS).mkdir(parents=True, exist_ok=True)
-        waiting = [run for run in self._runs if not run.is_finished()]
+        waiting = [run for run in self._runs if not self._is_finished(run)]
         done = {run.member.workdir: run.steps_done() for run in self._runs}
+        elsewhere = [run for run in self._runs if run not in waiting and not done[run.member.workdir]]
+        done |= {run.member.workdir: run.member.config.train.steps for run in elsewhere}
         total = sum(run.member.config.train.steps for run in self._runs)
         progress, looked = Progress(total, sum(done.values()), interval=30.0), 0.0
         if len(waiting) < len(self._runs):
@@ -233,6 +241,9 @@ class Sweep:
                 signal.signal(number, handler)
             progress.close()
         return not self._stopping
+
+    def _is_finished(self, run: SweepRun) -> bool:
+        return self._home[run.member.workdir].is_finished(run)
 
     def _name(self, run: SweepRun) -> str:
         return run.name if len(self._sheets) == 1 else f"{self._home[run.member.workdir].name}/{run.name}"
@@ -323,6 +334,7 @@ def run_sweep(
     per_device: int = 1,
     collect: bool = False,
     step_times: Sequence[str] = (),
+    earlier: Sequence[str] = (),
 ) -> int:
     """Runs and collects.  Returns 0 (all finished), 1 (some failed), 130 (stopped; type the command again).
 
@@ -333,6 +345,7 @@ def run_sweep(
       per_device: runs at a time on each GPU, or on the CPU.
       collect: only write the tables of what has finished.
       step_times: FILE or FILE@SIZE each, results of `train.bench`, for the times of steps.
+      earlier: files table.json with runs that finished elsewhere.
 
     Raises:
       ValueError: a mistake in the input; nothing was started.
@@ -345,21 +358,23 @@ def run_sweep(
     if only is not None and len(paths) > 1:
         raise ValueError(f"--only={','.join(only)} names runs of one sweep; give one file")
     clock = Clock(tuple(map(read_step_times, step_times)), shared=per_device > 1)
-    sheets = []
+    sheets, known = [], tuple(row for path in earlier for row in read_table(path))
     for path, name in zip(paths, names, strict=True):
         folder = output if len(paths) == 1 else output / name
-        sheets.append(Sheet(name, tuple(load_sweep(path, folder, gin_bindings, only)), folder))
-    runs = [run for sheet in sheets for run in sheet.runs]
-    finished = [run.is_finished() for run in runs]  # refuses foreign runs before anything starts
+        rows = tuple(row for row in known if row["bench"] == f"sweep {name}")
+        sheets.append(Sheet(name, tuple(load_sweep(path, folder, gin_bindings, only)), folder, rows))
+    # Refuses foreign runs before anything starts.
+    finished = [sheet.is_finished(run) for sheet in sheets for run in sheet.runs]
     sweep = Sweep(sheets, visible_gpus() if gpus is None else gpus, per_device, clock)
     if collect and not any(finished):
         raise ValueError(f"{output} holds no finished run of {', '.join(paths)}")
     complete = collect or sweep.run()
     for sheet in sheets:
-        if any(run.is_finished() for run in sheet.runs):
+        if any(sheet.is_finished(run) for run in sheet.runs):
             print(sheet.collect(clock))
     if not complete:
-        print(f"stopped; {sum(run.is_finished() for run in runs)} of {len(runs)} runs are finished, the others saved")
+        finished = [sheet.is_finished(run) for sheet in sheets for run in sheet.runs]
+        print(f"stopped; {sum(finished)} of {len(finished)} runs are finished, the others saved")
         return 130
     if sweep.failed:
         print_error(f"failed: {', '.join(f'{name} ({code})' for name, code in sweep.failed.items())}")
@@ -373,7 +388,7 @@ def main(argv: Sequence[str]) -> int:
         print_error("give a sweep, or several: python -m train.sweep configs/sweeps/recipes.toml")
         return 2
     output = Path(values.output or (Path("runs") / Path(argv[1]).stem if len(argv) == 2 else "runs"))
-    names = ("gin_bindings", "only", "gpus", "per_device", "collect", "step_times")
+    names = ("gin_bindings", "only", "gpus", "per_device", "collect", "step_times", "earlier")
     options: dict[str, Any] = {name: values[name].value for name in names}
     try:
         return run_sweep(argv[1:], output, **options)
@@ -391,5 +406,6 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "step_times", [], "FILE or FILE@SIZE of python -m train.bench to take the times of steps from"
     )
+    flags.DEFINE_multi_string("earlier", [], "table.json with runs of these sweeps that finished elsewhere")
     flags.DEFINE_boolean("collect", False, "only write the table of the runs that have finished")
     app.run(main)

@@ -47,9 +47,11 @@ class Clock:
 OWN_CLOCK = Clock()
 
 
-def write_table(members: Sequence[Member], sweep: str, output: Path, clock: Clock = OWN_CLOCK) -> str:
+def write_table(
+    members: Sequence[Member], sweep: str, output: Path, clock: Clock = OWN_CLOCK, earlier: Sequence[Row] = ()
+) -> str:
     """Writes OUTPUT/table.json and table.md of the runs that have ended; returns the Markdown."""
-    rows = make_rows(members, sweep, clock)
+    rows = make_rows(members, sweep, clock, earlier)
     text = markdown(rows)
     _replace(output / "table.json", "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     _replace(output / "table.md", text)
@@ -62,8 +64,37 @@ def _replace(path: Path, text: str) -> None:
     rewritten.replace(path)
 
 
-def make_rows(members: Sequence[Member], sweep: str, clock: Clock = OWN_CLOCK) -> list[Row]:
-    """A row for each run that has ended.
+def read_table(path: str) -> list[Row]:
+    """The rows of a table.json.
+
+    Raises:
+      ValueError: no such file, or another kind of file.
+    """
+    try:
+        rows = json.loads(Path(path).read_text())
+        if not all({"case", "seed", "options", "val_loss", "step_seconds"} <= row.keys() for row in rows):
+            raise ValueError("rows without case, seed, options, val_loss, step_seconds")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no table.json of python -m train.sweep ({error})") from error
+    return rows
+
+
+def row_of(member: Member, rows: Sequence[Row]) -> Row | None:
+    """The row of this very run: its name, its seed and its options, but for the folder of the data."""
+
+    def told(options: Sequence[str]) -> list[str]:
+        return [option for option in options if not option.startswith("Data.folder")]
+
+    for row in rows:
+        if (row["case"], row["seed"]) == (member.name, member.seed) and told(row["options"]) == told(member.options):
+            return row | {"options": list(member.options)}
+    return None
+
+
+def make_rows(
+    members: Sequence[Member], sweep: str, clock: Clock = OWN_CLOCK, earlier: Sequence[Row] = ()
+) -> list[Row]:
+    """A row for each run that has ended, here or, by the rows of an `earlier` table, elsewhere.
 
     val_loss, val_bits_per_byte: of the dense model at the end; val_loss_sparse: by the last phase's recipe.
     train_loss_last_100: mean training loss of the last 100 records, the paper's metric.
@@ -88,21 +119,31 @@ def make_rows(members: Sequence[Member], sweep: str, clock: Clock = OWN_CLOCK) -
       load_bar: what load_max should not exceed; starved: share of these steps in which some expert got no token.
     jump: largest rise of the training loss within 20 steps of a change of phase, over the mean of 5 steps before.
     """
-    found = {}
+    found: dict[tuple[str, int], Row] = {}
+    ran: dict[tuple[str, int], list[Record]] = {}
     for member in members:
-        records = read_metrics(member.workdir)
+        key, records = (member.name, member.seed), read_metrics(member.workdir)
+        row = None
         if records and records[-1]["kind"] == "end":
-            found[member.name, member.seed] = (member, records)
-    rows = []
-    for member, records in found.values():
+            ran[key], row = records, _row(member, records)
+        elif known := row_of(member, earlier):
+            row = known
+        if row is not None:
+            found[key] = {"bench": f"sweep {sweep}", **row}
+    rows = list(found.values())
+    for member in members:
+        key = (member.name, member.seed)
+        if key not in found:
+            continue
         twin = found.get((member.twin, member.seed)) if member.twin else None
-        rows.append({"bench": f"sweep {sweep}", **_row(member, records, twin)})
-        rows[-1]["step_times"] = [
+        found[key] |= _against(member, found[key], ran.get(key), twin)
+        found[key]["step_times"] = [
             {"of": f"{times.size} on {times.device}", "step_time": _rounded(times.of_run(member.config), 4)}
             for times in clock.step_times
         ]
-        if clock.shared:
-            rows[-1] |= dict.fromkeys(("tokens_per_second", "seconds", "step_seconds", "time_to_twin"))
+    if clock.shared:
+        for key in ran:
+            found[key] |= dict.fromkeys(("tokens_per_second", "seconds", "step_seconds", "time_to_twin"))
     _add_steps_to_twin(rows)
     _add_twin_steps(rows)
     return rows
@@ -182,20 +223,29 @@ def crossing(points: Sequence[tuple[int, float]]) -> float | None:
     return before + (steps - before) * above / (above - difference)
 
 
-def _row(member: Member, records: Sequence[Record], twin: tuple[Member, Sequence[Record]] | None) -> Row:
+def _against(member: Member, row: Row, records: Sequence[Record] | None, twin: Row | None) -> Row:
+    """A row's comparison with its twin's; time_to_twin only where the run's own records are here."""
+    if twin is None:
+        return {"twin": None, "difference": None, "difference_train": None, "time_to_twin": None}
+    found: Row = {
+        "twin": member.twin,
+        "difference": round(row["val_loss"] - twin["val_loss"], 5),
+        "difference_train": round(row["train_loss_last_100"] - twin["train_loss_last_100"], 5),
+    }
+    if records is not None:
+        reached = [r["step"] for r in records if r["kind"] == "eval" and r["val_loss"] <= twin["val_loss"]]
+        if reached and twin["step_seconds"]:
+            found["time_to_twin"] = round(step_seconds(member, records, reached[0]) / twin["step_seconds"], 3)
+    return found
+
+
+def _row(member: Member, records: Sequence[Record]) -> Row:
     config, final = member.config, summary(member.workdir)
     start = read_starts(member.workdir)[-1]
-    row = {"case": member.name, "seed": member.seed, "twin": None if twin is None else member.twin}
+    row = {"case": member.name, "seed": member.seed, "twin": None}
     row |= {name: round(final[name], 6) for name in ("val_loss", "val_bits_per_byte", "train_loss_last_100")}
     row |= {"val_loss_sparse": _rounded(final.get("val_loss_sparse"))}
     row |= {"difference": None, "difference_train": None, "time_to_twin": None}
-    if twin is not None:
-        other = summary(twin[0].workdir)
-        row["difference"] = round(final["val_loss"] - other["val_loss"], 5)
-        row["difference_train"] = round(final["train_loss_last_100"] - other["train_loss_last_100"], 5)
-        reached = [r["step"] for r in records if r["kind"] == "eval" and r["val_loss"] <= other["val_loss"]]
-        if reached:
-            row["time_to_twin"] = _rounded(step_seconds(member, records, reached[0]) / step_seconds(*twin), 3)
     steps, share = config.train.steps, operations(config)
     ends = [phase.start for phase in config.schedule.phases[1:]] + [steps]
     spans = list(zip(config.schedule.phases, ends, strict=True))
@@ -207,7 +257,7 @@ def _row(member: Member, records: Sequence[Record], twin: tuple[Member, Sequence
         "operations": round(share, 4),
         "tokens_per_second": round(median(rates)),
         "seconds": round(final["seconds"], 1),
-        "step_seconds": round(step_seconds(member, records), 1),
+        "step_seconds": round(step_seconds(member, records), 3),
         **_sparse_figures(records, (routed or sparse or [(0, steps)])[-1]),
         "load_bar": load_bar([phase.recipe for phase in config.schedule.phases if phase.recipe.routed]),
         "jump": jump(records),
