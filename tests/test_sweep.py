@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -147,8 +148,9 @@ def test_a_run_that_outlived_its_sweep_keeps_its_gpu_until_it_ends(tmp_path, mon
     (tmp_path / "logs" / "a-0.gpu").write_text("1")
     started = []
 
-    def end_of_a_then_start(self, run, gpu, progress):
+    def end_of_a_then_start(self, run, gpu, claim, progress):
         started.append((run.name, gpu))
+        os.close(claim)
         (workdir / "metrics.jsonl").write_text('{"kind": "end", "step": 12}')
         lock.release()
 
@@ -157,7 +159,35 @@ def test_a_run_that_outlived_its_sweep_keeps_its_gpu_until_it_ends(tmp_path, mon
     assert started == [("b-0", "2")]
 
 
-def test_a_run_that_another_sweep_began_at_the_same_moment_is_waited_for(tmp_path, monkeypatch):
+def test_two_sweeps_on_one_folder_share_its_runs_and_their_gpus(tmp_path, monkeypatch):
+    """Each has a GPU of its own; the other's first run has not got as far as to hold its workdir."""
+    monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: "")
+    runs = fakes(tmp_path, "a", "b", "c")
+    (tmp_path / "logs").mkdir()
+    note = tmp_path / "logs" / "a-0.gpu"
+    claim = sweep._claim(note)
+    assert claim is not None
+    os.pwrite(claim, b"1", 0)
+    original, started = sweep.Sweep._end, []
+
+    def end_then_release(self, run, code, progress):
+        started.append(run.name)
+        if run.name == "c-0":
+            runs[0].member.workdir.mkdir()
+            (runs[0].member.workdir / "metrics.jsonl").write_text('{"kind": "end", "step": 12}')
+            os.close(claim)
+        return original(self, run, code, progress)
+
+    monkeypatch.setattr(sweep.Sweep, "_end", end_then_release)
+    found = sweep.Sweep([sweep.Sheet("s", runs, tmp_path)], ["2"], per_device=1)
+    assert found.run()
+    assert started == ["b-0", "c-0"], "its GPU was free for them, and the first run was the other sweep's"
+    assert not found.failed
+    assert note.read_text() == "1"
+    assert sweep._claim(note) is not None, "nothing is claimed any more"
+
+
+def test_a_run_that_another_process_took_is_waited_for(tmp_path, monkeypatch):
     """It is free when this sweep looks, held when its own process has failed and at the next look, then finished."""
     monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: "")
     (run,) = fakes(tmp_path, "broken")
@@ -186,9 +216,9 @@ def test_several_sweeps_take_turns_and_keep_their_folders(tmp_path, monkeypatch)
     started = []
     original = sweep.Sweep._start
 
-    def note(self, run, gpu, progress):
+    def note(self, run, gpu, claim, progress):
         started.append(f"{run.member.workdir.parent.name}/{run.name}")
-        original(self, run, gpu, progress)
+        original(self, run, gpu, claim, progress)
 
     monkeypatch.setattr(sweep.Sweep, "_start", note)
     assert sweep.Sweep(sheets, [], 1, sweep_table.Clock(shared=True)).run()

@@ -23,6 +23,7 @@ times of steps from what `train.bench` has measured by itself; it may be given f
 the rows of runs that finished elsewhere from a table.json: they are in the table, and are not run again.
 """
 
+import fcntl
 import itertools
 import os
 import re
@@ -205,7 +206,7 @@ class Sweep:
         self._runs = [run for turn in turns for run in turn if run is not None]
         self._free = [gpu for _ in range(per_device) for gpu in (gpus or [""])]
         self._memory = str(round(0.9 / per_device, 3)) if gpus and per_device > 1 else None
-        self._active: dict[subprocess.Popen, tuple[SweepRun, str]] = {}
+        self._active: dict[subprocess.Popen, tuple[SweepRun, str, int]] = {}  # its run, GPU and claim
         self._stopping = False
         self.failed: dict[str, int] = {}  # exit codes
 
@@ -227,13 +228,14 @@ class Sweep:
                 if not self._stopping:
                     self._start_what_fits(waiting, progress)
                 for process in [process for process in self._active if process.poll() is not None]:
-                    run, gpu = self._active.pop(process)
+                    run, gpu, claim = self._active.pop(process)
+                    os.close(claim)
                     self._free.append(gpu)
                     if self._end(run, process.returncode, progress):
                         waiting.insert(0, run)
                 if time.monotonic() - looked > 5:
                     looked = time.monotonic()
-                    done |= {run.member.workdir: run.steps_done() for run, _ in self._active.values()}
+                    done |= {run.member.workdir: run.steps_done() for run, *_ in self._active.values()}
                     progress.update(sum(done.values()), self._status(waiting))
                 time.sleep(0.2)
         finally:
@@ -252,8 +254,8 @@ class Sweep:
         return self._home[run.member.workdir].output / LOGS / f"{run.name}{ending}"
 
     def _start_what_fits(self, waiting: list[SweepRun], progress: Progress) -> None:
-        # A run that is held goes on in another process: that of a sweep that was killed.  It keeps its GPU.
-        held = [run for run in waiting if _is_held(run.member.workdir)]
+        # A run that is held goes on in another process, of another sweep or of one that was killed.  It keeps its GPU.
+        held = [run for run in waiting if _is_held(run.member.workdir) or _is_claimed(self._file(run, ".gpu"))]
         free = list(self._free)
         for run in held:
             note = self._file(run, ".gpu")
@@ -262,19 +264,24 @@ class Sweep:
         for run in [run for run in waiting if run not in held]:
             if not free:
                 return
+            if (claim := _claim(self._file(run, ".gpu"))) is None:
+                continue
             waiting.remove(run)
-            if not run.is_finished():
-                gpu = free.pop(0)
-                self._free.remove(gpu)
-                self._start(run, gpu, progress)
+            if run.is_finished():
+                os.close(claim)
+                continue
+            gpu = free.pop(0)
+            self._free.remove(gpu)
+            self._start(run, gpu, claim, progress)
 
-    def _start(self, run: SweepRun, gpu: str, progress: Progress) -> None:
+    def _start(self, run: SweepRun, gpu: str, claim: int, progress: Progress) -> None:
         environment = dict(os.environ)
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         if self._memory is not None:
             environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = self._memory
-        self._file(run, ".gpu").write_text(gpu)
+        os.ftruncate(claim, 0)
+        os.pwrite(claim, gpu.encode(), 0)
         with self._file(run, ".txt").open("ab") as log:
             # A session of its own, so that Ctrl-C reaches it once, through this process.
             process = subprocess.Popen(
@@ -285,11 +292,11 @@ class Sweep:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self._active[process] = (run, gpu)
+        self._active[process] = (run, gpu, claim)
         progress.say(f"{self._name(run)} begins{f' on GPU {gpu}' if gpu else ''}, process {process.pid}")
 
     def _end(self, run: SweepRun, code: int, progress: Progress) -> bool:
-        """Whether it is to be waited for: another sweep on the same folder has begun it at the same moment."""
+        """Whether it is to be waited for: a process that outlived its sweep has taken the workdir in the meantime."""
         log = self._file(run, ".txt")
         last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
         if run.is_finished():
@@ -303,7 +310,7 @@ class Sweep:
         return False
 
     def _status(self, waiting: Sequence[SweepRun]) -> str:
-        running = ", ".join(f"{self._name(run)} {run.steps_done()}" for run, _ in self._active.values())
+        running = ", ".join(f"{self._name(run)} {run.steps_done()}" for run, *_ in self._active.values())
         return f"running: {running or 'none'}; {len(waiting)} waiting"
 
     def _stop(self, *_: Any) -> None:
@@ -322,6 +329,30 @@ def _is_held(workdir: Path) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _claim(note: Path) -> int | None:
+    """A descriptor that holds the right to start a run until it is closed or this process ends; None if another has it.
+
+    It bridges the seconds until the run's own process holds its workdir.
+    """
+    descriptor = os.open(note, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_claimed(note: Path) -> bool:
+    """Whether another sweep has a run that it started."""
+    if not note.exists():
+        return False
+    claim = _claim(note)
+    if claim is not None:
+        os.close(claim)
+    return claim is None
 
 
 def run_sweep(
