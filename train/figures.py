@@ -35,6 +35,8 @@ _GROUPED = re.compile(r"E=(?P<experts>\d+) D=(?P<d_model>\d+) F=\d+ mode=(?P<mod
 
 LINEAR = 0.02
 """Differences of the loss below this are drawn to scale, larger ones by their logarithm."""
+LETTER, LINE = 5.5, 10.0
+"""Pixels that a letter of a name in front.svg takes across, and a line of them down."""
 
 Row = dict[str, Any]
 
@@ -134,7 +136,8 @@ def draw_front(rows: Sequence[Row], output: Path) -> None:
     """Loss against the twin's over the run's time of the twin's, for each model whose steps were timed.
 
     Means over the seeds, the front of those that none beats in both, and, where the twin was run in two lengths, what
-    it loses with fewer steps: below that line a recipe wins.
+    it loses with fewer steps: below that line a recipe wins.  Off the front, a dot whose name would lie over another's
+    has none.
     """
     models = [[row | times for row in rows if (times := row["step_times"][i])["step_time"]] for i in _models(rows)]
     figure, axes = new_figure(len(models), height=5 * len(models))
@@ -164,10 +167,9 @@ def _draw_front(rows: Sequence[Row], axes: Any) -> None:
     dots += [(1.0, 0.0)] * (len(names) - len(dots))
     front = pareto_front(dots)
     axes.plot(*zip(*(dots[i] for i in front), strict=True), color="0.3", linewidth=1, label="none is better in both")
-    for i, (name, (time, difference)) in enumerate(zip(names, dots, strict=True)):
-        color, place, side = (COLORS[0], (-5, -5), "right") if i in front else (COLORS[1], (5, 2), "left")
-        axes.plot([time], [difference], marker="o", linewidth=0, color=color, markeredgecolor="white")
-        axes.annotate(name, (time, difference), xytext=place, textcoords="offset points", ha=side, fontsize="x-small")
+    for i, dot in enumerate(dots):
+        color = COLORS[0 if i in front else 1]
+        axes.plot(*dot, marker="o", linewidth=0, color=color, markeredgecolor="white")
     twin = twins[next((row["twin"], row["seed"]) for row in rows if (row["twin"], row["seed"]) in twins)]
     if (steep := slope(rows, twin)) is not None:
         axis = np.linspace(min(time for time, _ in dots), 1, 200)
@@ -175,6 +177,15 @@ def _draw_front(rows: Sequence[Row], axes: Any) -> None:
     axes.set_yscale("symlog", linthresh=LINEAR)
     axes.yaxis.set_major_formatter("{x:+g}")
     axes.margins(x=0.12)
+    axes.get_xlim(), axes.get_ylim()  # brings the limits, and with them the pixels, up to date
+    named: list[tuple[float, float, float]] = []
+    for i in sorted(range(len(dots)), key=lambda i: i not in front):
+        place, side = ((-5, -5), "right") if i in front else ((5, 2), "left")
+        x, y = axes.transData.transform(dots[i])
+        left, right = (x - LETTER * len(names[i]), x) if i in front else (x, x + LETTER * len(names[i]))
+        if i in front or all(right < start or left > end or abs(y - at) > LINE for start, end, at in named):
+            axes.annotate(names[i], dots[i], xytext=place, textcoords="offset points", ha=side, fontsize="x-small")
+            named.append((left, right, y))
     axes.set_xlabel("time of the steps, of the dense run's")
     axes.set_ylabel("validation loss against the dense run (nats per token)")
     axes.legend(fontsize="small")
