@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.trainer import gin_bindings, run_config
@@ -447,4 +448,22 @@ def test_the_tables_have_means_over_seeds():
     text = sweep_table.markdown(rows)
     assert "| a | 2 | 3.5000 (3.0000 to 4.0000) | +0.1000 (+0.1000 to +0.1000) |  |  |" in text
     assert "seeds" not in sweep_table.markdown(rows[:1])
+    assert "deviation" not in text, "one recipe with two seeds: nothing is left over"
     assert "| a | 1 |" in text
+
+
+def test_what_a_run_differs_by_from_itself():
+    """Two by two: what is left is a quarter of the interaction in each run, with one degree of freedom."""
+    losses = {("a", 0): 3.0, ("a", 1): 3.5, ("b", 0): 4.0, ("b", 1): 4.54, ("once", 0): 9.0}
+    rows = [{"case": case, "seed": seed, "val_loss": loss} for (case, seed), loss in losses.items()]
+    assert sweep_table.scatter(rows) == (pytest.approx(0.04 / 2), 1)
+    rng = np.random.default_rng(0)
+    rows = [
+        {"case": f"{recipe}", "seed": seed, "val_loss": recipe + 10 * seed + 0.01 * rng.normal()}
+        for recipe in range(200)
+        for seed in range(3)
+        if (recipe + seed) % 5
+    ]
+    assert sweep_table.scatter(rows) == (pytest.approx(0.01, rel=0.15), len(rows) - 202)
+    assert sweep_table.scatter(rows[:1]) is None
+    assert sweep_table.scatter([]) is None

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import numpy as np
+
 from train import model
 from train.config import RunConfig
 from train.metrics import read_metrics
@@ -384,7 +386,7 @@ _MEANS = {
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Tables of losses, of diagnoses, of times by measured steps, and of means over the seeds with their range."""
+    """Tables of losses, of diagnoses, of times by measured steps, and of means over the seeds with their scatter."""
     text = _table(rows, _LOSSES) + "\n" + _table(rows, _DIAGNOSES)
     if any(times["step_time"] is not None for row in rows for times in row["step_times"]):
         text += "\n" + _clock_table(rows)
@@ -417,6 +419,25 @@ def _table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def scatter(rows: Sequence[Row], loss: str = "val_loss") -> tuple[float, int] | None:
+    """By how much a run's loss differs from itself: its standard deviation, and the degrees of freedom behind it.
+
+    What is left of the losses of all recipes with several seeds when a value for each recipe and one for each seed
+    are taken away, by least squares.  None where nothing is left over.
+    """
+    seeds: dict[str, int] = {}
+    for row in rows:
+        seeds[row["case"]] = seeds.get(row["case"], 0) + 1
+    used = [row for row in rows if seeds[row["case"]] > 1]
+    columns = [*dict.fromkeys(row["case"] for row in used), *dict.fromkeys(row["seed"] for row in used)]
+    design = np.array([[name in (row["case"], row["seed"]) for name in columns] for row in used], float)
+    if not used or len(used) == (rank := int(np.linalg.matrix_rank(design))):
+        return None
+    losses = np.array([row[loss] for row in used])
+    residuals = losses - design @ np.linalg.lstsq(design, losses)[0]
+    return float(np.sqrt(residuals @ residuals / (len(used) - rank))), len(used) - rank
+
+
 def _means(rows: Sequence[Row]) -> str:
     lines = [["run", "seeds", *_MEANS], ["---"] * (2 + len(_MEANS))]
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -427,4 +448,11 @@ def _means(rows: Sequence[Row]) -> str:
             spread = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
             cells.append(form.format(fmean(values)) + spread if values else "")
         lines.append([case, str(len(own)), *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if (found := scatter(rows)) is not None:
+        deviation, freedom = found
+        text += (
+            f"\nStandard deviation of a run's validation loss, without what recipe and seed explain: {deviation:.4f} "
+            f"({freedom} degrees of freedom); of the difference of two runs: {deviation * math.sqrt(2):.4f}.\n"
+        )
+    return text
