@@ -41,7 +41,7 @@ def _with_cudnn() -> AbstractContextManager:
 
 
 def _with_a_scatter() -> AbstractContextManager:
-    return mock.patch.object(model, "look_up", lambda table, tokens, deterministic: table[tokens])
+    return mock.patch.object(model, "look_up", lambda table, tokens, dtype, deterministic: table[tokens].astype(dtype))
 
 
 def _with_flags(flags: str) -> AbstractContextManager:

@@ -87,6 +87,19 @@ def test_split95_against_brute_force():
     assert relative_error(outputs[3], pruned[3]) > 1e-3, "the densest features are not pruned"
 
 
+@pytest.mark.parametrize("wgrad", ["24", "split95"])
+def test_blocks_are_pruned_each_by_itself(wgrad):
+    """So that it does not matter which device, or which microbatch, has which of them."""
+    x, w1, w2, dy = inputs(tokens=256, d_ffn=264)
+    whole = run(x, w1, w2, dy, None, BETA, Recipe.act24(wgrad=wgrad, token_blocks=4))
+    blocks = [slice(64 * i, 64 * i + 64) for i in range(4)]
+    parts = [run(x[block], w1, w2, dy[block], None, BETA, Recipe.act24(wgrad=wgrad)) for block in blocks]
+    for i in (2, 3):
+        assert_close(whole[i], sum(part[i] for part in parts))
+    one = run(x, w1, w2, dy, None, BETA, Recipe.act24(wgrad=wgrad))
+    assert relative_error(whole[3], one[3]) > 1e-2, "the blocks matter here"
+
+
 @pytest.mark.parametrize("recipe", [Recipe(weights=("y1", "dy2")), Recipe(experts=4, top_k=2)], ids=["W", "V"])
 def test_bfloat16(recipe):
     """Without pruning of activations: rounding changes which of two nearly equal ones is kept."""

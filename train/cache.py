@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from train.embedding import look_up
 from train.model import Block, Decoder, rms_norm
 from venom_jax import Recipe
 
@@ -44,7 +45,7 @@ def extend(
         state, key, value = scanned
         return _block(nnx.merge(graphdef, state), x, KeysValues(key, value), position, mask_NxS)
 
-    x = decoder.embedding[...].astype(cache.key.dtype)[tokens]
+    x = look_up(decoder.embedding[...], tokens, cache.key.dtype)
     x, cache = jax.lax.scan(layer, x, (stacked, *cache))
     return rms_norm(x, decoder.final_scale[...], decoder.config.norm_epsilon), cache
 

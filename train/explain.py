@@ -16,6 +16,8 @@ from jaxtyping import Array, Int
 
 from train.config import Model, RunConfig
 from train.cross_entropy import weighted_cross_entropy
+from train.embedding import look_up
+from train.mesh import ONE_DEVICE
 from train.model import assemble, find_documents, pack_ffns, rms_norm
 from train.state import TrainState
 from venom_jax import Recipe
@@ -58,7 +60,8 @@ def _tensors(
     block, trained, fixed = nnx.split(decoder.blocks, nnx.Param, ...)
     # XLA, which splits this over the devices of a run, cannot split a kernel.
     implementation = train.implementation if jax.device_count() == 1 else "reference"
-    recipes = [own for first, end, own in recipe.parts(layers) for _ in range(first, end)]
+    part_recipe = ONE_DEVICE.local_recipe(recipe, train.accumulation)
+    recipes = [own for first, end, own in part_recipe.parts(layers) for _ in range(first, end)]
     static: dict[str, Any] = {"block": block, "implementation": implementation}
     parts = tokens.reshape(train.accumulation, -1, tokens.shape[-1])
     for i, (part, part_key) in enumerate(zip(parts, keys, strict=True)):
@@ -70,7 +73,7 @@ def _tensors(
         ]
         start = config.model.document_start
         documents = None if start is None else find_documents(part[:, :-1], start)
-        x = state.params["embedding"].astype(dtype)[part[:, :-1]]
+        x = look_up(state.params["embedding"], part[:, :-1], dtype)
         yield f"the embedded tokens{where}", x
         entered = []
         for layer, given in enumerate(inputs):

@@ -46,12 +46,12 @@ class Shards:
     """Whether the gradients of a layer are summed over `data` in the backward, which goes on with the next layer."""
 
     def embed(
-        self, part: Float[Array, "V Dn"], tokens: Int[Array, "B S"], deterministic: bool = False
+        self, part: Float[Array, "V Dn"], tokens: Int[Array, "B S"], dtype: Any, deterministic: bool = False
     ) -> Float[Array, "B S D"]:
-        """This device's tokens looked up in the whole table: all look up their part of everybody's."""
+        """This device's tokens looked up in the whole table: all look up their part of everybody's, sent in `dtype`."""
         if jax.lax.axis_size(self.axis) == 1:
-            return look_up(part, tokens, deterministic)
-        everybodys = look_up(part, gather(tokens, self.axis, 0), deterministic)
+            return look_up(part, tokens, dtype, deterministic)
+        everybodys = look_up(part, gather(tokens, self.axis, 0), dtype, deterministic)
         rows = jax.lax.all_to_all(everybodys, self.axis, split_axis=0, concat_axis=2, tiled=True)
         # As the parts come, D would be the slowest axis, and XLA would leave the whole residual stream so.
         return in_order(rows)
@@ -192,9 +192,9 @@ class Layout:
         # Values differ between devices or not as the specs say; kernels tell JAX nothing of it, so it cannot check.
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def local_recipe(self, recipe: StackRecipe) -> StackRecipe:
-        """The recipe for a device's rows."""
-        return _local_recipe(recipe, self.devices)
+    def local_recipe(self, recipe: StackRecipe, microbatches: int = 1) -> StackRecipe:
+        """The recipe for a device's rows of one of so many microbatches."""
+        return _local_recipe(recipe, self.devices * microbatches)
 
 
 ONE_DEVICE = Layout()
@@ -271,7 +271,7 @@ def check_divisible(config: RunConfig, data: int, fsdp: int) -> None:
         if getattr(shape, name) % fsdp:
             raise ValueError(f"Model.{name}={getattr(shape, name)} does not divide over Mesh.fsdp={fsdp} devices")
     for recipe in config.schedule.recipes:
-        _local_recipe(recipe, size)
+        _local_recipe(recipe, rows)
         if not recipe.is_dense and shape.d_ffn // fsdp % 4:
             raise ValueError(
                 f"Model.d_ffn={shape.d_ffn} over Mesh.fsdp={fsdp} devices leaves {shape.d_ffn // fsdp} neurons each, "
@@ -279,10 +279,10 @@ def check_divisible(config: RunConfig, data: int, fsdp: int) -> None:
             )
 
 
-def _local_recipe(recipe: StackRecipe, devices: int) -> StackRecipe:
+def _local_recipe(recipe: StackRecipe, parts: int) -> StackRecipe:
     if isinstance(recipe, LayerRecipes):
-        return LayerRecipes(tuple((first, local_recipe(part, devices)) for first, part in recipe.starts))
-    return local_recipe(recipe, devices)
+        return LayerRecipes(tuple((first, local_recipe(own, parts)) for first, own in recipe.starts))
+    return local_recipe(recipe, parts)
 
 
 def _from_host(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -266,8 +266,8 @@ class Decoder(nnx.Module):
             )
             return x, (stats, ffn_input if keep_ffn_inputs else None)
 
-        table = self.embedding[...].astype(dtype)
-        x = look_up(table, tokens, deterministic) if shards is None else shards.embed(table, tokens, deterministic)
+        embed = look_up if shards is None else shards.embed
+        x = embed(self.embedding[...], tokens, dtype, deterministic)
         found = []
         for first, end, part in recipe.parts(self.config.layers):
             run = partial(layer, part)

@@ -111,16 +111,19 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
         count = config.train.accumulation
         if shards is not None:
             key = shards.own_key(key)
-        packed = pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype))
+        packed, own = (
+            pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype)),
+            layout.local_recipe(recipe, count),
+        )
         if count == 1:
-            grads, loss, density, load = microbatch(params, method, packed, tokens, key, recipe=recipe)
+            grads, loss, density, load = microbatch(params, method, packed, tokens, key, recipe=own)
         else:
             microbatches = tokens.reshape(count, -1, tokens.shape[-1])
 
             def accumulate(total, scanned):
-                return jax.tree.map(jnp.add, total, microbatch(params, method, packed, *scanned, recipe=recipe)), None
+                return jax.tree.map(jnp.add, total, microbatch(params, method, packed, *scanned, recipe=own)), None
 
-            shapes = jax.eval_shape(partial(microbatch, recipe=recipe), params, method, packed, microbatches[0], key)
+            shapes = jax.eval_shape(partial(microbatch, recipe=own), params, method, packed, microbatches[0], key)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             total, _ = jax.lax.scan(accumulate, zeros, (microbatches, jax.random.split(key, count)))
             grads, loss, density = jax.tree.map(lambda leaf: leaf / count, total[:3])
@@ -135,9 +138,8 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
         return gradients
 
     def on_each(params, method, tokens, key, *, recipe: StackRecipe):
-        own = partial(gradients, recipe=layout.local_recipe(recipe))
         cut = specs(params)
-        compute = layout.each(own, (cut, P(), ROWS, P()), (cut, P(), P()))
+        compute = layout.each(partial(gradients, recipe=recipe), (cut, P(), ROWS, P()), (cut, P(), P()))
         return compute(params, method, layout.microbatch_rows(tokens, config.train.accumulation), key)
 
     return on_each

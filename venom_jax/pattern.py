@@ -70,7 +70,7 @@ class Recipe:
        and scaled so that no bias is left ("mvue"), or "dense".
        `token_order`: fours of tokens far apart ("interleaved") or neighbours ("natural", harmful: ablation only).
        `token_blocks`: form groups and fours inside this many equal blocks of the batch, so that results do not
-       depend on how many devices share it.
+       depend on how many devices and microbatches share it ("mvue" draws anew in each part all the same).
        `token_copy`: of two packed copies of the activations, keep the one along tokens for the backward, or rebuild it
        there from the other: 9/16 of a dense activation of memory for one pass over it. The packed form only; same bits.
     V  `experts`, `top_k`: a token computes only the neurons of its top_k experts; experts = 1 turns routing off.

@@ -40,22 +40,23 @@ from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 _COLUMNS, _ROWS = 1, 0  # where the neurons of W1 and of W2 run
 
 
-def local_recipe(recipe: Recipe, devices: int) -> Recipe:
-    """The recipe for one of `devices` equal parts of the batch: token_blocks counts blocks of the whole batch.
+def local_recipe(recipe: Recipe, parts: int) -> Recipe:
+    """The recipe for one of `parts` equal parts of the batch: token_blocks counts blocks of the whole batch.
 
-    With the default of one block a device's tokens are the block, and the fours of tokens depend on `devices`.
+    A part is what one device computes at a time: of D devices and A microbatches there are D A. With the default of one
+    block a part is the block, and the fours of tokens depend on their number.
 
     Raises:
-      ValueError: blocks that the devices would have to share.
+      ValueError: blocks that the parts would have to share.
     """
     if recipe.token_blocks == 1:
         return recipe
-    if recipe.token_blocks % devices:
+    if recipe.token_blocks % parts:
         raise ValueError(
-            f"Recipe.token_blocks = {recipe.token_blocks} blocks of the batch do not divide among {devices} devices; "
-            f"use a multiple of {devices}, or 1 for a block per device."
+            f"Recipe.token_blocks = {recipe.token_blocks} blocks of the batch do not divide among {parts} parts "
+            f"(devices x microbatches); use a multiple of {parts}, or 1 for a block per part."
         )
-    return dataclasses.replace(recipe, token_blocks=recipe.token_blocks // devices)
+    return dataclasses.replace(recipe, token_blocks=recipe.token_blocks // parts)
 
 
 def sharded_sparse_ffn(

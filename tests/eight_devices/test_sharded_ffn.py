@@ -156,7 +156,7 @@ def test_what_an_exchange_has_turned_is_turned_back_at_once():
     """Or XLA would leave the embedding's rows, and all after them, with the features slowest, and copy W1's update."""
     tokens, table = jnp.zeros((8, 16), jnp.int32), jnp.zeros((32, 8))
     embed = functools.partial(jax.shard_map, mesh=mesh_of(2, 4), check_vma=False)(
-        Shards().embed, in_specs=(P(None, "fsdp"), BATCH), out_specs=BATCH
+        functools.partial(Shards().embed, dtype=jnp.bfloat16), in_specs=(P(None, "fsdp"), BATCH), out_specs=BATCH
     )
     in_order = re.compile(r"@LayoutConstraint\(.*result_layouts = \[dense<\[([\d, ]*)\]>")
     assert in_order.findall(jax.jit(embed).lower(table, tokens).as_text()) == ["2, 1, 0"]
@@ -180,7 +180,7 @@ def test_kernels_lower_under_a_mesh(recipe, monkeypatch):
 
 
 def test_what_does_not_divide_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"token_blocks = 4 .* 8 devices; use a multiple of 8"):
+    with pytest.raises(ValueError, match=r"token_blocks = 4 .* 8 parts .*; use a multiple of 8"):
         local_recipe(Recipe.act24(token_blocks=4), 8)
     run = functools.partial(sharded_sparse_ffn, recipe=Recipe.act24(), axis="fsdp")
     specs = (BATCH, COLUMNS, ROWS)
