@@ -121,22 +121,33 @@ def test_each_gpu_gets_its_runs_and_a_failure_stops_nothing(tmp_path, monkeypatc
     assert {env["XLA_PYTHON_CLIENT_MEM_FRACTION"] for env in seen} == {"0.45"}
 
 
-def test_sigterm_stops_the_runs_and_starts_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: "")
-    runs = fakes(tmp_path, "a", "b")
+class Endless(Fake):
+    """A run that ends by a signal only."""
+
+    def command(self):
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_sigterm_stops_the_runs_and_starts_no_more(tmp_path, monkeypatch, when):
+    """Also those that it found half started: the signal comes while the first or the second process begins."""
+    runs = tuple(Endless(run.member, (), ()) for run in fakes(tmp_path, "a", "b", "c"))
     started = []
     original = sweep.subprocess.Popen
 
     def start_then_stop(*args, **options):
         started.append(original(*args, **options))
-        signal.raise_signal(signal.SIGTERM)
+        if len(started) == when:
+            signal.raise_signal(signal.SIGTERM)
         return started[-1]
 
     monkeypatch.setattr(sweep.subprocess, "Popen", start_then_stop)
     handler = signal.getsignal(signal.SIGTERM)
-    assert not sweep.Sweep([sweep.Sheet("s", runs, tmp_path)], [], per_device=1).run()
+    found = sweep.Sweep([sweep.Sheet("s", runs, tmp_path)], [], per_device=3)
+    assert not found.run()
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert len(started) == 1
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * when
+    assert not found.failed
 
 
 def test_a_run_that_outlived_its_sweep_keeps_its_gpu_until_it_ends(tmp_path, monkeypatch):
@@ -151,6 +162,7 @@ def test_a_run_that_outlived_its_sweep_keeps_its_gpu_until_it_ends(tmp_path, mon
 
     def end_of_a_then_start(self, run, gpu, claim, progress):
         started.append((run.name, gpu))
+        self._free.append(gpu)
         os.close(claim)
         (workdir / "metrics.jsonl").write_text('{"kind": "end", "step": 12}')
         lock.release()
@@ -188,6 +200,37 @@ def test_two_sweeps_on_one_folder_share_its_runs_and_their_gpus(tmp_path, monkey
     assert sweep._claim(note) is not None, "nothing is claimed any more"
 
 
+def test_a_sweep_sees_what_another_took_since_its_last_start(tmp_path, monkeypatch, capsys):
+    """While it starts a on GPU 1, the other sweep takes b for GPU 2: c waits for one of the two."""
+    monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: "")
+    runs, order, claims = fakes(tmp_path, "a", "b", "c"), [], []
+    original_start, original_end = sweep.Sweep._start, sweep.Sweep._end
+
+    def start(self, run, gpu, claim, progress):
+        order.append(f"{run.name} on {gpu}")
+        if run.name == "a-0":
+            claims.append(sweep._claim(tmp_path / "logs" / "b-0.gpu"))
+            os.pwrite(claims[0], b"2", 0)
+        original_start(self, run, gpu, claim, progress)
+
+    def end(self, run, code, progress):
+        order.append(f"{run.name} ends")
+        if run.name == "c-0":
+            assert "in other processes: b-0 0; 1 waiting" in self._status([runs[1]])
+            runs[1].member.workdir.mkdir()
+            (runs[1].member.workdir / "metrics.jsonl").write_text('{"kind": "end", "step": 12}')
+            os.close(claims[0])
+        return original_end(self, run, code, progress)
+
+    monkeypatch.setattr(sweep.Sweep, "_start", start)
+    monkeypatch.setattr(sweep.Sweep, "_end", end)
+    assert sweep.Sweep([sweep.Sheet("s", runs, tmp_path)], ["1", "2"], per_device=1).run()
+    assert order == ["a-0 on 1", "a-0 ends", "c-0 on 1", "c-0 ends"]
+    printed = capsys.readouterr().out
+    assert "b-0 has ended in another process" in printed
+    assert "step 36/36" in printed.replace(",", ""), "the end of each run is counted"
+
+
 def test_a_run_that_another_process_took_is_waited_for(tmp_path, monkeypatch):
     """It is free when this sweep looks, held when its own process has failed and at the next look, then finished."""
     monkeypatch.setattr(sweep.Sheet, "collect", lambda self, clock: "")
@@ -200,7 +243,7 @@ def test_a_run_that_another_process_took_is_waited_for(tmp_path, monkeypatch):
             (workdir / "metrics.jsonl").write_text('{"kind": "end", "step": 12}')
         return held.pop(0) if held else False
 
-    monkeypatch.setattr(sweep, "_is_held", is_held)
+    monkeypatch.setattr(sweep, "is_held", is_held)
     found = sweep.Sweep([sweep.Sheet("s", (run,), tmp_path)], [], per_device=1)
     assert found.run()
     assert not found.failed
@@ -253,7 +296,7 @@ def test_a_foreign_run_in_the_folder_is_refused(tmp_path):
     text = run.member.config.text.replace("Train.steps = 12", "Train.steps = 13")
     (tmp_path / "out" / "a-0" / "config.gin").write_text(text)
     with pytest.raises(
-        ValueError, match=r"other settings \(Train.steps = 12; Train.steps = 13\); give another --output"
+        ValueError, match=r"other settings \(Train.steps = 13 there; Train.steps = 12 here\); give another --output"
     ):
         sweep.run_sweep([path], tmp_path / "out", gpus=[])
 
@@ -407,6 +450,8 @@ gin_bindings = ["Train.steps = 12", "Train.eval_every = 4"]
     sheet = sweep.Sheet("small", tuple(sweep.load_sweep(path, tmp_path / "new"))[:1], tmp_path / "new", tuple(first))
     assert sweep.Sweep([sheet], [], per_device=1).run()
     assert "1 of 1 runs are finished already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"there is no file .*gone\.json"):
+        sweep.run_sweep([path], tmp_path / "new", gpus=[], earlier=[str(tmp_path / "gone.json")])
     for wrong in ("[1]", "[{}]", "{", "3"):
         changed.write_text(wrong)
         with pytest.raises(ValueError, match=r"is no table\.json of"):
@@ -450,6 +495,49 @@ def test_the_tables_have_means_over_seeds():
     assert "seeds" not in sweep_table.markdown(rows[:1])
     assert "deviation" not in text, "one recipe with two seeds: nothing is left over"
     assert "| a | 1 |" in text
+
+
+def test_a_part_of_a_sweep_keeps_the_table_whole(tmp_path, capsys):
+    text = 'twin = "dense"\n[runs.dense]\n[runs.act24]\ngin_bindings = ["Train.eval_every = 4"]\n'
+    path, output = bindings_file(tmp_path, text), tmp_path / "out"
+    output.mkdir()
+    for run in sweep.load_sweep(path, output):
+        write_run(run.member.workdir, run.member.config, 3.0)
+    table = output / "table.json"
+
+    def cases(*options, **more):
+        assert not sweep.run_sweep([path], output, gpus=[], collect=True, **more)
+        return [row["case"] for row in json.loads(table.read_text())]
+
+    assert cases(only=["dense"]) == ["dense", "act24"], "--only says what runs, not what is in the table"
+    for run in sweep.load_sweep(path, output):
+        (run.member.workdir / "metrics.jsonl").unlink()
+    assert cases(only=["dense"], earlier=[str(table)]) == ["dense", "act24"]
+    other = tmp_path / "other" / "small.toml"
+    other.parent.mkdir()
+    other.write_text((tmp_path / "small.toml").read_text().replace("act24", "act25"))
+    with pytest.raises(ValueError, match=r"would lose its rows of act24-0, .* give another --output"):
+        sweep.run_sweep([str(other)], output, gpus=[], collect=True, earlier=[str(table)])
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="holds no finished run"):
+        sweep.run_sweep(
+            [path],
+            tmp_path / "new",
+            gin_bindings=["Train.log_every = 2"],
+            gpus=[],
+            collect=True,
+            earlier=[str(table)],
+        )
+    assert "the earlier dense-0 is not taken: Train.log_every = 2 here" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--only= names no run; there are dense, act24"):
+        sweep.run_sweep([path], output, gpus=[], only=[])
+
+
+def test_two_runs_of_one_length_are_one_point_of_the_slope():
+    row = {"options": ["a"], "seed": 0, "steps": 100, "val_loss": 3.0}
+    rows = [row, row | {"val_loss": 3.2}, row | {"steps": 50, "val_loss": 3.5}]
+    assert sweep_table.slope(rows, row) == pytest.approx(0.4 / math.log(2))
+    assert sweep_table.slope(rows[:2], row) is None
 
 
 def test_what_a_run_differs_by_from_itself():

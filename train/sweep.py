@@ -23,6 +23,7 @@ times of steps from what `train.bench` has measured by itself; it may be given f
 the rows of runs that finished elsewhere from a table.json: they are in the table, and are not run again.
 """
 
+import contextlib
 import fcntl
 import itertools
 import os
@@ -44,10 +45,11 @@ from train.config import RunConfig, find_config, load_config
 from train.evaluate import CONFIG_FILE
 from train.metrics import Progress, last_record
 from train.step_times import read_step_times
-from train.sweep_table import OWN_CLOCK, Clock, Member, Row, read_table, row_of, write_table
-from train.workdir import WorkdirLock
+from train.sweep_table import OWN_CLOCK, Clock, Member, Row, other_options, read_table, row_of, write_table
+from train.workdir import is_held
 
 LOGS = "logs"
+TURN = ".turn"  # in there: locked by the sweep that looks for a run to start
 _COMMON = {"gin_files": list, "gin_bindings": list, "seeds": list, "twin": str}
 
 
@@ -78,6 +80,11 @@ class SweepRun:
         record = last_record(self.member.workdir)
         return 0 if record is None else record["step"]
 
+    def has_these_settings(self) -> bool:
+        """Whether its folder, if there is one, holds a run of this configuration."""
+        saved = self.member.workdir / CONFIG_FILE
+        return not saved.exists() or saved.read_text() == self.member.config.text
+
     def is_finished(self) -> bool:
         """Whether it ran to its end.
 
@@ -87,8 +94,12 @@ class SweepRun:
         workdir, config = self.member.workdir, self.member.config
         saved = workdir / CONFIG_FILE
         if saved.exists() and (text := saved.read_text()) != config.text:
-            differing = set(text.splitlines()) ^ set(config.text.splitlines())
-            shown = "; ".join(sorted(line for line in differing if line and not line.startswith("#"))[:4])
+            there, here = text.splitlines(), config.text.splitlines()
+            sides = {
+                "there": [one for one in there if one not in here],
+                "here": [one for one in here if one not in there],
+            }
+            shown = "; ".join(f"{one} {side}" for side, own in sides.items() for one in own[:2])
             raise ValueError(
                 f"{workdir} holds a run with other settings ({shown}); give another --output, or move it away"
             )
@@ -132,6 +143,8 @@ def load_sweep(
         if entry["twin"] is not None and entry["twin"] not in entries:
             raise ValueError(f"{path}: twin {entry['twin']!r} of {name!r} is no run; there are {', '.join(entries)}")
     if only is not None:
+        if not only:
+            raise ValueError(f"--only= names no run; there are {', '.join(entries)}")
         if unknown := set(only) - set(entries):
             raise ValueError(f"{path} has no run {', '.join(sorted(unknown))}; there are {', '.join(entries)}")
         kept = {*only, *(entries[name]["twin"] for name in only)}
@@ -185,10 +198,12 @@ class Sheet:
     runs: tuple[SweepRun, ...]
     output: Path
     earlier: tuple[Row, ...] = ()  # rows of runs that finished elsewhere
+    beside: tuple[SweepRun, ...] = ()  # runs of the file that are not asked for, and are in its table if they are there
 
     def collect(self, clock: Clock) -> str:
         """Writes the table of the runs that have ended."""
-        return write_table([run.member for run in self.runs], self.name, self.output, clock, self.earlier)
+        members = [run.member for run in (*self.runs, *self.beside)]
+        return write_table(members, self.name, self.output, clock, self.earlier)
 
     def is_finished(self, run: SweepRun) -> bool:
         """Whether it ran to its end, here or elsewhere."""
@@ -207,6 +222,7 @@ class Sweep:
         self._free = [gpu for _ in range(per_device) for gpu in (gpus or [""])]
         self._memory = str(round(0.9 / per_device, 3)) if gpus and per_device > 1 else None
         self._active: dict[subprocess.Popen, tuple[SweepRun, str, int]] = {}  # its run, GPU and claim
+        self._elsewhere: list[SweepRun] = []  # runs of other processes
         self._stopping = False
         self.failed: dict[str, int] = {}  # exit codes
 
@@ -225,8 +241,7 @@ class Sweep:
         previous = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while self._active or (waiting and not self._stopping):
-                if not self._stopping:
-                    self._start_what_fits(waiting, progress)
+                self._start_what_fits(waiting, progress)
                 for process in [process for process in self._active if process.poll() is not None]:
                     run, gpu, claim = self._active.pop(process)
                     os.close(claim)
@@ -235,9 +250,11 @@ class Sweep:
                         waiting.insert(0, run)
                 if time.monotonic() - looked > 5:
                     looked = time.monotonic()
-                    done |= {run.member.workdir: run.steps_done() for run, *_ in self._active.values()}
+                    done |= {run.member.workdir: run.steps_done() for run in self._runs if run not in elsewhere}
                     progress.update(sum(done.values()), self._status(waiting))
                 time.sleep(0.2)
+            done |= {run.member.workdir: run.steps_done() for run in self._runs if run not in elsewhere}
+            progress.update(sum(done.values()), self._status(waiting))
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -254,25 +271,40 @@ class Sweep:
         return self._home[run.member.workdir].output / LOGS / f"{run.name}{ending}"
 
     def _start_what_fits(self, waiting: list[SweepRun], progress: Progress) -> None:
-        # A run that is held goes on in another process, of another sweep or of one that was killed.  It keeps its GPU.
-        held = [run for run in waiting if _is_held(run.member.workdir) or _is_claimed(self._file(run, ".gpu"))]
-        free = list(self._free)
-        for run in held:
-            note = self._file(run, ".gpu")
-            if note.exists() and (gpu := note.read_text()) in free:
-                free.remove(gpu)
-        for run in [run for run in waiting if run not in held]:
-            if not free:
-                return
-            if (claim := _claim(self._file(run, ".gpu"))) is None:
-                continue
-            waiting.remove(run)
-            if run.is_finished():
-                os.close(claim)
-                continue
-            gpu = free.pop(0)
-            self._free.remove(gpu)
-            self._start(run, gpu, claim, progress)
+        while not self._stopping and (found := self._take(waiting, progress)) is not None:
+            self._start(*found, progress)
+
+    def _take(self, waiting: list[SweepRun], progress: Progress) -> tuple[SweepRun, str, int] | None:
+        """The next run that is free, a GPU that is free for it, and the claim to it; None if either is missing.
+
+        Of several sweeps on a folder one looks at a time, so that each sees what the others have taken.
+        """
+        with contextlib.ExitStack() as stack:
+            for folder in sorted({sheet.output / LOGS for sheet in self._sheets}):
+                turn = os.open(folder / TURN, os.O_RDWR | os.O_CREAT, 0o644)
+                stack.callback(os.close, turn)
+                fcntl.flock(turn, fcntl.LOCK_EX)
+            # A run that is held goes on in another process, of another sweep or of one that was killed.  It keeps its
+            # GPU.  Claims come first: a workdir is not looked at while the process that is to hold it begins.
+            held = [run for run in waiting if _is_claimed(self._file(run, ".gpu")) or is_held(run.member.workdir)]
+            free = list(self._free)
+            for run in held:
+                note = self._file(run, ".gpu")
+                if note.exists() and (gpu := note.read_text()) in free:
+                    free.remove(gpu)
+            self._elsewhere = held
+            for run in [run for run in waiting if run not in held]:
+                if run.is_finished():  # by another process, since the last look
+                    waiting.remove(run)
+                    self._home[run.member.workdir].collect(self._clock)
+                    progress.say(f"{self._name(run)} has ended in another process")
+                elif free and (claim := _claim(self._file(run, ".gpu"))) is not None:
+                    waiting.remove(run)
+                    self._free.remove(free[0])
+                    os.ftruncate(claim, 0)
+                    os.pwrite(claim, free[0].encode(), 0)
+                    return run, free[0], claim
+        return None
 
     def _start(self, run: SweepRun, gpu: str, claim: int, progress: Progress) -> None:
         environment = dict(os.environ)
@@ -280,8 +312,6 @@ class Sweep:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         if self._memory is not None:
             environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = self._memory
-        os.ftruncate(claim, 0)
-        os.pwrite(claim, gpu.encode(), 0)
         with self._file(run, ".txt").open("ab") as log:
             # A session of its own, so that Ctrl-C reaches it once, through this process.
             process = subprocess.Popen(
@@ -293,6 +323,8 @@ class Sweep:
                 start_new_session=True,
             )
         self._active[process] = (run, gpu, claim)
+        if self._stopping:  # the signal came while it was started, too early to reach it
+            process.send_signal(signal.SIGTERM)
         progress.say(f"{self._name(run)} begins{f' on GPU {gpu}' if gpu else ''}, process {process.pid}")
 
     def _end(self, run: SweepRun, code: int, progress: Progress) -> bool:
@@ -302,7 +334,7 @@ class Sweep:
         if run.is_finished():
             self._home[run.member.workdir].collect(self._clock)
             progress.say(f"{self._name(run)}: {last}")
-        elif _is_held(run.member.workdir):
+        elif is_held(run.member.workdir):
             return True
         elif not self._stopping:
             self.failed[self._name(run)] = code
@@ -311,24 +343,15 @@ class Sweep:
 
     def _status(self, waiting: Sequence[SweepRun]) -> str:
         running = ", ".join(f"{self._name(run)} {run.steps_done()}" for run, *_ in self._active.values())
-        return f"running: {running or 'none'}; {len(waiting)} waiting"
+        held = ", ".join(f"{self._name(run)} {run.steps_done()}" for run in self._elsewhere if run in waiting)
+        others = f"; in other processes: {held}" if held else ""
+        return f"running: {running or 'none'}{others}; {len(waiting)} waiting"
 
     def _stop(self, *_: Any) -> None:
         if not self._stopping:  # a second signal to a run would interrupt its saving
             self._stopping = True
             for process in self._active:
                 process.send_signal(signal.SIGTERM)
-
-
-def _is_held(workdir: Path) -> bool:
-    """Whether a process holds the workdir."""
-    if not workdir.exists():
-        return False
-    try:
-        WorkdirLock(workdir).release()
-    except ValueError:
-        return True
-    return False
 
 
 def _claim(note: Path) -> int | None:
@@ -393,7 +416,13 @@ def run_sweep(
     for path, name in zip(paths, names, strict=True):
         folder = output if len(paths) == 1 else output / name
         rows = tuple(row for row in known if row["bench"] == f"sweep {name}")
-        sheets.append(Sheet(name, tuple(load_sweep(path, folder, gin_bindings, only)), folder, rows))
+        runs = tuple(load_sweep(path, folder, gin_bindings, only))
+        _tell_what_is_not_taken(runs, rows)
+        kept = {run.name for run in runs}
+        others = [run for run in load_sweep(path, folder, gin_bindings) if run.name not in kept]
+        beside = tuple(run for run in others if run.has_these_settings())
+        _check_rows_stay(folder, earlier, (*runs, *beside), rows)
+        sheets.append(Sheet(name, runs, folder, rows, beside))
     # Refuses foreign runs before anything starts.
     finished = [sheet.is_finished(run) for sheet in sheets for run in sheet.runs]
     sweep = Sweep(sheets, visible_gpus() if gpus is None else gpus, per_device, clock)
@@ -412,6 +441,27 @@ def run_sweep(
     return 1 if sweep.failed else 0
 
 
+def _tell_what_is_not_taken(runs: Sequence[SweepRun], rows: Sequence[Row]) -> None:
+    for run in runs:
+        for row in rows:
+            same = (row["case"], row["seed"]) == (run.member.name, run.member.seed)
+            if same and (differing := other_options(run.member, row)):
+                print(f"note: the earlier {run.name} is not taken: {differing}", flush=True)
+
+
+def _check_rows_stay(folder: Path, earlier: Sequence[str], runs: Sequence[SweepRun], rows: Sequence[Row]) -> None:
+    """Raise ValueError if a table given as an earlier one would be replaced by one without some of its rows."""
+    table = folder / "table.json"
+    if not any(table.exists() and table.samefile(path) for path in earlier):
+        return
+    kept = {(run.member.name, run.member.seed) for run in runs if row_of(run.member, rows) or run.is_finished()}
+    if lost := [f"{row['case']}-{row['seed']}" for row in rows if (row["case"], row["seed"]) not in kept]:
+        raise ValueError(
+            f"{table} would lose its rows of {', '.join(lost)}, which this sweep does not have with these options; "
+            "give another --output, or a copy of the table as --earlier"
+        )
+
+
 def main(argv: Sequence[str]) -> int:
     """The command."""
     values = flags.FLAGS
@@ -425,6 +475,9 @@ def main(argv: Sequence[str]) -> int:
         return run_sweep(argv[1:], output, **options)
     except ValueError as error:
         print_error(str(error))
+        return 2
+    except OSError as error:
+        print_error(f"{error.filename or output}: {error.strerror}; give a folder that can be written to as --output")
         return 2
 
 

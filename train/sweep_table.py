@@ -76,6 +76,8 @@ def read_table(path: str) -> list[Row]:
         rows = json.loads(Path(path).read_text())
         if not all({"case", "seed", "options", "val_loss", "step_seconds"} <= row.keys() for row in rows):
             raise ValueError("rows without case, seed, options, val_loss, step_seconds")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}; give a table.json of python -m train.sweep") from error
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no table.json of python -m train.sweep ({error})") from error
     return rows
@@ -83,14 +85,23 @@ def read_table(path: str) -> list[Row]:
 
 def row_of(member: Member, rows: Sequence[Row]) -> Row | None:
     """The row of this very run: its name, its seed and its options, but for the folder of the data."""
+    for row in rows:
+        if (row["case"], row["seed"]) == (member.name, member.seed) and not other_options(member, row):
+            return row | {"options": list(member.options)}
+    return None
+
+
+def other_options(member: Member, row: Row) -> str:
+    """In what the run of a row had other options, but for the folder of the data; empty where in nothing."""
 
     def told(options: Sequence[str]) -> list[str]:
         return [option for option in options if not option.startswith("Data.folder")]
 
-    for row in rows:
-        if (row["case"], row["seed"]) == (member.name, member.seed) and told(row["options"]) == told(member.options):
-            return row | {"options": list(member.options)}
-    return None
+    there, here = told(row["options"]), told(member.options)
+    if there == here:
+        return ""
+    sides = {"there": [o for o in there if o not in here], "here": [o for o in here if o not in there]}
+    return "; ".join(f"{', '.join(own)} {side}" for side, own in sides.items() if own) or "in another order"
 
 
 def make_rows(
@@ -181,12 +192,15 @@ def slope(rows: Sequence[Row], of: Row, loss: str = "val_loss") -> float | None:
     one is no better.
     """
     found = []
-    same = sorted((row for row in rows if recipe_of(row) == recipe_of(of)), key=lambda row: row["steps"])
+    same = [row for row in rows if recipe_of(row) == recipe_of(of)]
     for seed in {row["seed"] for row in same}:
-        points = [(math.log(row["steps"]), row[loss]) for row in same if row["seed"] == seed][-2:]
-        if points[0] < points[-1]:
-            (less, before), (more, after) = points
-            found.append((before - after) / (more - less))
+        losses: dict[int, list[float]] = {}
+        for row in same:
+            if row["seed"] == seed:
+                losses.setdefault(row["steps"], []).append(row[loss])
+        if len(losses) > 1:
+            less, more = sorted(losses)[-2:]
+            found.append((fmean(losses[less]) - fmean(losses[more])) / math.log(more / less))
     return fmean(found) if found and fmean(found) > 0 else None
 
 

@@ -63,6 +63,21 @@ class WorkdirLock:
         self.release()
 
 
+def is_held(workdir: Path) -> bool:
+    """Whether a process holds the workdir; leaves no trace."""
+    try:
+        descriptor = os.open(workdir / LOCK_FILE, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def forget_checksums(workdir: Path, step: int) -> None:
     """Before a step is saved again: its old checksums would condemn the new files."""
     (workdir / CHECKSUMS / f"{step}.json").unlink(missing_ok=True)
