@@ -183,6 +183,10 @@ def test_the_workdir_of_the_same_run_is_accepted(tmp_path, state):
             r"phase 2 of Phases.schedule is Recipe\(.* there and LayerRecipes\(0: Recipe\(",
         ),
         ({"phases": ((0, "dense"), (4, "act24"), (8, "dense"))}, "largest number of experts is 4 there and 1 here"),
+        (
+            {"phases": ((0, "dense"), (4, "venom"), (8, Recipe.venom(4, 1, router="learned")))},
+            "room for a learned router is False there and True here",
+        ),
     ],
 )
 def test_a_workdir_of_another_run_is_refused(tmp_path, state, changes, message):

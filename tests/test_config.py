@@ -119,6 +119,12 @@ def test_python_configs_ignore_gin():
     [
         ("Modle.layers = 3", "No configurable matching 'Modle'. In bindings string line"),
         ("Model.layer = 3", "'Model' doesn't have a parameter named 'layer'. In bindings string line"),
+        ("Model.layer = 3", "; did you mean layers?"),
+        ("Trian.steps = 3", "; did you mean Train?"),
+        ("Train.quux = 3", "; there are steps, batch_size, seq_len,"),
+        ("Data.folder = runs/data", "Data.folder = runs/data has no value; text needs quotes, as in --gin_bindings="),
+        ("Train.steps = abc", "Train.steps = abc has no value"),
+        ("LearningRate.peak = 1e400", "LearningRate.peak=inf must be positive and finite"),
         ("Model = 3", "Model is bound but nothing is called so"),
         ("SPARSE_UNTL = 3", "SPARSE_UNTL is bound but nothing is called so"),
         ("venm/Recipe.experts = 3", "no phase uses 'venm'"),
@@ -156,8 +162,18 @@ def test_an_unknown_name_in_a_file_is_located(tmp_path):
 def test_a_missing_size_and_a_missing_file_are_explained():
     with pytest.raises(ValueError, match=r"Model lacks 'vocab_size'.*--gin_file=configs/size/tiny.gin"):
         load_config(["configs/recipe/venom.gin"], DATA)
-    with pytest.raises(ValueError, match=r"configs/size/huge.gin.* is neither in"):
+    with pytest.raises(ValueError, match=r"no file 'configs/size/huge.gin' in .*; configs/size has 125m.gin, 1b.gin"):
         load_config(["configs/size/huge.gin"], DATA)
+
+
+@pytest.mark.parametrize("late", ["configs/size/tiny.gin", "configs/size/7b-layers.gin"])
+def test_a_size_behind_another_file_would_undo_it_and_is_refused(late):
+    """configs/base.gin, which a size includes, has a schedule of its own: all dense."""
+    for first in ("configs/recipe/venom.gin", "configs/size/40m.gin"):
+        with pytest.raises(
+            ValueError, match=rf"{late} includes configs/base.gin, .* undo what .*{first} has bound; name"
+        ):
+            load_config([first, late], DATA)
 
 
 VALID = {

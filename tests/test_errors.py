@@ -143,3 +143,18 @@ def test_read_only_workdir(error_of, tmp_path):
 def test_no_size(capsys, tmp_path):
     assert run(["configs/recipe/venom.gin"], [], tmp_path) == 2
     assert "--gin_file=configs/size/tiny.gin" in capsys.readouterr().err
+
+
+def test_an_empty_workdir(capsys):
+    """As an unset variable of a shell gives."""
+    assert run([], gin_bindings(), "") == 2
+    assert capsys.readouterr().err == "error: --workdir= is empty; give a folder\n"
+
+
+def test_a_dry_run_tells_that_there_are_no_data(tmp_path, capsys):
+    assert run([], gin_bindings(Data_folder=str(tmp_path / "none")), "", dry_run=True) == 0
+    plan = capsys.readouterr().out
+    assert "phase           steps 0 to" in plan
+    assert f"note            the run would stop: {tmp_path}/none holds no manifest.json" in plan
+    assert run([], gin_bindings(), "", dry_run=True) == 0
+    assert "note" not in capsys.readouterr().out

@@ -154,7 +154,7 @@ def test_bad_steps_are_skipped_in_dense_and_sparse_phases(tmp_path, before_step,
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path, before_step):
     config = skipping(max_skips=2)
     before_step(1, lambda state: change(state, *BAD_W1))
-    message = r"^step 4: loss nan.*after 2 skipped ones \(Guard.max_skips\); first not finite: the output of layer 1"
+    message = r"^step 4: loss nan.*after 2 skipped ones \(Guard.max_skips\); not finite is the output of layer 1"
     with pytest.raises(BadStepError, match=message):
         run_to_end(config, tmp_path)
     assert [record["skipped"] for record in records(tmp_path, "bad_step")] == [True, True, False]

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer import records, run_config, run_to_end, three_phases
-from train import loop
+from train import loop, report
 from train.config import LearningRate, Phases
 from train.guard import BadStepError
 from train.metrics import cut_metrics, read_metrics
@@ -163,3 +163,18 @@ def test_cutting_back_keeps_each_step_once(tmp_path):
     assert read_metrics(tmp_path) == lines[:4]
     cut_metrics(tmp_path, 0)
     assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "chosen", "end"),
+    [
+        ("dense", None, "; the first step compiles"),
+        ("venom", None, "; as dense products with masks, no sparse kernels: venom E=4 k=1; the first step compiles"),
+        ("venom", "hopper", "; with sparse kernels; the first step compiles"),
+    ],
+)
+def test_a_run_begins_by_saying_what_is_trained_and_whether_kernels_are(monkeypatch, recipe, chosen, end):
+    monkeypatch.setattr(report, "choose_kernels", lambda *_, **__: chosen)
+    line = report.opening(run_config(phases=((0, "dense"), (4, recipe))), 2)
+    assert line.startswith("37,024 parameters on 2 x cpu")
+    assert line.endswith(f"cpu{end}")

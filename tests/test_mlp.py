@@ -1,5 +1,8 @@
 """SparseMLP inside a user's own nnx and linen models, through all recipes."""
 
+import inspect
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,3 +133,10 @@ def test_bad_calls_are_refused():
         SparseMLP(0, 64, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="no multiple of 4"):
         SparseMLP(30, 64, rngs=nnx.Rngs(0))(jnp.ones((3, 30)), recipe=Recipe.all24())
+
+
+def test_a_recipes_name_is_no_recipe():
+    """Without the tests' own checking of types."""
+    name: Any = "venom"
+    with pytest.raises(ValueError, match=r"recipe='venom' must be a Recipe, such as Recipe.venom"):
+        inspect.unwrap(SparseMLP.__call__)(SparseMLP(32, 64, rngs=nnx.Rngs(0)), batch()[0], recipe=name)

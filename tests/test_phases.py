@@ -239,6 +239,9 @@ def test_recipes_of_layers_are_each_layers_own_transition(model):
                 if value.ndim:
                     np.testing.assert_array_equal(value[layer], wanted[layer], err_msg=str(path))
     assert found[0].report["clustered_experts"] == 4
+    betas = leaves(found[0].method)["tower", "beta"]
+    assert found[0].report["beta_y1"] == pytest.approx(float(betas[:, 0].mean())), "of both layers"
+    assert abs(float(betas[0, 0] - betas[1, 0])) > 1e-4
     assert found[1].report["baked_w1"] == 1
     assert found[1].report["clustered_experts"] == 2
 

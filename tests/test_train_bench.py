@@ -1,11 +1,13 @@
 """The benchmark of whole steps: its rows, and the names of recipes."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tests.trainer import run_config
-from train.bench import measure, parse_recipe
+from tests.trainer import gin_bindings, run_config
+from train.bench import measure, parse_recipe, with_phases, work
 from train.trace import PARTS
 from venom_jax import Recipe
 
@@ -28,6 +30,19 @@ def test_a_row_for_each_recipe_in_the_benchmarks_format(capsys, tmp_path):
         assert sum(row["part_ms"].values()) == pytest.approx(row["ms"], abs=0.1)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert printed == rows == json.loads(output.read_text())
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(tmp_path):
+    values: Any = SimpleNamespace(
+        gin_file=[], gin_bindings=gin_bindings(), recipes="dense", json=f"{tmp_path}/no/steps.json"
+    )
+    with pytest.raises(ValueError, match=r"steps.json: there is no folder .*no"):
+        work(values)
+
+
+def test_more_recipes_than_the_run_has_steps():
+    recipes = [Recipe(), Recipe.act24(), Recipe.all24(), Recipe.venom(4, 1)]
+    assert [phase.recipe for phase in with_phases(run_config(steps=2), recipes).schedule.phases] == recipes
 
 
 def test_names_of_recipes():

@@ -70,7 +70,8 @@ def parse_recipe(text: str) -> tuple[str, Recipe]:
 
 def with_phases(config: RunConfig, recipes: list[Recipe]) -> RunConfig:
     """The run that has each recipe for a step, so that its program holds them all."""
-    return replace(config, phases=Phases(tuple(enumerate(recipes))))
+    train = replace(config.train, steps=max(config.train.steps, len(recipes)))
+    return replace(config, phases=Phases(tuple(enumerate(recipes))), train=train)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Bench:
     case: str
     rounds: int
     output: Path | None
-    experts: int
+    recipes: list[Recipe]
     layout: Layout
     state: TrainState
     batches: list[jax.Array]
@@ -137,15 +138,20 @@ class Bench:
         dataset = open_split(config, "train")
         iterator = train_iterator(dataset, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed)
         batches = [layout.rows(np.asarray(next(iterator)["tokens"])) for _ in range(4)]
-        experts = max(recipe.experts for recipe in recipes)
-        return cls(config, case, rounds, output, experts, layout, state, batches)
+        return cls(config, case, rounds, output, recipes, layout, state, batches)
+
+    @property
+    def experts(self) -> int:
+        return max(recipe.experts for recipe in self.recipes)
 
     def compile(self, name: str, recipes: list[Recipe], traced: bool) -> list[Program]:
         """One program that holds these recipes, in each of its phases; none, and a line that says why, if it fails."""
         start = time.perf_counter()
         config = with_phases(self.config, recipes)
         try:
-            step: Any = make_train_step(model.structure(config.model, self.experts), config, self.layout)
+            room = with_phases(self.config, self.recipes).learned_router
+            graphdef = model.structure(config.model, self.experts, learned_router=room)
+            step: Any = make_train_step(graphdef, config, self.layout)
             lowered = step.lower(self.state, self.batches[0])
             step = lowered.compile()
             seconds = time.perf_counter() - start
@@ -248,9 +254,12 @@ def work(values: flags.FlagValues) -> int:
     """Measures and writes the file; 1 where a recipe did not run."""
     config = load_config(values.gin_file, values.gin_bindings)
     names = [name for name in values.recipes.split(",") if name != "dense"]
+    wanted, output = {parse_recipe(name)[0] for name in ["dense", *names]}, Path(values.json)
+    if not output.parent.is_dir():
+        raise ValueError(f"--json={values.json}: there is no folder {output.parent}")
     size = Path(values.gin_file[0]).stem if values.gin_file else "model"
-    rows = measure(config, names, size, values.rounds, values.parts, values.switch, Path(values.json))
-    missing = 1 + len(set(names)) - sum(not row["case"].endswith(", switch") for row in rows)
+    rows = measure(config, names, size, values.rounds, values.parts, values.switch, output)
+    missing = len(wanted) - sum(not row["case"].endswith(", switch") for row in rows)
     if missing:
         print_error(f"{missing} of the recipes did not run; the lines above say why")
     return 1 if missing else 0

@@ -31,6 +31,7 @@ from venom_jax.stats import WeightMasks, weight_masks
 FORMAT = 1  # of what a checkpoint holds; counts up when an older program could not read it, or misread it
 # Optimizer fields that decide what arrays its state has.
 _STATE_FIELDS = ("ema", "first_moment_dtype")
+_ROUTER = "room for a learned router"
 
 
 def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     values |= {f"Train.{name}": getattr(train, name) for name in ("batch_size", "seq_len", "seed")}
     values |= {f"data.{name}": value for name, value in data.items()}
     values["largest number of experts"] = config.max_experts
+    values[_ROUTER] = config.learned_router
     rescaled = ", rescaled" if config.phases.rescale else ""
     texts = [describe(phase.recipe) + (rescaled if phase.start else "") for phase in config.schedule.phases]
     phases = [[phase.start, text] for phase, text in zip(config.schedule.phases, texts, strict=True)]
@@ -68,7 +70,7 @@ def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]
     def past(values):
         return values | {"phases": [phase for phase in values["phases"] if phase[0] < step]}
 
-    saved, wanted = past(_EARLIER | saved), past(wanted)
+    saved, wanted = past(_EARLIER | {_ROUTER: wanted[_ROUTER]} | saved), past(wanted)
     differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
     if differing:
         parts = [f"{name} is {saved.get(name)!r} there and {wanted.get(name)!r} here" for name in differing]

@@ -5,11 +5,15 @@ ignore gin.  gin checks names, never types, so each dataclass checks its own fie
 anything is compiled.
 """
 
+import contextlib
 import dataclasses
+import difflib
+import math
 import re
 import tokenize
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -176,8 +180,8 @@ class LearningRate:
     def __post_init__(self):
         _check_types(self)
         _at_least(self, 0, "rewarm")
-        if self.peak <= 0:
-            raise ValueError(f"LearningRate.peak={self.peak} must be positive")
+        if not 0 < self.peak < math.inf:
+            raise ValueError(f"LearningRate.peak={self.peak} must be positive and finite")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"LearningRate.final_fraction={self.final_fraction} must lie in [0, 1]")
 
@@ -414,7 +418,7 @@ class RunConfig:
 
 
 def load_config(
-    gin_files: typing.Sequence[str], gin_bindings: typing.Sequence[str] = (), *, allow_imports: bool = False
+    gin_files: Sequence[str], gin_bindings: Sequence[str] = (), *, allow_imports: bool = False
 ) -> RunConfig:
     """Reads gin files in order, then bindings.  A path is tried from the working directory, then from the package.
 
@@ -427,17 +431,21 @@ def load_config(
     gin.clear_config()
     try:
         files = [find_config(name) for name in gin_files]
+        _refuse_late_base(files)
         if not allow_imports:
             for name in files:
                 _refuse_imports(Path(name).read_text(), name)
             _refuse_imports("\n".join(gin_bindings), "a binding")
         gin.parse_config_files_and_bindings(files, list(gin_bindings), finalize_config=False)
-        classes = (Model, Data, Optimizer, LearningRate, Phases, Train, Guard, Mesh)
-        config = RunConfig(*(gin.get_configurable(cls)() for cls in classes), text=gin.config_str())
+        config = RunConfig(*(gin.get_configurable(cls)() for cls in _classes()), text=gin.config_str())
     except (ValueError, SyntaxError, tokenize.TokenError, TypeError, OSError, ImportError, NameError) as error:
         raise ValueError(_one_line(error)) from error
     _check_unused(config)
     return config
+
+
+def _classes() -> tuple[type, ...]:
+    return (Model, Data, Optimizer, LearningRate, Phases, Train, Guard, Mesh)
 
 
 def bindings_in(text: str) -> dict[str, str]:
@@ -445,6 +453,7 @@ def bindings_in(text: str) -> dict[str, str]:
     return dict(re.findall(r"^([\w/.]+) = (.+)$", text.replace("\\\n", " "), flags=re.MULTILINE))
 
 
+BASE = "configs/base.gin"
 OWN_PACKAGES = {"configs", "pallas_kernels", "venom_jax", "train"}
 
 
@@ -475,6 +484,25 @@ def _refuse_imports(text: str, where: str, including: tuple[str, ...] = ()) -> N
                 _refuse_imports(Path(name).read_text(), name, (*including, name))
 
 
+def _refuse_late_base(files: Sequence[str]) -> None:
+    """A size includes configs/base.gin, whose bindings would undo those of the files before it, phases among them."""
+    for name in files[1:]:
+        if BASE in _included(Path(name).read_text()):
+            raise ValueError(
+                f"{name} includes {BASE}, which would undo what {files[0]} has bound; name it first, and one size only"
+            )
+
+
+def _included(text: str, done: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Names of the files that a file includes, and that these include."""
+    for statement in config_parser.ConfigParser(text, _NoReferences()):
+        if isinstance(statement, config_parser.IncludeStatement) and statement.filename not in done:
+            done |= {statement.filename}
+            with contextlib.suppress(ValueError):  # gin itself says that one is missing
+                done = _included(Path(find_config(statement.filename)).read_text(), done)
+    return done
+
+
 def changed_bindings(old: str, new: str) -> tuple[str, ...]:
     """What differs between the texts of two configurations, as `Train.steps = 12 -> 20`; None for what is not bound."""
     before, after = bindings_in(old), bindings_in(new)
@@ -487,14 +515,20 @@ def find_config(name: str) -> str:
     for path in (Path(name), CONFIG_ROOT / name):
         if path.is_file():
             return str(path)
-    raise ValueError(f"file {name!r} is neither in {Path.cwd()} nor in {CONFIG_ROOT}")
+    places = " nor in ".join(dict.fromkeys(map(str, (Path.cwd(), CONFIG_ROOT))))
+    beside = [path.name for path in sorted((CONFIG_ROOT / name).parent.glob(f"*{Path(name).suffix}"))]
+    found = f"; {Path(name).parent} has {', '.join(beside)}" if beside else ""
+    raise ValueError(f"there is no file {name!r} in {places}{found}")
 
 
 def _one_line(error: Exception) -> str:
     """The message without gin's line breaks and object addresses; Python's words for a missing field made plain."""
     if isinstance(error, SyntaxError):
-        place = f"{error.filename or 'a binding'}, line {error.lineno}: {(error.text or '').strip()}"
-        return f"{error.msg} In {place}"
+        binding = (error.text or "").strip()
+        if error.msg.startswith("malformed node"):
+            place = f" ({error.filename}, line {error.lineno})" if error.filename else ""
+            return f"{binding}{place} has no value; text needs quotes, as in --gin_bindings=\"Data.folder='runs/data'\""
+        return f"{error.msg} In {error.filename or 'a binding'}, line {error.lineno}: {binding}"
     text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
     missing = re.search(
         r"(\w+)\.__init__\(\) missing \d+ required \w+ arguments?: ((?:'\w+'(?:, and |, | and )?)+)", text
@@ -504,7 +538,21 @@ def _one_line(error: Exception) -> str:
             f"{missing[1]} lacks {missing[2]}: give a size such as --gin_file=configs/size/tiny.gin, "
             "and --gin_bindings=\"Data.folder='...'\""
         )
-    return re.sub(r" In call to configurable '(\w+)' \(<[^>]*>\)(?: in scope '(\w+)')?", _short_place, text)
+    text = re.sub(r" In call to configurable '(\w+)' \(<[^>]*>\)(?: in scope '(\w+)')?", _short_place, text)
+    return text + _what_there_is(text)
+
+
+def _what_there_is(text: str) -> str:
+    """Behind gin's message of an unknown name: the nearest ones, or all."""
+    known = {cls.__name__: [item.name for item in dataclasses.fields(cls) if item.init] for cls in _classes()}
+    if parameter := re.match(r"Configurable '(\w+)' doesn't have a parameter named '(\w+)'", text):
+        names, word = known.get(parameter[1], []), parameter[2]
+    elif configurable := re.match(r"No configurable matching '([\w/]+)'", text):
+        names, word = [*known, "Recipe"], configurable[1].split("/")[-1]
+    else:
+        return ""
+    near = difflib.get_close_matches(word, names, 3)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(names)}" if names else ""
 
 
 def _short_place(match: re.Match[str]) -> str:

@@ -6,6 +6,7 @@ Killed and run again it goes on where it was.
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,11 @@ def run(workdir: str | Path, *, text: str | Path | None = None, gin_bindings: Se
     bindings = [f"Data.folder = {str(tokens)!r}", *gin_bindings]
     command = [f"--gin_file={name}" for name in GIN_FILES] + [f'--gin_bindings="{bindings[0]}"']
     print(f"python -m train.main {' '.join(command)} --workdir={workdir}", flush=True)
-    return main.run(GIN_FILES, bindings, workdir)
+    code = main.run(GIN_FILES, bindings, workdir)
+    if code == 0 and Path(sys.executable).is_relative_to(Path.cwd()):
+        activate = os.path.relpath(Path(sys.executable).parent / "activate")
+        print(f"to go on with commands of your own: source {activate}")
+    return code
 
 
 @program

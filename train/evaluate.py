@@ -206,9 +206,13 @@ def report_tasks(run: Restored, workdir: Path, tasks: Sequence[str], *, sparse: 
     for name, scorer in run.scorers(sparse=sparse):
         model_args = {"workdir": str(workdir), "step": run.step, "forward": name}
         text, table = harness.run_tasks(scorer, tokenizer, tasks, model_args=model_args, **options)
+        print(f"step {run.step}, {name}:\n{table}", flush=True)
         output = workdir / f"lm_eval-{run.step}-{name}.json"
-        output.write_text(text)
-        print(f"step {run.step}, {name}, written to {output}:\n{table}")
+        try:
+            output.write_text(text)
+        except OSError as error:
+            raise ValueError(f"{output} cannot be written ({error.strerror}); the table above is all") from error
+        print(f"written to {output}")
 
 
 @program

@@ -39,7 +39,7 @@ def first_bad(
         values = jnp.asarray(array, jnp.float32)
         nan, inf = int(jnp.isnan(values).sum()), int(jnp.isinf(values).sum())
         if nan or inf:
-            return f"first not finite: {name} ({nan} NaN and {inf} inf of {values.size} values)"
+            return f"not finite is {name} ({nan} NaN and {inf} inf of {values.size} values)"
         if name.startswith(_GRADIENT):
             norms[name] = float(np.linalg.norm(np.asarray(values, np.float64)))
     largest = max(norms, key=norms.__getitem__)

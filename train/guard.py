@@ -120,8 +120,10 @@ class Watch:
             usual = bad.limit - (self._guard.spike or 0.0)
             what += f", Guard.spike={self._guard.spike} above the usual {usual:.6g} is exceeded"
         row = f" after {self._guard.max_skips} skipped ones (Guard.max_skips)" if self._guard.action == "skip" else ""
-        remedy = (
-            "Run again with --gin_bindings=\"Guard.action = 'skip'\" to leave such steps out, or lower "
-            "LearningRate.peak or raise LearningRate.warmup, in a new workdir"
-        )
+        if self._guard.action == "skip":
+            remedy = "To leave out more, raise Guard.max_skips; or lower "
+        else:
+            remedy = "Run again with --gin_bindings=\"Guard.action = 'skip'\" to leave such steps out, or lower "
+        rate = self._config.learning_rate
+        remedy += f"LearningRate.peak={rate.peak} or raise LearningRate.warmup={rate.warmup}, in a new workdir"
         return f"{what}{row}; {first}. Nothing was saved after the last checkpoint. {remedy}"

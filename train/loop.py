@@ -29,7 +29,7 @@ from train.plot import plot_run
 from train.processes import first_alone, is_first
 from train.profiler import Profiler, parse_steps
 from train.remote import Remote
-from train.report import Logger, summary
+from train.report import Logger, opening, summary
 from train.run_info import read_starts, record_start
 from train.run_report import write_report
 from train.sources import Dataset, identity, open_data, verify
@@ -163,6 +163,7 @@ def train(run: Run) -> int:
     profiler = Profiler(run.profile_steps, run.workdir)
     logger = Logger(config, run.workdir, start, seconds, watch, layout.devices)
     with run.lock or contextlib.nullcontext(), StopRequest() as stop, checkpoints, profiler, logger:
+        logger.say(opening(config, layout.devices))
         if start:
             logger.say(f"continuing {run.workdir} from step {start}, {all_phases[phase_index].label}")
             for line in run.changed:

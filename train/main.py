@@ -16,6 +16,7 @@ from train.command import compute_deterministically, keep_compiled_programs, pri
 from train.config import load_config
 from train.guard import BadStepError
 from train.remote import Remote, is_remote
+from train.sources import open_data
 
 OPTIONS = ("dry_run", "gin_allow_imports", "distributed", "init_from", "init_state", "profile_steps", "deterministic")
 
@@ -45,7 +46,13 @@ def run(
             compute_deterministically()
         if dry_run:
             print(report.plan(config))
+            try:
+                open_data(config)
+            except ValueError as error:
+                print(f"note            the run would stop: {error}")
             return 0
+        if not str(workdir):
+            raise ValueError("--workdir= is empty; give a folder")
         remote = Remote(str(workdir)) if is_remote(workdir) else None
         prepared = loop.prepare(config, remote.local if remote else Path(workdir), remote=remote, **options)
     except (ValueError, NotImplementedError) as error:

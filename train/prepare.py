@@ -216,8 +216,9 @@ def _empty_message(split: str, fraction: float, separate: bool) -> str:
     if separate:
         return "the validation input holds no document"
     return (
-        f"no document fell into the held-out split with validation_fraction={fraction}: raise it, give "
-        "--validation=FILE, or use --validation_fraction=0 to go without"
+        f"no document fell into the held-out split with validation_fraction={fraction}, which with few documents is "
+        "chance: give --validation=FILE, or raise it; with --validation_fraction=0 there is no held-out split, and "
+        "train.main needs one"
     )
 
 

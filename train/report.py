@@ -17,6 +17,7 @@ from train.metrics import MetricsWriter, NoWriter, Progress, peak_flops, peak_me
 from train.processes import is_first
 from train.wandb_run import WandbRun
 from venom_jax import Recipe, StackRecipe
+from venom_jax.dispatch import choose_kernels
 
 
 class Throughput:
@@ -147,6 +148,26 @@ class Logger:
             utilisation += f", {values['peak_memory_gib']:.1f} GiB"
         self._writer.write("train", step, **values, phase=phase.label, phase_index=phase_index)
         self._progress.update(step, f"loss {values['loss']:.4f}, {rate:,.0f} tokens/s{utilisation}, {phase.label}")
+
+
+def opening(config: RunConfig, devices: int) -> str:
+    """The first line of a run: what is trained on what, and which sparse phases have no kernels here."""
+    shape, train = config.model, config.train
+    text = f"{model.parameter_count(shape):,} parameters on {devices} x {jax.devices()[0].device_kind}"
+
+    def has_kernels(recipe: Recipe) -> bool:
+        chosen = choose_kernels(train.implementation, recipe, shape.d_model, shape.d_ffn, train.dtype, local=True)
+        return recipe.is_dense or chosen is not None
+
+    phases = {
+        phase.label: [part for _, _, part in phase.recipe.parts(shape.layers)] for phase in config.schedule.phases
+    }
+    without = [label for label, parts in phases.items() if not all(map(has_kernels, parts))]
+    if without:
+        text += f"; as dense products with masks, no sparse kernels: {', '.join(without)}"
+    elif not all(part.is_dense for parts in phases.values() for part in parts):
+        text += "; with sparse kernels"
+    return f"{text}; the first step compiles"
 
 
 def plan(config: RunConfig) -> str:

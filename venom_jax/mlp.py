@@ -106,6 +106,8 @@ class SparseMLP(nnx.Module):
           ValueError: the recipe does not fit the layer (sizes, or more experts than max_experts).
           NotImplementedError: the named implementation does not run here.
         """
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"recipe={recipe!r} must be a Recipe, such as Recipe.venom(experts=4, top_k=1)")
         if recipe.experts > self.max_experts:
             raise ValueError(
                 f"recipe with experts = {recipe.experts} in a layer made with max_experts = {self.max_experts}; "

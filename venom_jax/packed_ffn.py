@@ -185,7 +185,7 @@ def forward(
     else:
         y1 = order.hidden(rows, sparse_w1, (w1.T if by_neuron else w1).astype(x.dtype))
         packed = api.pack_activations(y1, **along, interleaved=order.interleaved, implementation=implementation)
-        dense = None if recipe.activations else jax.nn.relu(y1)
+        dense = jax.nn.relu(y1)
     density = packed.positives / (x.shape[0] * recipe.top_k * (w2.shape[0] // recipe.experts))
     dense_y2 = None if dense is None else dense * dense
     y3 = order.leave(order.back(packed.squared, dense_y2, w2.astype(x.dtype), k_major=False), x.dtype)
@@ -225,7 +225,7 @@ def backward(
     else:
         dy2, options = order.hidden(dy3_rows, sparse_w2, w2.astype(x.dtype).T), {"interleaved": order.interleaved}
         taken = api.take_activations(dy2, features, tokens, **options, implementation=implementation)
-        dense_dy1 = None if dense is None else 2 * dy2 * dense
+        dense_dy1 = 2 * dy2 * dense
     dx = order.leave(order.back(taken.features, dense_dy1, w1.astype(x.dtype), k_major=not by_neuron), x.dtype)
 
     if tokens is None:

@@ -206,7 +206,8 @@ def _transition_in_parts(
     layer, count = _only_stack(params)
     spans = [{first: part for first, _, part in recipe.parts(count)} for recipe in (old, new)]
     firsts = sorted(spans[0].keys() | spans[1].keys())
-    done, report = Transition(params, method, list(trees), list(averages), {}), {}
+    done = Transition(params, method, list(trees), list(averages), {})
+    reports: dict[str, list[tuple[int, float]]] = {}  # of each figure: layers, and its value there
     for first, end in zip(firsts, [*firsts[1:], count], strict=True):
         before, after = (span[max(start for start in span if start <= first)] for span in spans)
         given = [done.params, done.method, *done.trees, *done.averages]
@@ -219,8 +220,10 @@ def _transition_in_parts(
         found = [out.params, out.method, *out.trees, *out.averages]
         whole = [_paste(tree, part, layer, count, first) for tree, part in zip(given, found, strict=True)]
         done = Transition(whole[0], whole[1], whole[2 : 2 + len(trees)], whole[2 + len(trees) :], {})
-        report |= out.report
-    return done._replace(report=report)
+        for name, value in out.report.items():
+            reports.setdefault(name, []).append((end - first, value))
+    means = {name: sum(n * value for n, value in own) / sum(n for n, _ in own) for name, own in reports.items()}
+    return done._replace(report=means)
 
 
 def _only_stack(params: Any) -> tuple[Path, int]:
