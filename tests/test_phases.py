@@ -1,5 +1,7 @@
 """Transitions: what changes, what must not, and how often."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,21 @@ def test_each_product_has_its_own_scale(model, axis_case):
     np.testing.assert_allclose(leaves(out.method)["tower", "beta"][:, index], expected, rtol=1e-6)
 
 
+def test_a_scale_follows_its_mask_and_the_order_of_the_neurons(model):
+    _, params, method = model
+    threshold, both = (Recipe(weights=("y1", "dx"), weight_mask=mask) for mask in ("threshold", "transposable"))
+    there = phases.transition(params, method, [], DENSE, threshold, seed=0)
+    out = phases.transition(there.params, there.method, [], threshold, both, seed=0)
+    expected = [optimal_scale(w, 0, "transposable") for w in leaves(out.params)["tower", "w1"]]
+    np.testing.assert_allclose(leaves(out.method)["tower", "beta"][:, 0], expected, rtol=1e-6)
+    assert (leaves(out.method)["tower", "beta"][:, 0] != leaves(there.method)["tower", "beta"][:, 0]).all()
+
+    moved = phases.transition(params, method, [], DENSE, Recipe(weights=("y3",), experts=4), seed=0)
+    after, before = ([optimal_scale(w, 0) for w in leaves(tree)["tower", "w2"]] for tree in (moved.params, params))
+    np.testing.assert_allclose(leaves(moved.method)["tower", "beta"][:, 1], after, rtol=1e-6)
+    assert (np.array(after) != np.array(before)).all(), "along F the order matters"
+
+
 def test_baking_keeps_the_forward_and_happens_once(model):
     graph, params, method = model
     weights = Recipe(weights=("y1", "dy2"))
@@ -171,6 +188,12 @@ def test_balance_bias(model):
     np.testing.assert_array_equal(leaves(still)["tower", "bias"], np.zeros((2, 4)))
     out = phases.transition(params, moved, [], recipe, Recipe.venom(2, 1), seed=0)
     np.testing.assert_array_equal(leaves(out.method)["tower", "bias"], np.zeros((2, 4)))
+    formed_anew = Recipe.venom(4, 2, shared=1)
+    inputs_of: Any = {("tower",): jnp.stack([inputs(), inputs()])}
+    out = phases.transition(params, moved, [], recipe, formed_anew, seed=0, inputs=inputs_of)
+    np.testing.assert_array_equal(leaves(out.method)["tower", "bias"], np.zeros((2, 4)))
+    same = phases.transition(params, moved, [], recipe, Recipe.venom(4, 2), seed=0)
+    assert leaves(same.method)["tower", "bias"].any(), "the same experts keep it"
     kept = phases.transition(params, moved, [], recipe, DENSE, seed=0)
     np.testing.assert_array_equal(leaves(kept.method)["tower", "permutation"], leaves(method)["tower", "permutation"])
 

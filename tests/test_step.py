@@ -12,8 +12,8 @@ from tests.helpers import assert_close, relative_error
 from tests.trainer import build, run_config
 from train import model
 from train.state import initial_state
-from train.step import make_diagnosis, make_eval_step, make_train_step, token_losses
-from venom_jax import Recipe, phases
+from train.step import _load_metrics, make_diagnosis, make_eval_step, make_train_step, token_losses
+from venom_jax import LayerRecipes, Recipe, phases
 
 BATCH = jax.random.randint(jax.random.key(5), (8, 17), 0, 300)
 
@@ -189,3 +189,12 @@ def test_diagnosis_reports_flips_against_the_last_masks(dense_twice):
     assert float(same["flip_rate"].max()) == 0
     other, _ = diagnosis(dense_twice[0].params, method, BATCH, masks, recipe=Recipe.venom())
     assert 0 < float(other["flip_rate"].max()) < 0.5
+
+
+def test_loads_of_layers_with_unlike_experts_are_relative_to_their_own_mean():
+    """Four experts in the first layer, two in the second: 0.4 of 0.25 is more than 0.6 of 0.5."""
+    recipe = LayerRecipes(((0, Recipe.venom(4, 1)), (1, Recipe.venom(2, 1))))
+    load = jnp.array([[40.0, 20, 20, 20], [60, 40, 0, 0]])
+    found = {name: float(value) for name, value in _load_metrics(load, recipe, 100).items()}
+    mean = (0.25 + 0.5) / 2
+    assert found == pytest.approx({"load_mean": mean, "load_max": 1.6 * mean, "load_min": 0.8 * mean})

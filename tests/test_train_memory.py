@@ -64,6 +64,12 @@ def test_unrolled_layers_take_what_they_took(size, recipe, devices, gib):
     assert memory.estimate(config, 1, devices).total / 2**30 == pytest.approx(gib, rel=0.06)
 
 
+def test_microbatches_have_a_sum_of_gradients_beside_their_own():
+    one, two = (memory.estimate(of_1b(Train_accumulation=n), 1, 1) for n in (1, 2))
+    assert two.gradients == 2 * one.gradients
+    assert two.activations * 2 == one.activations
+
+
 def test_devices_share_what_is_cut():
     one, four = (memory.estimate(of_1b(Train_batch_size=8), 1, n) for n in (1, 4))
     assert four.fixed == pytest.approx(one.fixed / 4, rel=1e-3)
