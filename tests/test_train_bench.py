@@ -49,5 +49,6 @@ def test_names_of_recipes():
     assert parse_recipe("venom:16:4") == ("venom E=16 k=4", Recipe.venom(16, 4))
     assert parse_recipe("all24") == ("all24", Recipe.all24())
     assert parse_recipe("act24:4:2") == ("act24 E=4 k=2", Recipe.act24(experts=4, top_k=2))
-    with pytest.raises(ValueError, match="venom:EXPERTS:TOP_K"):
-        parse_recipe("all24:4:1")
+    for wrong in ("all24:4:1", "act42", ""):
+        with pytest.raises(ValueError, match=f"--recipes has '{wrong}'; give dense, .* venom:EXPERTS:TOP_K"):
+            parse_recipe(wrong)

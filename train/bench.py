@@ -32,7 +32,7 @@ from absl import app, flags
 
 from train import model, trace
 from train.command import print_error, program
-from train.config import Phases, RunConfig, load_config, named_recipe
+from train.config import PRESETS, Phases, RunConfig, load_config, named_recipe
 from train.data import train_iterator
 from train.mesh import Layout, layout_of
 from train.metrics import peak_flops
@@ -57,7 +57,7 @@ def parse_recipe(text: str) -> tuple[str, Recipe]:
       ValueError: an unknown name, or another form.
     """
     name, *numbers = text.split(":")
-    if not numbers:
+    if not numbers and name in PRESETS:
         recipe = named_recipe(name)
     elif name in ("venom", "act24") and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
         recipe = Recipe.preset(name, experts=int(numbers[0]), top_k=int(numbers[1]))

@@ -362,7 +362,9 @@ def _find_layers(params: Any) -> list[Path]:
     names = {path for path, _ in _named_leaves(params)}
     layers = sorted(path[:-1] for path in names if path[-1] == "w1" and (*path[:-1], "w2") in names)
     if not layers:
-        raise ValueError("no FFN layer found: no two leaves of one node are named w1 and w2.")
+        raise ValueError(
+            "no FFN layer found: no two leaves of one node are named w1 and w2. Are the parameters the first tree?"
+        )
     return layers
 
 
