@@ -73,7 +73,7 @@ twin = "a"
         ("[runs.a]\ntwin = 'b'", "twin 'b' of 'a' is no run; there are a"),
         ("[runs.'a/b']", "run 'a/b' gives its folder its name"),
         ("[runs.a]\ngin_bindings = ['Train.stepz = 3']", "run 'a': .*stepz"),
-        ("[runs.a]\ngin_files = ['no.gin']", "run 'a': file 'no.gin' is neither in"),
+        ("[runs.a]\ngin_files = ['no.gin']", "run 'a': there is no file 'no.gin' in"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, text, message):
