@@ -38,7 +38,7 @@ from train.mesh import Layout, layout_of
 from train.metrics import peak_flops
 from train.schedule import label
 from train.sources import open_split
-from train.state import TrainState, initial_state
+from train.state import TrainState, initial_state, run_structure
 from train.step import make_train_step
 from venom_jax import Recipe
 
@@ -140,17 +140,12 @@ class Bench:
         batches = [layout.rows(np.asarray(next(iterator)["tokens"])) for _ in range(4)]
         return cls(config, case, rounds, output, recipes, layout, state, batches)
 
-    @property
-    def experts(self) -> int:
-        return max(recipe.experts for recipe in self.recipes)
-
     def compile(self, name: str, recipes: list[Recipe], traced: bool) -> list[Program]:
         """One program that holds these recipes, in each of its phases; none, and a line that says why, if it fails."""
         start = time.perf_counter()
         config = with_phases(self.config, recipes)
         try:
-            room = with_phases(self.config, self.recipes).learned_router
-            graphdef = model.structure(config.model, self.experts, learned_router=room)
+            graphdef = run_structure(with_phases(self.config, self.recipes))
             step: Any = make_train_step(graphdef, config, self.layout)
             lowered = step.lower(self.state, self.batches[0])
             step = lowered.compile()

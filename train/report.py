@@ -156,8 +156,8 @@ def opening(config: RunConfig, devices: int) -> str:
     text = f"{model.parameter_count(shape):,} parameters on {devices} x {jax.devices()[0].device_kind}"
 
     def has_kernels(recipe: Recipe) -> bool:
-        chosen = choose_kernels(train.implementation, recipe, shape.d_model, shape.d_ffn, train.dtype, local=True)
-        return recipe.is_dense or chosen is not None
+        sizes = (shape.d_model, shape.d_ffn, train.dtype)
+        return recipe.is_dense or choose_kernels(train.implementation, recipe, *sizes, local=True) is not None
 
     phases = {
         phase.label: [part for _, _, part in phase.recipe.parts(shape.layers)] for phase in config.schedule.phases

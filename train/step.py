@@ -111,10 +111,8 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
         count = config.train.accumulation
         if shards is not None:
             key = shards.own_key(key)
-        packed, own = (
-            pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype)),
-            layout.local_recipe(recipe, count),
-        )
+        packed = pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype))
+        own = layout.local_recipe(recipe, count)
         if count == 1:
             grads, loss, density, load = microbatch(params, method, packed, tokens, key, recipe=own)
         else:
