@@ -54,6 +54,7 @@ def _job(name: str, seconds: int, command: str, *more: str, place: Place = "shar
 
 
 _DATA = "--gin_bindings=Data.folder='{tokens}'"
+_SYNTHETIC = "--gin_bindings=Data.synthetic=True"  # 7b-layers has 512 tokens, fewer than the folder's
 _OVER_GPUS = "train.bench --gin_file=configs/size/1b.gin --rounds=3 --switch=false --recipes=dense,venom:4:1"
 JOBS = (
     _job("several-gpus", 300, "pytest -m gpu -v tests/test_several_gpus.py", place="all"),
@@ -62,16 +63,16 @@ JOBS = (
     _job("replicated", 270, f"{_OVER_GPUS} --gin_file=configs/options/replicated.gin --json={{output}}/replicated.json",
          "--gin_bindings=Train.batch_size={rows}", _DATA, place="all"),
     _job("fsdp-7b", 400, "train.bench --gin_file=configs/size/7b.gin --rounds=2 --json={output}/fsdp-7b.json", _DATA,
-         "--recipes=dense,venom:4:1", "--parts=false", "--switch=false", "--gin_bindings=Train.batch_size={gpus}",
-         place="all"),
+         "--recipes=dense,act24,act24:4:2,venom:4:1", "--parts=false", "--switch=false",
+         "--gin_bindings=Train.batch_size={gpus}", place="all"),
     _job("fsdp-7b-unrolled", 400, "train.bench --gin_file=configs/size/7b.gin --rounds=2 --parts=false --switch=false",
          _DATA, "--recipes=dense,venom:4:1", "--json={output}/fsdp-7b-unrolled.json", "--gin_bindings=Train.unroll=32",
          "--gin_bindings=Train.batch_size={gpus}", place="all"),
     _job("ffn", 750, "venom_jax.bench --json {output}/ffn.json --stages", place="alone"),
     _job("train", 270, "train.bench --gin_file=configs/size/1b.gin --rounds=3 --json={output}/train.json",
-         "--recipes=dense,act24,all24,venom:4:2,venom:16:1,venom:4:1", _DATA, place="alone"),
+         "--recipes=dense,act24,all24,venom:4:2,venom:16:1,act24:4:2,venom:4:1", _DATA, place="alone"),
     _job("layers", 180, "train.bench --gin_file=configs/size/7b-layers.gin --rounds=3 --json={output}/layers.json",
-         "--recipes=dense,act24,all24,venom:4:2,venom:4:1", _DATA, place="alone"),
+         "--recipes=dense,act24,all24,venom:4:2,act24:4:2,venom:4:1", _SYNTHETIC, place="alone"),
     _job("vnm", 300, "pallas_kernels.vnm.bench --json {output}/vnm.json", place="alone"),
     _job("roofline", 330, "pallas_kernels.roofline --parts counters --json {output}/roofline.json --seconds={seconds}",
          "--table={output}/roofline.md", place="alone"),

@@ -1,6 +1,7 @@
 """The benchmark of whole steps: its rows, and the names of recipes."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,13 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(tmp_path
     )
     with pytest.raises(ValueError, match=r"steps.json: there is no folder .*no"):
         work(values)
+
+
+def test_tokens_that_the_model_does_not_have_are_told():
+    config = run_config()
+    small = replace(config, model=replace(config.model, vocab_size=16))
+    with pytest.raises(ValueError, match=r"tokenizer of .* has \d+ tokens but Model.vocab_size=16: raise it"):
+        measure(small, [], "small", rounds=1, parts=False, switch=False)
 
 
 def test_more_recipes_than_the_run_has_steps():

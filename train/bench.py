@@ -37,7 +37,7 @@ from train.data import train_iterator
 from train.mesh import Layout, layout_of
 from train.metrics import peak_flops
 from train.schedule import label
-from train.sources import open_split
+from train.sources import open_fitting
 from train.state import TrainState, initial_state, run_structure
 from train.step import make_train_step
 from venom_jax import Recipe
@@ -134,8 +134,8 @@ class Bench:
     def start(cls, config: RunConfig, recipes: list[Recipe], case: str, rounds: int, output: Path | None) -> "Bench":
         """With a fresh state that holds the arrays of all recipes."""
         train, layout = config.train, layout_of(config)
+        dataset = open_fitting(config, "train")
         state = initial_state(with_phases(config, recipes), layout)
-        dataset = open_split(config, "train")
         iterator = train_iterator(dataset, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed)
         batches = [layout.rows(np.asarray(next(iterator)["tokens"])) for _ in range(4)]
         return cls(config, case, rounds, output, recipes, layout, state, batches)

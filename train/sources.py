@@ -166,22 +166,26 @@ def open_split(config: RunConfig, split: str) -> Dataset:
     return Mixture(names, tuple(parts), tuple(float(weight) for _, weight in data.sources))
 
 
+def open_fitting(config: RunConfig, split: str) -> Dataset:
+    """One split.  Raises ValueError where it does not fit the model or the sequence length."""
+    dataset = open_split(config, split)
+    if dataset.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {describe(config.data)} has {dataset.vocab_size} tokens but "
+            f"Model.vocab_size={config.model.vocab_size}: raise it (a smaller tokenizer is fine)"
+        )
+    if config.model.document_start not in (None, dataset.eos_id):
+        raise ValueError(
+            f"Model.document_start={config.model.document_start}, but documents of {describe(config.data)} are "
+            f"divided by the token {dataset.eos_id}: bind that"
+        )
+    dataset.num_windows(config.train.seq_len)
+    return dataset
+
+
 def open_data(config: RunConfig) -> tuple[Dataset, Dataset]:
     """Both splits.  Raises ValueError where they do not fit the model or the sequence length."""
-    splits = open_split(config, "train"), open_split(config, "val")
-    for dataset in splits:
-        if dataset.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {describe(config.data)} has {dataset.vocab_size} tokens but "
-                f"Model.vocab_size={config.model.vocab_size}: raise it (a smaller tokenizer is fine)"
-            )
-        if config.model.document_start not in (None, dataset.eos_id):
-            raise ValueError(
-                f"Model.document_start={config.model.document_start}, but documents of {describe(config.data)} are "
-                f"divided by the token {dataset.eos_id}: bind that"
-            )
-        dataset.num_windows(config.train.seq_len)
-    return splits
+    return open_fitting(config, "train"), open_fitting(config, "val")
 
 
 def verify(config: RunConfig, record: Path) -> None:
