@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +167,8 @@ def test_bad_arguments_are_named(dataset):
 def test_a_missing_folder_manifest_or_split_is_named(copy, tmp_path):
     with pytest.raises(ValueError, match=r"holds no manifest\.json.*train\.prepare"):
         open_dataset(tmp_path / "none")
+    with pytest.raises(ValueError, match=rf"{Path.cwd()}/none holds no .* start in the folder from which none leads"):
+        open_dataset("none")
     with pytest.raises(ValueError, match=r"no split 'test'; it has \['train', 'val'\]"):
         open_dataset(copy, "test")
     (copy / "manifest.json").write_text('{"format": "venom-jax')

@@ -307,9 +307,11 @@ def edges_sha256(path: Path) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
+        # A run remembers the path as it was given, and may be evaluated from elsewhere.
+        elsewhere = "" if folder.is_absolute() else f", or start in the folder from which {folder} leads to one"
         raise ValueError(
-            f"{folder} holds no {MANIFEST}: it is no prepared dataset, or preparing it was interrupted; "
-            f"run python -m train.prepare --input=TEXT --output={folder}"
+            f"{folder.absolute()} holds no {MANIFEST}: it is no prepared dataset, or preparing it was interrupted; "
+            f"run python -m train.prepare --input=TEXT --output={folder}{elsewhere}"
         )
     try:
         manifest = json.loads(path.read_text())
