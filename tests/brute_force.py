@@ -85,9 +85,9 @@ def ffn(x, w1, w2, beta, route, recipe, dy3):
         fours = groups(route, experts, recipe.v, recipe.token_blocks, recipe.token_order)
         for e in range(experts):
             span = range(e * size, (e + 1) * size)
-            pruned = -(-95 * size // 100 // 128) * 128 if recipe.wgrad == "split95" else size
+            exempt = int(0.05 * size / 128) * 128 if recipe.wgrad == "split95" else 0
             count = {f: -(a[:, f] > 0).sum() for f in span}
-            dense = sorted(span, key=lambda f: (count[f], f))[: max(size - pruned, 0)]
+            dense = sorted(span, key=lambda f: (count[f], f))[:exempt]
             for four in fours[e]:
                 for f in span:
                     values = np.array([0.0 if t is None else a[t, f] for t in four])

@@ -107,6 +107,8 @@ def test_leaving_the_routed_phase_keeps_the_output_where_it_can():
     np.testing.assert_array_equal(out.averages[0]["ffn"]["w2"], out.params["ffn"]["w2"])
     np.testing.assert_array_equal(out.trees[0]["ffn"]["w2"], params["ffn"]["w2"])
     np.testing.assert_array_equal(out.params["ffn"]["w1"], params["ffn"]["w1"])
+    in_blocks = phases.transition(params, method, [], Recipe(experts=4, token_blocks=3), DENSE, rescale=True, **options)
+    assert in_blocks.report == out.report, "40 tokens of a sample need not split into the blocks of a batch"
     for old, new in ((DENSE, Recipe(experts=2)), (DENSE, Recipe.act24())):  # not more neurons than before
         kept = phases.transition(params, method, [], old, new, rescale=True, **options)
         assert "rescaled_w2" not in kept.report

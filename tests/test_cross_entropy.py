@@ -39,6 +39,12 @@ def test_value_and_gradients_are_those_of_the_whole(slices, z_loss):
         assert_close(a, b, "float32")
 
 
+def test_logits_for_evaluation_are_not_rounded():
+    hidden, head = (np.asarray(t.astype(jnp.bfloat16), np.float64) for t in (HIDDEN, HEAD))
+    found = head_logits(HIDDEN.astype(jnp.bfloat16), HEAD)
+    np.testing.assert_allclose(found, hidden @ head, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_of_all_positions_never_exist():
     """The largest array of value and gradient is a slice's logits, here an eighth of all."""
     head = jnp.zeros((4, 1000))

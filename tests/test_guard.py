@@ -20,7 +20,7 @@ from tests.trainer import (
     run_to_end,
     three_phases,
 )
-from train import loop
+from train import explain, loop
 from train.config import Guard, load_config
 from train.data import TokenDataset
 from train.explain import first_bad
@@ -204,6 +204,15 @@ def test_every_microbatch_is_looked_at():
     assert "the embedded tokens in microbatch 1 (0 NaN and 32 inf" in first_bad(
         graphdef, config, beyond_bfloat16, tokens, 0
     )
+
+
+def test_the_loss_that_is_looked_at_is_the_steps():
+    config = run_config(z_loss=0.1)
+    graphdef, _, _ = build(config.model, config.max_experts, 0)
+    state, tokens = initial_state(config), jnp.arange(8 * 17, dtype=jnp.int32).reshape(8, 17)
+    tensors = dict(explain._tensors(graphdef, config, state, tokens, 0))
+    _, metrics = make_train_step(graphdef, config)(state, tokens)
+    np.testing.assert_allclose(tensors["the loss"], metrics["loss"], rtol=1e-6)
 
 
 def watch_of(losses, **guard):

@@ -122,6 +122,16 @@ def test_a_scale_follows_its_mask_and_the_order_of_the_neurons(model):
     np.testing.assert_allclose(leaves(moved.method)["tower", "beta"][:, 1], after, rtol=1e-6)
     assert (np.array(after) != np.array(before)).all(), "along F the order matters"
 
+    sparse = phases.transition(params, method, [], DENSE, Recipe(weights=("y1", "y3")), seed=0)
+    routed = Recipe(weights=("y1", "y3"), experts=4)
+    moved = phases.transition(sparse.params, sparse.method, [], Recipe(weights=("y1", "y3")), routed, seed=0)
+    beta, kept = (leaves(tree.method)["tower", "beta"] for tree in (moved, sparse))
+    np.testing.assert_allclose(
+        beta[:, 1], [optimal_scale(w, 0) for w in leaves(moved.params)["tower", "w2"]], rtol=1e-6
+    )
+    assert (beta[:, 1] != kept[:, 1]).all(), "fours along F are others"
+    np.testing.assert_array_equal(beta[:, 0], kept[:, 0], "fours along D are not")
+
 
 def test_baking_keeps_the_forward_and_happens_once(model):
     graph, params, method = model
@@ -239,6 +249,9 @@ def test_diagnosis_against_numpy():
     best = (a**2).reshape(128, 4, 16).sum(-1).argmax(1)
     own = np.repeat(best[:, None] == np.arange(4), 16, axis=1)
     np.testing.assert_allclose(routed["kept_oracle"], ((a * own) ** 4).sum() / (a**4).sum(), rtol=1e-4)
+    best = Recipe.venom(4, 1, router="oracle", hidden="full")
+    in_hindsight, _ = stats.diagnose(x, w1, w2, jnp.ones(4), jnp.zeros(4), best)
+    np.testing.assert_allclose(in_hindsight["kept_router"], routed["kept_oracle"], rtol=1e-6)
 
 
 def test_recipes_of_layers_are_each_layers_own_transition(model):

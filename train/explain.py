@@ -82,7 +82,7 @@ def _tensors(
             yield f"the FFN's input in layer {layer} (behind attention){where}", ffn_input
             yield f"the output of layer {layer} (behind the FFN){where}", x
         top = {name: leaf for name, leaf in state.params.items() if name != "blocks"}
-        loss, (d_top, dx) = _top(top, x, part[:, 1:], model=config.model, slices=train.loss_chunks)
+        loss, (d_top, dx) = _top(top, x, part[:, 1:], model=config.model, slices=train.loss_chunks, z_loss=train.z_loss)
         yield f"the loss{where}", loss
         yield from _named(d_top, layers, _GRADIENT, where)
         yield f"the derivative by the output of layer {layers - 1}{where}", dx
@@ -109,15 +109,15 @@ def _block_gradient(dy, trained, x, *rest, **static):
     return pull(dy)
 
 
-@partial(jax.jit, static_argnames=("model", "slices"))
-def _top(top: dict, x, labels, *, model: Model, slices: int):
+@partial(jax.jit, static_argnames=("model", "slices", "z_loss"))
+def _top(top: dict, x, labels, *, model: Model, slices: int, z_loss: float):
     """The loss, and its gradients by what lies above the layers and by their output."""
 
     def loss(top, x):
         hidden = rms_norm(x, top["final_scale"], model.norm_epsilon)
         head = top["embedding"].T if model.tied_head else top["head"]
         weights = jnp.full(labels.shape, 1 / labels.size, jnp.float32)
-        return weighted_cross_entropy(hidden, head, labels, weights, slices)
+        return weighted_cross_entropy(hidden, head, labels, weights, slices, z_loss)
 
     return jax.value_and_grad(loss, (0, 1))(top, x)
 

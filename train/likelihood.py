@@ -91,7 +91,7 @@ def _make_score(graphdef: nnx.GraphDef, config: RunConfig):
         # A fixed key: the score must not depend on when it is asked for, also with the random router.
         hidden, *_ = decoder.hidden(
             tokens[:, :-1],
-            recipe=recipe,
+            recipe=recipe.forward,
             dtype=jnp.dtype(train.dtype),
             key=jax.random.key(0),
             implementation=train.implementation,

@@ -14,7 +14,7 @@ The batch is cut over both axes. A large parameter, its moments and its gradient
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from train.config import RunConfig
 from train.embedding import look_up
-from venom_jax import LayerRecipes, StackRecipe
+from venom_jax import LayerRecipes, Recipe, StackRecipe
 from venom_jax.sharded_ffn import gather, in_order, local_recipe, scatter
 
 DATA, FSDP = AXES = ("data", "fsdp")
@@ -194,7 +194,12 @@ class Layout:
 
     def local_recipe(self, recipe: StackRecipe, microbatches: int = 1) -> StackRecipe:
         """The recipe for a device's rows of one of so many microbatches."""
-        return _local_recipe(recipe, self.devices * microbatches)
+        return _each_part(recipe, lambda part: local_recipe(part, self.devices * microbatches))
+
+    def gathered_recipe(self, recipe: StackRecipe, microbatches: int) -> StackRecipe:
+        """The recipe for a whole microbatch in one place: in the fours that form on the devices."""
+        own = self.local_recipe(recipe, microbatches)
+        return _each_part(own, lambda part: replace(part, token_blocks=part.token_blocks * self.devices))
 
 
 ONE_DEVICE = Layout()
@@ -271,7 +276,7 @@ def check_divisible(config: RunConfig, data: int, fsdp: int) -> None:
         if getattr(shape, name) % fsdp:
             raise ValueError(f"Model.{name}={getattr(shape, name)} does not divide over Mesh.fsdp={fsdp} devices")
     for recipe in config.schedule.recipes:
-        _local_recipe(recipe, rows)
+        _each_part(recipe, lambda part: local_recipe(part, rows))
         if not recipe.is_dense and shape.d_ffn // fsdp % 4:
             raise ValueError(
                 f"Model.d_ffn={shape.d_ffn} over Mesh.fsdp={fsdp} devices leaves {shape.d_ffn // fsdp} neurons each, "
@@ -279,10 +284,10 @@ def check_divisible(config: RunConfig, data: int, fsdp: int) -> None:
             )
 
 
-def _local_recipe(recipe: StackRecipe, parts: int) -> StackRecipe:
+def _each_part(recipe: StackRecipe, change: Callable[[Recipe], Recipe]) -> StackRecipe:
     if isinstance(recipe, LayerRecipes):
-        return LayerRecipes(tuple((first, local_recipe(own, parts)) for first, own in recipe.starts))
-    return local_recipe(recipe, parts)
+        return LayerRecipes(tuple((first, change(part)) for first, part in recipe.starts))
+    return change(recipe)
 
 
 def _from_host(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -153,7 +153,7 @@ def _load_metrics(load: Float[Array, "L E"], recipe: StackRecipe, tokens: int) -
     found = [shares[first:end, part.shared : part.experts] for first, end, part in parts]
     means = [share.mean() for share in found]
     mean = jnp.stack(means).mean()
-    scales = [1.0 if len(means) == 1 else mean / own for own in means]
+    scales = [1.0 if len(means) == 1 or not recipe.routed else mean / own for own in means]
     return {
         "load_max": jnp.stack([share.max() * scale for share, scale in zip(found, scales, strict=True)]).max(),
         "load_mean": mean,
@@ -241,7 +241,7 @@ def make_eval_step(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
 
     @partial(jax.jit, static_argnames="recipe")
     def eval_step(params, method, tokens, weight, *, recipe: StackRecipe):
-        own = partial(sums, recipe=layout.local_recipe(recipe))
+        own = partial(sums, recipe=recipe.forward)
         return layout.each(own, (specs(params), P(), ROWS, ROWS), P())(params, method, tokens, weight)
 
     return eval_step
@@ -272,7 +272,7 @@ def _all_ffn_inputs(
     def inputs(params, method, tokens):
         return assemble(graphdef, params, method).hidden(
             tokens[:, :-1],
-            recipe=layout.local_recipe(recipe),
+            recipe=recipe.forward,
             dtype=jnp.dtype(config.train.dtype),
             key=jax.random.key(0),
             implementation=config.train.implementation,
@@ -286,7 +286,8 @@ def _all_ffn_inputs(
 def make_diagnosis(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = ONE_DEVICE) -> Callable:
     """diagnosis(params, method, tokens, masks, recipe=...) -> ({name: [L]}, masks), jitted.
 
-    ``venom_jax.stats.diagnose`` on the input of every FFN.  ``masks`` is what the last call returned, or None.
+    ``venom_jax.stats.diagnose`` on the input of every FFN, for the tokens of a microbatch, in the fours in which a step
+    prunes them.  ``masks`` is what the last call returned, or None.
     """
 
     places = {} if layout.mesh is None else {"out_shardings": layout.everywhere}
@@ -301,7 +302,7 @@ def make_diagnosis(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
             return diagnose(x.reshape(-1, x.shape[-1]), w1, w2, beta, bias, recipe, previous, learned=learned)
 
         stacked = (ffn_inputs, ffn["w1"], ffn["w2"], state["beta"], state["bias"], state.get("router"), masks)
-        parts = recipe.parts(config.model.layers)
+        parts = layout.gathered_recipe(recipe, config.train.accumulation).parts(config.model.layers)
         return join_layers([jax.lax.map(partial(layer, part), take_layers(stacked, a, b)) for a, b, part in parts])
 
     return diagnosis

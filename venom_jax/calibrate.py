@@ -95,13 +95,16 @@ def neuron_order(
 def fit_router(x: Float[np.ndarray, "T D"], w1: Float[np.ndarray, "D F"], recipe: Recipe) -> np.ndarray:
     """Rows r_e [E, D], of mean norm 1, whose top-k by <x, r_e> are close to those by s_te = sum of e's relu(x_t w)^2.
 
+    w are the columns that the recipe's y1 reads, so of S(W1) where it is sparse.
+
     Ridge regression of each token's shares, z_te = s_te / sum_e s_te - 1 / E, on x_t / |x_t|. Of several penalties that
     one is taken that keeps the most energy, the sum of a^4, on a quarter of the tokens that is left out; experts' mean
     columns, the `cosine` router, are among the candidates. W1 is in the order of the experts.
     """
     x, w1 = np.asarray(x, np.float64), np.asarray(w1, np.float64)
     experts, choices = recipe.experts, recipe.top_k - recipe.shared
-    active = np.square(np.maximum(x @ w1, 0)).reshape(x.shape[0], experts, -1)
+    read = np.asarray(router.read_columns(jnp.asarray(w1, jnp.float32), recipe), np.float64)
+    active = np.square(np.maximum(x @ read, 0)).reshape(x.shape[0], experts, -1)
     sums, energy = active.sum(axis=-1), np.square(active).sum(axis=-1)
     targets = sums / np.maximum(sums.sum(axis=1, keepdims=True), _EPSILON) - 1 / experts
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), _EPSILON)
@@ -128,7 +131,7 @@ def output_scale(x: Float[Array, "T D"], before: Layer, after: Layer, old: Recip
         if recipe.routed:
             options = {"bias": layer.bias, "learned": layer.router}
             route = router.route(x, layer.w1, recipe, **options, implementation="reference")
-        y = sparse_ffn(x, layer.w1, layer.w2, route, layer.beta, recipe=recipe, implementation="reference")
+        y = sparse_ffn(x, layer.w1, layer.w2, route, layer.beta, recipe=recipe.forward, implementation="reference")
         return y.astype(jnp.float32)
 
     y_old, y_new = output(before, old), output(after, new)

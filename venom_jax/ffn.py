@@ -295,7 +295,7 @@ def _kept_along_tokens(recipe: Recipe, grouping: Grouping | None, a) -> Bool[Arr
     if recipe.wgrad == "24":
         return kept
     features = a.shape[1]
-    num_dense = features - min(features, -(-95 * features // (100 * 128)) * 128)
+    num_dense = features // 20 // 128 * 128
     group, groups = grouping.group_of_row, grouping.group_sizes.shape[0]
     density = jax.ops.segment_sum((a > 0).astype(jnp.float32), group, num_segments=groups)
     return pack.keep_densest(kept, density, group, num_dense)

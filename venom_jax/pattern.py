@@ -195,6 +195,14 @@ class Recipe:
         if ("y1" in self.weights or "dy2" in self.weights or both_ways) and d_model % 4:
             raise ValueError(f"d_model = {d_model} is no multiple of 4, the size of a 2:4 group; round it up.")
 
+    @property
+    def forward(self) -> "Recipe":
+        """What a forward needs that no gradient follows: blocks part the fours that weight gradients read, no others.
+
+        So tokens that do not split into `token_blocks` can be evaluated.
+        """
+        return dataclasses.replace(self, token_blocks=1)
+
     def parts(self, layers: int) -> list[tuple[int, int, "Recipe"]]:
         """(0, layers, self): one recipe for every layer of a stack; see `LayerRecipes`."""
         return [(0, layers, self)]
@@ -219,6 +227,11 @@ class LayerRecipes:
         firsts = [first for first, _ in self.starts]
         if not firsts or firsts[0] != 0 or any(b <= a for a, b in itertools.pairwise(firsts)):
             raise ValueError(f"LayerRecipes.starts has the layers {firsts}; they must start at 0 and increase.")
+
+    @property
+    def forward(self) -> "LayerRecipes":
+        """`Recipe.forward` of each part."""
+        return LayerRecipes(tuple((first, part.forward) for first, part in self.starts))
 
     def parts(self, layers: int) -> list[tuple[int, int, Recipe]]:
         """(first, end, recipe) of each part of a stack of so many layers.

@@ -122,7 +122,7 @@ def transition(
         if name == "bias" and (orders or new.experts != old.experts):
             return jnp.zeros_like(value)
         if name == "beta":
-            return _new_beta(params, layer, value, old, new)
+            return _new_beta(params, layer, value, old, new, moved=bool(orders))
         if name == "router" and calibrate.refits(old, new):
             return _fit_router(_leaf(params, (*layer, "w1")), new, _sample(inputs, layer), value)
         return value
@@ -261,9 +261,12 @@ def _paste(tree: Any, part: Any, layer: Path, count: int, first: int) -> Any:
     return _map_named(new_value, tree)
 
 
-def _new_beta(params: Any, layer: Path, beta: Array, old: Recipe, new: Recipe) -> Array:
+def _new_beta(params: Any, layer: Path, beta: Array, old: Recipe, new: Recipe, moved: bool) -> Array:
+    """The scales of a phase: those that the last one had stay, but where neurons moved into other fours along F."""
     for index, gemm in enumerate(WEIGHT_GEMMS):
-        if gemm in new.weights and gemm in old.weights and new.weight_mask == old.weight_mask:
+        other_fours = moved and (gemm in ("y3", "dx") or new.weight_mask == "transposable")
+        kept = gemm in new.weights and gemm in old.weights and new.weight_mask == old.weight_mask
+        if kept and not other_fours:
             continue
         scale = jnp.ones(beta.shape[:-1], beta.dtype)
         if gemm in new.weights:

@@ -15,6 +15,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.permute import api as permute
 from pallas_kernels.permute import reference as permute_reference
 from venom_jax.pattern import Recipe
+from venom_jax.threshold import sparse_weight
 
 _EPSILON = 1e-12
 
@@ -105,8 +106,9 @@ def scores(
 
     `cosine`: <x, mean_e> / |x| with normalised means. `dot`: <x, mean_e> with the plain mean column.
     `learned`: <x, r_e> / |x|, r_e the first E rows of `learned`, see `venom_jax.calibrate.fit_router`.
-    `oracle`: sum over the slice of relu(x w1)^2, which needs the whole hidden layer. `random`: noise from `key`
-    (the same for every call if none is given).
+    `oracle`: sum over the slice of relu(x w1)^2, which needs the whole hidden layer, with S(w1) in place of w1 where
+    y1 reads that; its scale is the same for all and left out. `random`: noise from `key` (the same for every call if
+    none is given).
 
     axis: inside `jax.shard_map`, the mesh axis over whose devices W1 is cut along F, so that each holds a part.
     """
@@ -116,11 +118,17 @@ def scores(
             return jax.random.normal(jax.random.key(0) if key is None else key, (x.shape[0], recipe.experts))
         case "oracle":
             whole = jax.lax.stop_gradient(w1 if axis is None else jax.lax.all_gather(w1, axis, axis=1, tiled=True))
-            hidden = jnp.square(jax.nn.relu(x.astype(jnp.float32) @ whole.astype(jnp.float32)))
+            operand = read_columns(whole, recipe).astype(x.dtype)  # the product that the layer computes
+            hidden = jnp.square(jax.nn.relu(jnp.dot(x, operand, preferred_element_type=jnp.float32)))
             return hidden.reshape(x.shape[0], recipe.experts, -1).sum(axis=-1)
         case "dot" | "cosine" | "learned":
             rows = _rows(w1, recipe, learned, axis)
             return permute_reference.score_experts(x, rows, cosine=recipe.router != "dot")
+
+
+def read_columns(w1: Float[Array, "D F"], recipe: Recipe) -> Float[Array, "D F"]:
+    """What y1 reads of W1 but for its scale: W1, or S(W1) where the recipe has it sparse."""
+    return sparse_weight(w1, 0, recipe.weight_mask) if "y1" in recipe.weights else w1
 
 
 def route(

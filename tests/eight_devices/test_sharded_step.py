@@ -13,7 +13,7 @@ from train import model
 from train.config import Mesh
 from train.mesh import ONE_DEVICE, layout_of
 from train.state import initial_state
-from train.step import make_gradients
+from train.step import make_diagnosis, make_gradients
 from venom_jax import Recipe
 
 BATCH = np.random.default_rng(5).integers(0, 300, (16, 65), np.int32)
@@ -45,6 +45,21 @@ def test_gradients_equal_those_of_one_device_and_one_microbatch(options):
         for (path, leaf), (_, one) in zip(unpruned, expected, strict=True)
     }
     assert max(error for name, error in errors.items() if "w1" in name) > 0.1, "the selection matters here"
+
+
+def test_the_diagnosis_speaks_of_the_fours_that_the_devices_prune():
+    config = replace(run_config(batch_size=16, seq_len=64, accumulation=2), mesh=Mesh(data=2, fsdp=4))
+    graphdef, layout, few = model.structure(config.model, config.max_experts), layout_of(config), BATCH[:8]
+
+    def kept(config, layout, tokens, recipe):
+        state, diagnosis = initial_state(config, layout), make_diagnosis(graphdef, config, layout)
+        return 1 - diagnosis(state.params, state.method, tokens, None, recipe=recipe)[0]["dropped_tokens"]
+
+    whole = replace(config, train=replace(config.train, accumulation=1))
+    one, by_device, finer = (kept(whole, ONE_DEVICE, few, Recipe.act24(token_blocks=n)) for n in (1, 8, 16))
+    assert_close(kept(config, layout, layout.rows(few), Recipe.act24()), by_device)
+    assert_close(kept(config, layout, layout.rows(few), Recipe.act24(token_blocks=32)), finer)
+    assert min(relative_error(one, by_device), relative_error(by_device, finer)) > 1e-5, "the blocks matter here"
 
 
 @pytest.mark.parametrize(("accumulation", "shape"), [(1, "32x16"), (2, "2x32x16")], ids=["by layer", "at the end"])
