@@ -220,6 +220,15 @@ def test_wrong_trees_are_named(model):
         phases.update_bias({"a": method, "b": method}, jnp.ones(4), Recipe.venom(4, 1, balance_rate=1.0))
 
 
+def test_neurons_are_ordered_as_the_processes_agree(model, monkeypatch):
+    _, params, method = model
+    own = phases.transition(params, method, [], DENSE, VENOM, seed=0)
+    monkeypatch.setattr(phases, "_agreed", lambda found, like: found[..., ::-1].copy())
+    agreed = phases.transition(params, method, [], DENSE, VENOM, seed=0)
+    orders = [leaves(tree.method)["tower", "permutation"] for tree in (own, agreed)]
+    np.testing.assert_array_equal(orders[1], orders[0][..., ::-1])
+
+
 def test_diagnosis_against_numpy():
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (128, 16))

@@ -285,6 +285,11 @@ def _on_host(array: Array) -> np.ndarray:
     return np.asarray(array)
 
 
+def _agreed(found: np.ndarray, like: Array) -> np.ndarray:
+    """What the first process found, where the processes share `like`: BLAS of unlike hosts may round differently."""
+    return found if like.is_fully_addressable else multihost_utils.broadcast_one_to_all(found)
+
+
 def _cluster(w1: Array, recipe: Recipe, seed: int, first: int, x: Array | None) -> Array:
     """The new order of neurons of each layer of a stack: [..., F]."""
     stack = _on_host(w1).astype(np.float32).reshape(-1, *w1.shape[-2:])
@@ -293,7 +298,7 @@ def _cluster(w1: Array, recipe: Recipe, seed: int, first: int, x: Array | None) 
         calibrate.neuron_order(one, recipe, seed=_layer_seed(seed, i), x=sample)
         for i, (one, sample) in enumerate(zip(stack, samples, strict=True), first)
     ]
-    return jnp.asarray(np.stack(orders).reshape(*w1.shape[:-2], w1.shape[-1]))
+    return jnp.asarray(_agreed(np.stack(orders).reshape(*w1.shape[:-2], w1.shape[-1]), w1))
 
 
 def _fit_router(w1: Array, recipe: Recipe, x: Array | None, old: Array) -> Array:
@@ -304,7 +309,8 @@ def _fit_router(w1: Array, recipe: Recipe, x: Array | None, old: Array) -> Array
         )
     stack, samples = (_on_host(t).astype(np.float32).reshape(-1, *t.shape[-2:]) for t in (w1, x))
     rows = [calibrate.fit_router(one, w, recipe) for one, w in zip(samples, stack, strict=True)]
-    return old.at[..., : recipe.experts, :].set(np.stack(rows).reshape(*old.shape[:-2], recipe.experts, -1))
+    found = _agreed(np.stack(rows).reshape(*old.shape[:-2], recipe.experts, -1), w1)
+    return old.at[..., : recipe.experts, :].set(found)
 
 
 def _sample(inputs: Mapping[Path, Array] | None, path: Path) -> Array | None:
