@@ -1,5 +1,6 @@
 """What a transition takes from a sample of inputs: experts by co-activation, shared experts, the scale of W2."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.pack import reference as pack
 from tests.helpers import assert_close
 from venom_jax import LayerRecipes, Recipe, calibrate, phases, router, sparse_ffn, stats
 
@@ -169,6 +171,15 @@ def test_a_fitted_router_finds_what_mean_columns_do_not_show():
     energy = (np.maximum(x @ w1, 0) ** 4).reshape(64, 4, -1).sum(-1)[held_out]
     kept = [energy[np.arange(16), (x[held_out] @ rows.T).argmax(1)].sum() for rows in (noise, means)]
     assert kept[0] >= kept[1]
+
+
+def test_a_router_is_fitted_to_what_y1_reads():
+    """As for a layer whose weights are S(W1); with so many tokens the fit beats the mean columns, which are W1's."""
+    x, w1, _ = (np.asarray(t) for t in arrays(tokens=4000))
+    sparse = np.asarray(pack.soft_threshold(jnp.asarray(w1), 0))
+    found = calibrate.fit_router(x, w1, replace(LEARNED, weights=("y1",)))
+    np.testing.assert_allclose(found, calibrate.fit_router(x, sparse, LEARNED), rtol=1e-5, atol=1e-6)
+    assert np.abs(found - calibrate.fit_router(x, w1, LEARNED)).max() > 1e-3
 
 
 def test_a_transition_fits_the_router_where_experts_are_formed():

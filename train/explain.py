@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from train.config import Model, RunConfig
 from train.cross_entropy import weighted_cross_entropy
 from train.embedding import look_up
-from train.mesh import ONE_DEVICE
+from train.mesh import layout_of
 from train.model import assemble, find_documents, pack_ffns, rms_norm
 from train.state import TrainState
 from venom_jax import Recipe
@@ -60,7 +60,7 @@ def _tensors(
     block, trained, fixed = nnx.split(decoder.blocks, nnx.Param, ...)
     # XLA, which splits this over the devices of a run, cannot split a kernel.
     implementation = train.implementation if jax.device_count() == 1 else "reference"
-    part_recipe = ONE_DEVICE.local_recipe(recipe, train.accumulation)
+    part_recipe = layout_of(config).gathered_recipe(recipe, train.accumulation)
     recipes = [own for first, end, own in part_recipe.parts(layers) for _ in range(first, end)]
     static: dict[str, Any] = {"block": block, "implementation": implementation}
     parts = tokens.reshape(train.accumulation, -1, tokens.shape[-1])

@@ -10,8 +10,8 @@ import numpy as np
 
 from pallas_kernels.array_types import Array, Float
 from venom_jax import router
-from venom_jax.ffn import sparse_ffn
-from venom_jax.pattern import Recipe, StackRecipe
+from venom_jax.ffn import sparse_ffn, weight_operand
+from venom_jax.pattern import WEIGHT_GEMMS, Recipe, StackRecipe
 
 _EPSILON = 1e-12
 MAX_TOKENS = 4096
@@ -95,7 +95,7 @@ def neuron_order(
 def fit_router(x: Float[np.ndarray, "T D"], w1: Float[np.ndarray, "D F"], recipe: Recipe) -> np.ndarray:
     """Rows r_e [E, D], of mean norm 1, whose top-k by <x, r_e> are close to those by s_te = sum of e's relu(x_t w)^2.
 
-    w are the columns that the recipe's y1 reads, so of S(W1) where it is sparse.
+    w are the columns that the recipe's y1 reads but for their scale, so of S(W1) where it is sparse.
 
     Ridge regression of each token's shares, z_te = s_te / sum_e s_te - 1 / E, on x_t / |x_t|. Of several penalties that
     one is taken that keeps the most energy, the sum of a^4, on a quarter of the tokens that is left out; experts' mean
@@ -103,8 +103,8 @@ def fit_router(x: Float[np.ndarray, "T D"], w1: Float[np.ndarray, "D F"], recipe
     """
     x, w1 = np.asarray(x, np.float64), np.asarray(w1, np.float64)
     experts, choices = recipe.experts, recipe.top_k - recipe.shared
-    read = np.asarray(router.read_columns(jnp.asarray(w1, jnp.float32), recipe), np.float64)
-    active = np.square(np.maximum(x @ read, 0)).reshape(x.shape[0], experts, -1)
+    read = weight_operand("y1", recipe, jnp.asarray(w1), jnp.ones(len(WEIGHT_GEMMS)), None, jnp.float32)
+    active = np.square(np.maximum(x @ np.asarray(read, np.float64), 0)).reshape(x.shape[0], experts, -1)
     sums, energy = active.sum(axis=-1), np.square(active).sum(axis=-1)
     targets = sums / np.maximum(sums.sum(axis=1, keepdims=True), _EPSILON) - 1 / experts
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), _EPSILON)

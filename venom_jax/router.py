@@ -14,8 +14,8 @@ from pallas_kernels.array_types import Array, Float, Int
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.permute import api as permute
 from pallas_kernels.permute import reference as permute_reference
-from venom_jax.pattern import Recipe
-from venom_jax.threshold import sparse_weight
+from venom_jax.ffn import weight_operand
+from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 
 _EPSILON = 1e-12
 
@@ -118,17 +118,12 @@ def scores(
             return jax.random.normal(jax.random.key(0) if key is None else key, (x.shape[0], recipe.experts))
         case "oracle":
             whole = jax.lax.stop_gradient(w1 if axis is None else jax.lax.all_gather(w1, axis, axis=1, tiled=True))
-            operand = read_columns(whole, recipe).astype(x.dtype)  # the product that the layer computes
+            operand = weight_operand("y1", recipe, whole, jnp.ones(len(WEIGHT_GEMMS)), None, x.dtype)
             hidden = jnp.square(jax.nn.relu(jnp.dot(x, operand, preferred_element_type=jnp.float32)))
             return hidden.reshape(x.shape[0], recipe.experts, -1).sum(axis=-1)
         case "dot" | "cosine" | "learned":
             rows = _rows(w1, recipe, learned, axis)
             return permute_reference.score_experts(x, rows, cosine=recipe.router != "dot")
-
-
-def read_columns(w1: Float[Array, "D F"], recipe: Recipe) -> Float[Array, "D F"]:
-    """What y1 reads of W1 but for its scale: W1, or S(W1) where the recipe has it sparse."""
-    return sparse_weight(w1, 0, recipe.weight_mask) if "y1" in recipe.weights else w1
 
 
 def route(

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from pallas_kernels.array_types import Array, Float
 from pallas_kernels.pack import reference as pack
 from venom_jax import router
-from venom_jax.pattern import WEIGHT_GEMMS, Recipe, WeightMask
+from venom_jax.ffn import weight_operand
+from venom_jax.pattern import Recipe, WeightMask
 from venom_jax.permutation import group_tokens
-from venom_jax.threshold import sparse_weight, transposable_mask
+from venom_jax.threshold import transposable_mask
 
 
 class FFNStats(NamedTuple):
@@ -74,10 +75,8 @@ def diagnose(
       flip_rate: share of weight-mask entries that changed since `previous`; absent without it.
     and the weight masks for the next call.
     """
-    operand = w1.astype(jnp.float32)
-    if "y1" in recipe.weights:
-        operand = beta[WEIGHT_GEMMS.index("y1")] * sparse_weight(operand, 0, recipe.weight_mask)
-    a = jax.nn.relu(jnp.dot(x, operand.astype(x.dtype), preferred_element_type=jnp.float32))
+    operand = weight_operand("y1", recipe, w1, beta, None, x.dtype)
+    a = jax.nn.relu(jnp.dot(x, operand, preferred_element_type=jnp.float32))
     total = _energy(a)
     routed = oracle = a
     result = {"density": jnp.mean(a > 0, dtype=jnp.float32)}
