@@ -4,12 +4,13 @@ import re
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import assert_close, relative_error
 from tests.trainer import run_config
-from train import model
+from train import explain, model
 from train.config import Mesh
 from train.mesh import ONE_DEVICE, layout_of
 from train.state import initial_state
@@ -60,6 +61,21 @@ def test_the_diagnosis_speaks_of_the_fours_that_the_devices_prune():
     assert_close(kept(config, layout, layout.rows(few), Recipe.act24()), by_device)
     assert_close(kept(config, layout, layout.rows(few), Recipe.act24(token_blocks=32)), finer)
     assert min(relative_error(one, by_device), relative_error(by_device, finer)) > 1e-5, "the blocks matter here"
+
+
+def test_the_guards_look_computes_the_gradients_of_the_devices():
+    """Each device's tokens are fours of their own, though all are looked at in one place."""
+    recipe = Recipe.act24()
+    config = run_config(batch_size=16, seq_len=64, phases=((0, recipe),))
+    config = replace(config, mesh=Mesh(data=2, fsdp=4))
+    graphdef, layout = model.structure(config.model, config.max_experts), layout_of(config)
+    state = initial_state(config, layout)
+    gradients = jax.jit(make_gradients(graphdef, config, layout), static_argnames="recipe")
+    expected, *_ = gradients(state.params, state.method, layout.rows(BATCH), jax.random.key(0), recipe=recipe)
+    seen = dict(explain._tensors(graphdef, config, initial_state(config), jnp.asarray(BATCH), 0))
+    for name in ("w1", "w2"):
+        found = next(leaf for key, leaf in seen.items() if "gradient" in key and key.endswith(f"{name} in layer 0"))
+        assert_close(found, expected["blocks"]["ffn"][name][0])
 
 
 @pytest.mark.parametrize(("accumulation", "shape"), [(1, "32x16"), (2, "2x32x16")], ids=["by layer", "at the end"])
