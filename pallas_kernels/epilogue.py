@@ -10,17 +10,19 @@ from pallas_kernels.array_types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Epilogue:
-    """out = activation(alpha * row_scale[m] * acc) [* or +] operand, in f32, rounded once.
+    """out = activation(alpha * row_scale[m] * col_scale[n] * acc) [* or +] operand, in f32, rounded once.
 
     activation: None, "relu" or "relu2" (the square of relu); both pass NaN on.
     operand: None, or what to do with an array of the output's shape and dtype: "multiply" or "add" (accumulation).
     row_scale: whether an f32 vector [m] scales the rows of A's side.
+    col_scale: whether an f32 vector [n] scales the columns of B's side.
     """
 
     activation: Literal["relu", "relu2"] | None = None
     operand: Literal["multiply", "add"] | None = None
     row_scale: bool = False
     alpha: float = 1.0
+    col_scale: bool = False
 
     def check(self, operand: Array | None, row_scale: Array | None, out_shape, rows: int, out_dtype) -> None:
         """Raise ValueError unless exactly the announced arrays are there, with the right shapes."""

@@ -64,3 +64,22 @@ def _shifts():
     half = jnp.arange(2, dtype=jnp.uint32)[:, None] * 16
     nibble = jnp.arange(4, dtype=jnp.uint32)[None, :] * 4
     return half + nibble
+
+
+def pack_positions8(positions: Positions) -> Metadata:
+    """As `pack_positions` for 8-bit values: [R, C/4, 2] -> [R/64, C/64, 128].
+
+    `.m64nNk64` takes all 128 words at once (selector 0), each of one row: thread `32 w + 4 g + 2 h + r` holds row
+    16 w + g + 8 r, columns 32 h + 0..31, eight nibbles in order.
+
+    Source: CUTLASS `SM90::GMMA::ELayout_64x64`; TileLang `metadata_8bit_load_32x4_to_shared_16x8_layout_8bit`.
+    """
+    rows, groups, _ = positions.shape
+    if rows % TILE or 4 * groups % TILE:
+        raise ValueError(f"metadata covers tiles of {TILE} x {TILE}; got {rows} rows and {4 * groups} columns")
+    nibbles = (positions[..., 0] | positions[..., 1] << 2).astype(jnp.uint32)
+    nibbles = nibbles.reshape(rows // TILE, *_TILE_AXES, 4 * groups // TILE, 2, 8)
+    # axes: row tile, w, r, g, column tile, h, nibble -> row tile, column tile, w, g, h, r, nibble
+    nibbles = nibbles.transpose(0, 4, 1, 3, 5, 2, 6)
+    words = jnp.sum(nibbles << (4 * jnp.arange(8, dtype=jnp.uint32)), axis=-1, dtype=jnp.uint32)
+    return words.reshape(rows // TILE, 4 * groups // TILE, 128)

@@ -36,6 +36,20 @@ def from_tiles(
     return values.reshape(row_tiles * TILE, -1)[:rows, : None if columns is None else columns // 2]
 
 
+SHAPE8 = (16, 256)
+"""A tile of 8-bit values in memory: 64 rows and 128 logical columns, the same 4 KiB."""
+
+
+def to_tiles8(values: Array) -> Array:
+    """Stored values of 8 bits [R, C/2] -> tiles [R/64, C/128, 16, 256]: 64 bytes of a row, pieces of 16 as above."""
+    rows, half = values.shape
+    row_tiles, column_tiles = rows // TILE, half // TILE
+    if rows % TILE or half % TILE:
+        raise ValueError(f"values {list(values.shape)}: want multiples of 64 rows and 128 logical columns")
+    tiles = values.reshape(row_tiles, TILE, column_tiles, TILE).swapaxes(1, 2)
+    return _swizzle(tiles.reshape(row_tiles, column_tiles, 8, 4, 2, 2, 2, 16)).reshape(row_tiles, column_tiles, *SHAPE8)
+
+
 def _swizzle(tiles: Array) -> Array:
     """Exchange piece c of row r with piece c xor (r / 2 mod 4): [..., octets, pairs of rows, 2, c / 2, c % 2, 8]."""
     pairs = [tiles[..., pair, :, :, :, :] for pair in range(4)]

@@ -16,7 +16,10 @@ AForm = Literal["sparse", "k_major", "m_major"]
 GRANULE = 64
 """Rows, and logical columns of A, that one metadata word per thread covers: groups start at multiples of it."""
 TILE_K = 64
-"""Logical columns of A in one stage: what one metadata word per thread covers."""
+"""Logical columns of A in one stage of 16-bit operands: what one metadata word per thread covers."""
+STAGE_BYTES = 128
+"""Bytes of a row of B in one stage: the widest swizzle. 64 columns of 16 bits, 128 of 8."""
+FP8 = ("float8_e4m3fn", "float8_e5m2")
 MAX_TILE = 256
 """The copy engine's largest box side."""
 MAX_GROUPS = 128
@@ -71,6 +74,22 @@ class Problem:
     packing: Packing | None = None
     b_interleaved: bool = False
     a: AForm = "sparse"
+    b_type: str = ""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an operand's entry."""
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def tile_k(self) -> int:
+        """Logical columns of A in one stage."""
+        return STAGE_BYTES // self.itemsize
+
+    @property
+    def b_dtype(self) -> str:
+        """B's type: of 8 bits both operands may have their own."""
+        return self.b_type or self.dtype
 
     @property
     def out_shape(self) -> tuple[int, int]:
@@ -93,6 +112,8 @@ class TileConfig:
       is stored at once all the same.
     gather_lag: where rows of B are gathered (hopper/gather.py), 0: the copies announce a stage themselves; else their
       threads do, after so many more stages were begun.
+    promote: the tensor core sums 8-bit products in about 14 bits. Every so many stages its sums are added to others in
+      f32; 0: never.
     """
 
     warpgroup_m: int = 64
@@ -105,6 +126,7 @@ class TileConfig:
     raster_n: int = 1024
     deferred: bool = False
     gather_lag: int = 0
+    promote: int = 0
 
     @property
     def tile_m(self) -> int:
@@ -134,9 +156,9 @@ class TileConfig:
 
     def smem_bytes(self, problem: Problem) -> int:
         sparse = problem.a == "sparse"
-        a = self.tile_m * TILE_K * (1 if sparse else 2)  # half of the columns or all, two bytes each
-        metadata = self.tile_m * TILE_K // 8 if sparse else 0
-        b = self.tile_n * TILE_K * 2
+        a = self.tile_m * STAGE_BYTES // (2 if sparse else 1)  # half of the columns or all
+        metadata = self.tile_m * problem.tile_k // 8 if sparse else 0
+        b = self.tile_n * STAGE_BYTES
         chunk = GRANULE * CHUNK_BYTES
         barriers = 1024
         return self.stages * (a + metadata + b) + self.warpgroups * self.chunks(problem) * chunk + barriers
@@ -159,6 +181,16 @@ class TileConfig:
             return f"{self.warpgroup_m} x {self.warpgroup_n}: more than 192 accumulators a thread would spill"
         if self.deferred and self.warpgroup_m * self.warpgroup_n > 128 * 128:
             return f"{self.warpgroup_m} x {self.warpgroup_n}, deferred: two results of a thread would spill"
+        copies = (2 if self.promote else 1) + (0.5 if self.deferred else 0)
+        if self.promote and self.warpgroup_m * self.warpgroup_n * copies > 128 * 200:
+            return f"{self.warpgroup_m} x {self.warpgroup_n}, {self.promote=}: two sums of a thread would spill"
+        if self.promote % 2 or (self.promote and problem.dtype not in FP8):
+            return f"{self.promote=}, {problem.dtype}: an even number of stages, for operands of 8 bits"
+        if problem.dtype in FP8 and (
+            not problem.b_k_major or problem.mode != "dense" or problem.v or problem.packing or problem.b_interleaved
+            or problem.a != "sparse" or problem.k % problem.tile_k
+        ):
+            return f"{problem}: of 8 bits the tensor core reads B [n, k] only; whole products, k a multiple of 128"
         if min(self.raster_m, self.raster_n) < 1:
             return f"{self.raster_m=}, {self.raster_n=}: a strip is at least one tile wide and a band one tile high"
         if self.stages < 2 or self.store_slots < 1:

@@ -32,6 +32,17 @@ SWIZZLE = 128
 _SWIZZLED = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
 _SWIZZLED_A = (plgpu.TilingTransform((8, TILE_K // 2)), plgpu.SwizzleTransform(TILE_K))
 """A given in rows lies in shared memory byte for byte as when it is given in tiles."""
+_SWIZZLED8 = (plgpu.TilingTransform((8, SWIZZLE)), plgpu.SwizzleTransform(SWIZZLE))
+_SWIZZLED_A8 = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE // 2))
+"""The same bytes, as twice as many entries of 8 bits."""
+
+
+def _swizzled(problem: Problem) -> tuple:
+    return _SWIZZLED8 if problem.itemsize == 1 else _SWIZZLED
+
+
+def _swizzled_a(problem: Problem) -> tuple:
+    return _SWIZZLED_A8 if problem.itemsize == 1 else _SWIZZLED_A
 
 
 def matmul(
@@ -46,6 +57,7 @@ def matmul(
     columns=None,
     operand=None,
     row_scale=None,
+    col_scale=None,
 ) -> jax.Array:
     """Launch the kernel; shapes and configuration have been checked by the callers (the ops' api.py).
 
@@ -58,10 +70,13 @@ def matmul(
         each block of v rows; zeros stand for a row that b does not have. n may then be any multiple of 8 in b.
       operand: an array of the output's shape for the epilogue.
       row_scale: f32 [rows of the output's m side].
+      col_scale: f32 [n].
     """
     if row_scale is not None:
         row_scale = jnp.pad(row_scale, (0, MAX_TILE))  # a tile at the edge reads scales it does not use
-    extra = {"groups": groups, "columns": columns, "operand": operand, "row_scale": row_scale}
+    if col_scale is not None:
+        col_scale = jnp.pad(col_scale, (0, MAX_TILE))
+    extra = {"groups": groups, "columns": columns, "operand": operand, "row_scale": row_scale, "col_scale": col_scale}
     operands = {"values": values, "metadata": metadata, "b": b}
     operands |= {name: array for name, array in extra.items() if array is not None}
     out = {"out": jax.ShapeDtypeStruct(problem.out_shape, problem.out_dtype)}
@@ -129,7 +144,8 @@ def _span(start, size: int, of: int = GRANULE):
 def _scratch(problem: Problem, config: TileConfig, *, in_rows: bool) -> dict:
     c, stages = config, config.stages
     dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
-    b_shape = (c.tile_n, TILE_K) if problem.b_k_major else (TILE_K, c.tile_n)
+    tile_k, b_dtype = problem.tile_k, jnp.dtype(problem.b_dtype)
+    b_shape = (c.tile_n, tile_k) if problem.b_k_major else (tile_k, c.tile_n)
     columns = chunk_columns(problem.out_dtype)
     chunk = (columns, GRANULE) if problem.transpose_out else (GRANULE, columns)
     chunk_row = SWIZZLE // out_dtype.itemsize
@@ -145,15 +161,18 @@ def _scratch(problem: Problem, config: TileConfig, *, in_rows: bool) -> dict:
         a_shape = (c.tile_m, TILE_K) if problem.a == "k_major" else (TILE_K, c.tile_m)
         extra["values"] = plgpu.SMEM((stages, *a_shape), dtype, transforms=_SWIZZLED)
     else:
-        shape = (c.tile_m, TILE_K // 2) if in_rows else (c.tile_m // GRANULE, *tile_order.SHAPE)
-        extra["values"] = plgpu.SMEM((stages, *shape), dtype, transforms=_SWIZZLED_A if in_rows else ())
-        extra["metadata"] = plgpu.SMEM((stages, c.tile_m // GRANULE, 128), jnp.int32)
+        in_tiles = tile_order.SHAPE if problem.itemsize == 2 else tile_order.SHAPE8
+        shape = (c.tile_m, tile_k // 2) if in_rows else (c.tile_m // GRANULE, *in_tiles)
+        extra["values"] = plgpu.SMEM((stages, *shape), dtype, transforms=_swizzled_a(problem) if in_rows else ())
+        words = (128,) if problem.itemsize == 2 else (tile_k // GRANULE, 128)
+        extra["metadata"] = plgpu.SMEM((stages, c.tile_m // GRANULE, *words), jnp.int32)
     return extra | {
-        "b": plgpu.SMEM((stages, *b_shape), dtype, transforms=_SWIZZLED),
+        "b": plgpu.SMEM((stages, *b_shape), b_dtype, transforms=_swizzled(problem)),
         "chunks": plgpu.SMEM((c.warpgroups, c.chunks(problem), *chunk), out_dtype, transforms=chunk_tiling),
         "ring": ring.barriers(stages),
+    } | ({} if problem.itemsize == 1 and problem.epilogue.operand is None else {
         "operand_filled": plgpu.Barrier(num_barriers=c.warpgroups * c.store_slots),
-    }
+    })  # fmt: skip
 
 
 def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileConfig):
@@ -187,7 +206,7 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
     def _compute():
         plgpu.set_max_registers(config.compute_registers(problem), action="increase")
         if _deferred(problem, config):
-            compute = functools.partial(_compute_tile_deferred, out_gmem, scratch, problem, config)
+            compute = functools.partial(_compute_tile_deferred, gmem, out_gmem, scratch, problem, config)
             _, kept = _for_each_tile(schedule, compute, (jnp.int32(0), _nothing_kept(problem, config)))
             for chunk in range(len(_chunks(problem, config))):
                 _store_chunk(out_gmem, scratch, problem, config, kept, chunk)
@@ -215,16 +234,16 @@ def _for_each_tile(schedule: Schedule, visit, state):
 
 
 def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
-    c, order = config, _token_order(problem, config)
+    c, order, tile_k = config, _token_order(problem, config), problem.tile_k
 
     def b_of(i, k, n):
         if order is not None:
             rows = ring.add(k, ring.multiply(i, TILE_K))
             return (n, rows) if problem.b_k_major else (rows, n)
-        rows, columns = ring.span(ring.add(k, ring.multiply(i, TILE_K)), TILE_K), ring.span(n, c.tile_n)
+        rows, columns = ring.span(ring.add(k, ring.multiply(i, tile_k)), tile_k), ring.span(n, c.tile_n)
         return (columns, rows) if problem.b_k_major else (rows, columns)
 
-    from_b = ring.Copy(gmem["b"], scratch["b"], _SWIZZLED, b_of, (tile.b_k, tile.b_n), order)
+    from_b = ring.Copy(gmem["b"], scratch["b"], _swizzled(problem), b_of, (tile.b_k, tile.b_n), order)
     from_a = _copies_of_a(gmem, scratch, problem, c, tile)
     ring.load_stages([*from_a, from_b], scratch["ring"], c.stages, tile.steps, step)
     return step + tile.steps
@@ -232,15 +251,22 @@ def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, 
 
 def _copies_of_a(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, stage=0) -> list[ring.Copy]:
     """A's part of a tile's stages from `stage` on: stored values and metadata, or a dense A."""
-    in_rows = len(gmem["values"].shape) == 2
-    scalars = (lax.div(tile.a_row, GRANULE), lax.div(tile.a_k, TILE_K) + stage)
+    in_rows, tile_k = len(gmem["values"].shape) == 2, problem.tile_k
+    scalars = (lax.div(tile.a_row, GRANULE), lax.div(tile.a_k, tile_k) + stage)
 
     def packed(i, row_tile, a_tile):
         return ring.span(row_tile, config.tile_m // GRANULE), ring.at(ring.add(a_tile, i))
 
+    def words(i, row_tile, a_tile):
+        if problem.itemsize == 2:
+            return packed(i, row_tile, a_tile)
+        count = tile_k // GRANULE
+        first = ring.multiply(ring.add(a_tile, i), count)
+        return ring.span(row_tile, config.tile_m // GRANULE), ring.span(first, count)
+
     def rows_of_a(i, row_tile, a_tile):
-        stored = ring.multiply(ring.add(a_tile, i), TILE_K // 2)
-        return ring.span(ring.multiply(row_tile, GRANULE), config.tile_m), ring.span(stored, TILE_K // 2)
+        stored = ring.multiply(ring.add(a_tile, i), tile_k // 2)
+        return ring.span(ring.multiply(row_tile, GRANULE), config.tile_m), ring.span(stored, tile_k // 2)
 
     def dense_a(i, row_tile, a_tile):
         rows = ring.span(ring.multiply(row_tile, GRANULE), config.tile_m)
@@ -249,10 +275,10 @@ def _copies_of_a(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile
 
     if problem.a != "sparse":
         return [ring.Copy(gmem["values"], scratch["values"], _SWIZZLED, dense_a, scalars)]
-    transforms, slice_of = (_SWIZZLED_A, rows_of_a) if in_rows else ((), packed)
+    transforms, slice_of = (_swizzled_a(problem), rows_of_a) if in_rows else ((), packed)
     return [
         ring.Copy(gmem["values"], scratch["values"], transforms, slice_of, scalars),
-        ring.Copy(gmem["metadata"], scratch["metadata"], (), packed, scalars),
+        ring.Copy(gmem["metadata"], scratch["metadata"], (), words, scalars),
     ]
 
 
@@ -314,6 +340,7 @@ def _announce(scratch, config: TileConfig, step, lag: int, pending: int = 0):
 def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
     acc = _multiply(scratch, problem, config, tile.steps, step)
     wg, m, n = _part_of_tile(config)
+    acc = _scaled(acc, gmem, problem, config, tile, m, n)
     if problem.packing is not None:
         plgpu.barrier_wait(scratch["part_packed"].at[wg])
         packing.hand_over(acc.astype(problem.dtype), scratch["chunks"].at[wg], problem)
@@ -346,7 +373,8 @@ class _Kept(NamedTuple):
 def _deferred(problem: Problem, config: TileConfig) -> bool:
     e = problem.epilogue
     two_bytes = jnp.dtype(problem.out_dtype).itemsize == 2
-    return config.deferred and two_bytes and e.operand is None and not e.row_scale and problem.packing is None
+    rows_alone = e.row_scale and not e.col_scale
+    return config.deferred and two_bytes and e.operand is None and not rows_alone and problem.packing is None
 
 
 def _nothing_kept(problem: Problem, config: TileConfig) -> _Kept:
@@ -354,11 +382,26 @@ def _nothing_kept(problem: Problem, config: TileConfig) -> _Kept:
     return _Kept(_zeros(config).astype(problem.out_dtype), nowhere, nowhere, nowhere, nowhere)
 
 
-def _compute_tile_deferred(out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
+def _scaled(acc, gmem, problem: Problem, config: TileConfig, tile: Tile, m, n):
+    """Times the scales of B's side, and of A's where they are not applied later: n is the last axis, loads are shared."""
+    if not problem.epilogue.col_scale:
+        return acc
+    c, layout = config, plgpu.Layout.WGMMA
+    rows, cols = _span(tile.out_m + m, c.warpgroup_m), _span(tile.out_n + n, c.warpgroup_n)
+    scale = plgpu.load(gmem["col_scale"].at[cols], layout=layout.reduce(0), optimized=False)
+    acc = acc * lax.broadcast_in_dim(scale, acc.shape, (1,))
+    if not problem.epilogue.row_scale:
+        return acc
+    scale = plgpu.load(gmem["row_scale"].at[rows], layout=layout.reduce(1), optimized=False)
+    return acc * lax.broadcast_in_dim(scale, acc.shape, (0,))
+
+
+def _compute_tile_deferred(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
     """Multiply a tile; behind its first products, store what is kept of the tile before."""
     step, kept = state
     acc = _multiply(scratch, problem, config, tile.steps, step, kept, out_gmem)
     _, m, n = _part_of_tile(config)
+    acc = _scaled(acc, gmem, problem, config, tile, m, n)
     rounded = _activate(acc, problem).astype(problem.out_dtype)
     where = (jnp.int32(i) for i in (tile.out_m + m, tile.out_n + n, tile.m_end, tile.n_end))
     return step + tile.steps, _Kept(rounded, *where)
@@ -404,11 +447,11 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
     """This warpgroup's part of a tile of `steps` stages from the ring's `step` on; stores what is `kept` meanwhile."""
     c, sparse, values = config, problem.a == "sparse", scratch["values"]
     wg, m, n = _part_of_tile(config)
-    row_tiles, layout = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE), _SWIZZLED
+    row_tiles, layout = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE), _swizzled(problem)
     if problem.a == "m_major":
         values = values.at[:, :, _span(m, c.warpgroup_m)]
     elif not sparse or len(values.shape) == 3:
-        values, layout = values.at[:, _span(m, c.warpgroup_m)], _SWIZZLED_A if sparse else _SWIZZLED
+        values, layout = values.at[:, _span(m, c.warpgroup_m)], _swizzled_a(problem) if sparse else _SWIZZLED
     else:
         values, layout = values.at[:, row_tiles], ()
     b = scratch["b"]
@@ -416,7 +459,7 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
         columns = _span(n, c.warpgroup_n)
         b = b.at[:, columns] if problem.b_k_major else b.at[:, :, columns]
     shape = (c.warpgroup_m, c.warpgroup_n)
-    types = [plgpu.RefType(layout), plgpu.RefType(_SWIZZLED), plgpu.RefType()]
+    types = [plgpu.RefType(layout), plgpu.RefType(_swizzled(problem)), plgpu.RefType()]
     operands = [values, b, scratch["ring"]]
     if sparse:
         types.append(plgpu.RefType())
@@ -443,6 +486,7 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
             deferred = main_loop.Deferred(rounded, tuple(place), chunks, descriptor, problem.transpose_out)
         fences = bool(problem.v) and not config.gather_lag
         options = {"b_k_major": problem.b_k_major, "dtype": problem.dtype, "a": problem.a, "fences": fences}
+        options |= {"b_dtype": problem.b_dtype, "promote": config.promote}
         return main_loop.multiply(shape, stages, step, steps, deferred, **options)
 
     return multiply(*operands, *scalars)
@@ -483,7 +527,7 @@ def _store(acc, gmem, out_gmem, scratch, problem: Problem, config: TileConfig, t
             chunk_smem, (_, _), _ = copies[slot]
             view = chunk_smem.T if p.transpose_out else chunk_smem
             part = acc[i : i + GRANULE, j : j + columns]
-            if e.row_scale:
+            if e.row_scale and not e.col_scale:
                 rows = _span(tile.out_m + m + i, GRANULE)
                 scale = plgpu.load(gmem["row_scale"].at[rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                 part = part * lax.broadcast_in_dim(scale, part.shape, (0,))

@@ -148,7 +148,7 @@ class Schedule:
     def locate(self, cursor: Cursor, index) -> tuple[Cursor, Tile]:
         """The tile of an index; indices must not decrease from call to call."""
         p, c = self.problem, self.config
-        steps, zero = -(-p.k // TILE_K), 0
+        steps, zero = -(-p.k // p.tile_k), 0
         if p.mode == "dense":
             mi, ni = raster(index, self.m_tiles, self.n_tiles, c)
             m, n = mi * c.tile_m, ni * c.tile_n
