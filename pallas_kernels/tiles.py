@@ -187,8 +187,13 @@ class TileConfig:
         if self.promote % 2 or (self.promote and problem.dtype not in FP8):
             return f"{self.promote=}, {problem.dtype}: an even number of stages, for operands of 8 bits"
         if problem.dtype in FP8 and (
-            not problem.b_k_major or problem.mode != "dense" or problem.v or problem.packing or problem.b_interleaved
-            or problem.a != "sparse" or problem.k % problem.tile_k
+            not problem.b_k_major
+            or problem.mode != "dense"
+            or problem.v
+            or problem.packing
+            or problem.b_interleaved
+            or problem.a != "sparse"
+            or problem.k % problem.tile_k
         ):
             return f"{problem}: of 8 bits the tensor core reads B [n, k] only; whole products, k a multiple of 128"
         if min(self.raster_m, self.raster_n) < 1:

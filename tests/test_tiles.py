@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import tune, tuned
-from pallas_kernels.hopper.schedule import raster
+from pallas_kernels.schedule import raster
 from pallas_kernels.tile_order import from_tiles, to_tiles
 from pallas_kernels.tiles import Problem, TileConfig
 

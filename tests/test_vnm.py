@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import device
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.hopper import gather
-from pallas_kernels.hopper.schedule import next_in_place
+from pallas_kernels.schedule import next_in_place
 from pallas_kernels.sparse24 import sparse24
 from pallas_kernels.tiles import TileConfig
 from pallas_kernels.vnm import bench, best_form, hopper, vnm, vnm_transposed
