@@ -4,7 +4,7 @@ A stage holds A's 64 x 64 tiles as they lie in memory (tile_order.py), their met
 pieces of 16 bytes, exchanged within 128 bytes so that eight rows that `ldmatrix` takes at once lie in all banks.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pallas_kernels.tiles import TILE_K, Problem
 from pallas_kernels.warp.machine import Machine, Pointer, Word
@@ -47,7 +47,7 @@ class Source(NamedTuple):
     to: Word
     """Byte of the stage."""
     turns: list[Turn]
-    left: Word | None
+    left: Any
     """None: the array has all of it. A word and not one condition a turn: those would not fit the registers."""
 
 

@@ -31,11 +31,11 @@ class Machine(abc.ABC):
     def constant(self, value: int) -> Word: ...
 
     @abc.abstractmethod
-    def less(self, a: Word, b: Word | int) -> Condition:
+    def less(self, a: Word, b: Word) -> Condition:
         """a < b, signed."""
 
     @abc.abstractmethod
-    def equal(self, a: Word, b: Word | int) -> Condition: ...
+    def equal(self, a: Word, b: Word) -> Condition: ...
 
     @abc.abstractmethod
     def both(self, a: Condition, b: Condition) -> Condition: ...
@@ -74,7 +74,7 @@ class Machine(abc.ABC):
     def advance(self, pointer: Pointer, by: int) -> Pointer: ...
 
     @abc.abstractmethod
-    def copy(self, to: Word, to_offset: int, pointer: Pointer, offset: int, index: int, left: Word | None) -> None:
+    def copy(self, to: Word, to_offset: int, pointer: Pointer, offset: int, index: int, left: Any) -> None:
         """Begin to copy 16 bytes to shared memory, where `left` is None or index < left."""
 
     @abc.abstractmethod
@@ -128,7 +128,7 @@ class Machine(abc.ABC):
         """`movmatrix`: an 8 x 8 matrix of 16 bits, held as `load_matrices` gives it, transposed."""
 
     @abc.abstractmethod
-    def load_reals(self, pointer: Pointer, offset: int, count: int, condition: Condition | None) -> list[Real]:
+    def load_reals(self, pointer: Pointer, offset: int, count: int, condition: Any) -> list[Real]:
         """One f32 from memory, or two neighbours; zeros where the condition does not hold."""
 
     @abc.abstractmethod

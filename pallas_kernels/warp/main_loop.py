@@ -7,7 +7,7 @@ last stages of a tile give their places to the first ones of the next, which com
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pallas_kernels.warp import copies
 from pallas_kernels.warp.copies import Layout, Place, Source
@@ -83,7 +83,7 @@ class Warp:
         limit = m.least(following.steps, m.constant(stages)) * prefetch
         return self._loop(last, state, there, lambda i: m.less(i, limit)).sums
 
-    def _loop(self, count: Word, state: State, sources: list[Source], exists: Callable[[Word], Condition | None]):
+    def _loop(self, count: Word, state: State, sources: list[Source], exists: Callable[[Word], Any]):
         def body(i: Word, flat: list) -> list:
             return self._stage(state.of(flat), sources, exists(i)).flat()
 
@@ -113,7 +113,7 @@ class Warp:
             [m.advance(source.pointer, self.tile.stages * source.stride) for source in sources],
         )
 
-    def _copies(self, sources: list[Source], pointers: list[Pointer], slot: Word, exists: Condition | None) -> list:
+    def _copies(self, sources: list[Source], pointers: list[Pointer], slot: Word, exists: Any) -> list:
         """The copies of one stage, if it exists, each to be begun by a call."""
         m, begun = self.m, []
         for source, pointer in zip(sources, pointers, strict=True):
@@ -124,7 +124,7 @@ class Warp:
                 begun.append(functools.partial(m.copy, to, turn.to, pointer, turn.offset, turn.index, left))
         return begun
 
-    def _stage(self, state: State, sources: list[Source], exists: Condition | None) -> State:
+    def _stage(self, state: State, sources: list[Source], exists: Any) -> State:
         """Multiply a stage; the operands that the next one begins with are then in registers."""
         m, c = self.m, self.tile
         sums, a, words, b, slot, pointers = state

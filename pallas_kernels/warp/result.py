@@ -5,7 +5,7 @@ sectors of memory already, transposed or not. Of 16 bits they pass through 2 KiB
 at a time; `movmatrix` transposes a block before, where the output is.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
