@@ -24,8 +24,8 @@ FAMILIES: dict[Family, str] = {
 
 
 def family_of(compute_capability: str) -> Family | None:
-    """The family of a compute capability such as "8.6"; None below 8.0: there are no sparse tensor cores."""
-    major = int(compute_capability.split(".")[0])
+    """The family of a compute capability such as "8.6"; None below 8.0, and for what is no NVIDIA GPU."""
+    major = int(compute_capability.split(".")[0]) if compute_capability[:1].isdigit() else 0
     if major == 9:
         return "hopper" if compute_capability == HOPPER else None
     if major in (8, 12):

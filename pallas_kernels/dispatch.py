@@ -8,21 +8,23 @@ from pallas_kernels import device, tile_order
 from pallas_kernels.array_types import Array
 from pallas_kernels.tiles import GRANULE
 
-Implementation = Literal["reference", "hopper"]
+Implementation = Literal["reference", "hopper", "warp"]
+"""jnp; the kernels of Hopper (`wgmma.sp`, the copy engine); those of single warps (`mma.sp`, sm_80 and later)."""
 
 KERNEL_DTYPES = ("bfloat16", "float16")
 OUT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def resolve(implementation: Implementation | None) -> Implementation:
-    """The implementation to run: a named one or none, never another; None takes "hopper" on a Hopper GPU.
+    """The implementation to run: a named one or none, never another; None chooses by the GPU's family.
 
     Raises:
       ValueError: no such implementation.
-      NotImplementedError: "hopper" without a Hopper GPU.
+      NotImplementedError: "hopper" without a Hopper GPU, "warp" without a GPU that has sparse tensor cores.
     """
     if implementation is None:
-        return "hopper" if device.hopper_available() else "reference"
+        family = device.family()
+        return family if family in ("hopper", "warp") else "reference"
     if implementation not in get_args(Implementation):
         raise ValueError(f"{implementation=}; use one of {get_args(Implementation)} or None")
     if implementation == "hopper" and not device.hopper_available():
@@ -31,6 +33,13 @@ def resolve(implementation: Implementation | None) -> Implementation:
         raise NotImplementedError(
             f"{implementation=} needs a GPU of compute capability {device.HOPPER} (H100, H200); this process has "
             f"{found}. Use None or 'reference'."
+        )
+    if implementation == "warp" and device.family() is None:
+        gpu = device.current()
+        found = "no GPU" if gpu is None else f"{gpu.name} of compute capability {gpu.compute_capability}"
+        raise NotImplementedError(
+            f"{implementation=} needs sparse tensor cores, a GPU of compute capability 8.0 or later (A100 and all "
+            f"since); this process has {found}. Use None or 'reference'."
         )
     return implementation
 
@@ -69,6 +78,13 @@ def check_packed(values: Array, metadata: Array, b: Array) -> tuple[int, int]:
 def in_rows(values: Array) -> Array:
     """Values [R, C/2], whichever order they come in."""
     return values if values.ndim == 2 else tile_order.from_tiles(values)
+
+
+def check_tile(implementation: Implementation, config: object | None) -> None:
+    """Raise ValueError for a tile of another implementation's kernels."""
+    kinds = {"hopper": "TileConfig", "warp": "WarpTile"}
+    if config is not None and type(config).__name__ != kinds[implementation]:
+        raise ValueError(f"{config=} is no tile of the {implementation} kernels, which take a {kinds[implementation]}")
 
 
 def check_multiple(of: int, **sizes: int) -> None:

@@ -4,7 +4,7 @@ All of it runs on the device from `group_sizes`; the host never learns a size.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -19,6 +19,7 @@ from pallas_kernels.tiles import GRANULE, TILE_K, Problem
 type Index = jax.Array | int
 
 
+@runtime_checkable
 class Raster(Protocol):
     """What the schedule asks of a tile: its sides, and the order in which tiles are computed."""
 

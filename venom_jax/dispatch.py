@@ -9,7 +9,7 @@ from pallas_kernels import dispatch
 from venom_jax import packed_ffn
 from venom_jax.pattern import Recipe
 
-Implementation = Literal["reference", "hopper"]
+Implementation = Literal["reference", "hopper", "warp"]
 
 Kernels = dispatch.Implementation
 """Which kernels the packed form calls; "reference" is their jnp form, for tests."""
@@ -18,7 +18,8 @@ Kernels = dispatch.Implementation
 def resolve_implementation(implementation: Implementation | None) -> Implementation:
     """Check a name before anything is compiled: a named implementation is taken or refused, never replaced.
 
-    None is "hopper" on a Hopper GPU, and elsewhere "reference".
+    None is "hopper" on a Hopper GPU, "warp" on the other GPUs with sparse tensor cores but B200's family, and elsewhere
+    "reference" (`pallas_kernels.device`).
 
     Raises:
       ValueError: no such implementation.
@@ -42,14 +43,16 @@ def choose_kernels(
 ) -> Kernels | None:
     """The kernels for the packed form, or None for the masked form.
 
-    With implementation None the packed form runs where it can: on a Hopper GPU, where recipe, sizes and dtype suit the
-    kernels, and on one device only unless `local` (the arrays are one device's part), since XLA cannot split a kernel.
+    With implementation None the packed form runs where it can: on a GPU whose family has kernels, where recipe, sizes
+    and dtype suit them, and on one device only unless `local` (the arrays are one device's part), since XLA cannot
+    split a kernel.
 
     Raises:
       ValueError, NotImplementedError: as `resolve_implementation`; also where a named implementation does not take
         the recipe, the sizes or the dtype.
     """
-    if resolve_implementation(implementation) == "reference":
+    kernels = resolve_implementation(implementation)
+    if kernels == "reference":
         return None
     reason = packed_ffn.unsupported(recipe, d_model, d_ffn)
     if reason is None and jnp.dtype(dtype).name not in dispatch.KERNEL_DTYPES:
@@ -57,5 +60,5 @@ def choose_kernels(
     if implementation is None and (reason is not None or (jax.device_count() > 1 and not local)):
         return None
     if reason is not None:
-        raise NotImplementedError(f"implementation = 'hopper': {reason}. Use implementation = None or 'reference'.")
-    return "hopper"
+        raise NotImplementedError(f"implementation = {kernels!r}: {reason}. Use implementation = None or 'reference'.")
+    return kernels

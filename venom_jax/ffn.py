@@ -64,7 +64,7 @@ def pack_weights(
       w1, w2: f32 masters.
       beta: the frozen scales of y1, y3, dy2, dx (`venom_jax.threshold.optimal_scale`).
       dtype: of the stored values.
-      implementation: "reference", "hopper", or None to choose by device, sizes and dtypes.
+      implementation: "reference", "hopper", "warp", or None to choose by device, sizes and dtypes.
 
     Raises:
       ValueError, NotImplementedError: as `pallas_kernels.pack.api.pack_thresholded`.
@@ -100,7 +100,7 @@ def sparse_ffn(
       recipe: what is sparse.
       packed: `pack_weights(...)`, to threshold once per optimizer step instead of once per call. The caller keeps it in
         step with w1, w2 and beta. Not for transposable masks.
-      implementation: "reference", "hopper", or None to choose (`venom_jax.dispatch.choose_kernels`). A named one never
+      implementation: "reference", "hopper", "warp", or None to choose (`venom_jax.dispatch.choose_kernels`). A named one never
         falls back.
       return_density: also return the share of the computed hidden activations that are positive, f32 [].
 

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.array_types import Array, Float, Int, Metadata
 from pallas_kernels.epilogue import Epilogue, apply
-from pallas_kernels.grouped24 import hopper, reference
+from pallas_kernels.grouped24 import hopper, reference, warp
 from pallas_kernels.sparse24.reference import to_dense
 from pallas_kernels.tiles import GRANULE, Mode, TileConfig
+from pallas_kernels.warp.tiles import WarpTile
 
 _PLAIN = Epilogue()
+_KERNELS = {"hopper": hopper, "warp": warp}
 
 
 def rows(
@@ -129,7 +131,7 @@ def _run(
     operand=None,
     row_scale=None,
     implementation: dispatch.Implementation | None = None,
-    config: TileConfig | None = None,
+    config: TileConfig | WarpTile | None = None,
 ):
     chosen = dispatch.resolve(implementation)
     dispatch.check_multiple(GRANULE, **sizes)
@@ -140,9 +142,10 @@ def _run(
     out_rows = problem.out_shape[1 if transpose_out else 0]
     shaped = None if operand is None else operand.reshape(problem.out_shape)
     epilogue.check(shaped, row_scale, problem.out_shape, out_rows, out_dtype)
-    if chosen == "hopper":
+    if chosen != "reference":
         dispatch.check_kernel_dtypes(b.dtype, out_dtype)
-        return hopper.grouped24(problem, values, metadata, b, group_sizes, shaped, row_scale, config)
+        dispatch.check_tile(chosen, config)
+        return _KERNELS[chosen].grouped24(problem, values, metadata, b, group_sizes, shaped, row_scale, config)
     acc = _REFERENCE[mode](to_dense(dispatch.in_rows(values), metadata), b.T if b_k_major else b, group_sizes, groups)
     acc = acc.T if transpose_out else acc
     return apply(epilogue, acc, shaped, row_scale, row_axis=1 if transpose_out else 0, out_dtype=out_dtype)

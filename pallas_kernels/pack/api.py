@@ -55,7 +55,7 @@ def pack_activations(
       NotImplementedError: the named implementation does not take this device or dtype.
     """
     chosen = _choose(implementation, y)
-    if chosen == "hopper" and (features or tokens):
+    if chosen != "reference" and (features or tokens):
         return packed_of(hopper.pack_activations(y, Directions(features, tokens), interleaved=interleaved, relu=True))
     a = jax.nn.relu(y)
     along_features = activations.pack_features(a) if features else None
@@ -86,7 +86,7 @@ def take_activations(
     chosen = _choose(implementation, dy2)
     if features is None and tokens is None:
         return TakenActivations(None, None, None)
-    if chosen == "hopper":
+    if chosen != "reference":
         found = hopper.take_activations(dy2, features, tokens, interleaved=interleaved)
         return taken_of(found, features, tokens)
     along_features, along_tokens = None, None
@@ -150,7 +150,7 @@ def pack_thresholded(
     fits = takes and not any(n % GRANULE for n in w.shape)
     if implementation is None and not (fits and device.arrays_lie_on_one_device()):
         implementation = "reference"
-    if dispatch.resolve(implementation) == "hopper":
+    if dispatch.resolve(implementation) != "reference":
         if not takes:
             raise NotImplementedError(
                 f"the kernel packs float32 or bfloat16 into {dispatch.KERNEL_DTYPES}; got {w.dtype} into "
@@ -168,7 +168,7 @@ def pack_thresholded(
 def _choose(implementation: dispatch.Implementation | None, y: Array) -> dispatch.Implementation:
     dispatch.check_multiple(GRANULE, rows=y.shape[0], columns=y.shape[1])
     chosen = dispatch.resolve(implementation)
-    if chosen == "hopper":
+    if chosen != "reference":
         dispatch.check_kernel_dtypes(y.dtype, y.dtype)
     return chosen
 

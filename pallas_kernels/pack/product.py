@@ -47,9 +47,10 @@ def pack_product(
     if not (features or tokens):
         raise ValueError("features=False and tokens=False: nothing is to be packed; use the product alone")
     _check(weights, rows, group_sizes, transposed)
-    if dispatch.resolve(implementation) != "hopper":
-        y = _product(weights, rows, group_sizes, transposed)
-        return api.pack_activations(y, **along, implementation="reference")
+    chosen = dispatch.resolve(implementation)
+    if chosen != "hopper":
+        y = _product(weights, rows, group_sizes, transposed, chosen)
+        return api.pack_activations(y, **along, implementation=chosen)
     return api.packed_of(_launch(Packing(False, **along), weights, rows, group_sizes, transposed, {}, config))
 
 
@@ -69,9 +70,10 @@ def take_product(
     if features is None and tokens is None:
         raise ValueError("features=None and tokens=None: nothing is to be taken; use the product alone")
     _check(weights, rows, group_sizes, transposed)
-    if dispatch.resolve(implementation) != "hopper":
-        dy2 = _product(weights, rows, group_sizes, transposed)
-        return api.take_activations(dy2, features, tokens, interleaved=interleaved, implementation="reference")
+    chosen = dispatch.resolve(implementation)
+    if chosen != "hopper":
+        dy2 = _product(weights, rows, group_sizes, transposed, chosen)
+        return api.take_activations(dy2, features, tokens, interleaved=interleaved, implementation=chosen)
     kept = {}
     if features is not None:
         kept |= {"features": features.values, "feature_metadata": features.metadata}
@@ -82,11 +84,11 @@ def take_product(
     return api.taken_of(found, features, tokens)
 
 
-def _product(weights, rows, group_sizes, transposed: bool) -> Array:
+def _product(weights, rows, group_sizes, transposed: bool, implementation: dispatch.Implementation) -> Array:
     if isinstance(weights, Packed):
+        options = {"b_k_major": True, "transpose_out": True, "implementation": implementation}
         if group_sizes is None:
-            return sparse24(*weights, rows, b_k_major=True, transpose_out=True, implementation="reference")
-        options = {"b_k_major": True, "transpose_out": True, "implementation": "reference"}
+            return sparse24(*weights, rows, **options)
         return grouped.columns(*weights, rows, group_sizes, **options)
     by_row = weights if transposed else weights.T
     if group_sizes is None:

@@ -7,10 +7,12 @@ from pallas_kernels.array_types import Array, Float, Metadata, accumulator
 from pallas_kernels.epilogue import Epilogue, apply
 from pallas_kernels.metadata import TILE
 from pallas_kernels.pack.reference import contraction_order
-from pallas_kernels.sparse24 import hopper, reference
+from pallas_kernels.sparse24 import hopper, reference, warp
 from pallas_kernels.tiles import TileConfig
+from pallas_kernels.warp.tiles import WarpTile
 
 _PLAIN = Epilogue()
+_KERNELS = {"hopper": hopper, "warp": warp}
 
 
 def sparse24(
@@ -26,7 +28,7 @@ def sparse24(
     operand: Float[Array, "_m _n"] | None = None,
     row_scale: Float[Array, "_m"] | None = None,
     implementation: dispatch.Implementation | None = None,
-    config: TileConfig | None = None,
+    config: TileConfig | WarpTile | None = None,
 ) -> Float[Array, "_m _n"]:
     """out[m, n] = epilogue(sum_k A[m, k] b[k, n]), accumulated in f32.
 
@@ -43,8 +45,8 @@ def sparse24(
       transpose_out: give out^T [n, m]; `operand` then has that shape too.
       out_dtype: bfloat16, float16 or float32; None is b's.
       epilogue, operand, row_scale: see `Epilogue`.
-      implementation: "reference", "hopper", or None to choose by device and, on Hopper, by `dense_wins`.
-      config: a tile to use instead of the tuned one (hopper).
+      implementation: "reference", "hopper", "warp", or None to choose by device and, of kernels, by `dense_wins`.
+      config: a tile to use instead of the tuned one: `TileConfig` for "hopper", `WarpTile` for "warp".
 
     Returns:
       out [m, n], or [n, m] if `transpose_out`.
@@ -62,11 +64,12 @@ def sparse24(
         raise ValueError(f"b_interleaved takes b [k, n], k a multiple of {TILE}; got {b_k_major=}, {k=}")
     out_dtype = jnp.dtype(b.dtype if out_dtype is None else out_dtype)
     epilogue.check(operand, row_scale, (n, m) if transpose_out else (m, n), m, out_dtype)
-    if chosen == "hopper":
+    if chosen != "reference":
         dispatch.check_kernel_dtypes(b.dtype, out_dtype)
-        if implementation == "hopper" or not dense_wins(m, n, k):
+        dispatch.check_tile(chosen, config)
+        if implementation == chosen or not dense_wins(m, n, k):
             options = (b_k_major, transpose_out, out_dtype.name, epilogue, operand, row_scale, config, b_interleaved)
-            return hopper.sparse24(values, metadata, b, *options)
+            return _KERNELS[chosen].sparse24(values, metadata, b, *options)
     if b_interleaved:
         b = contraction_order(b, interleaved=True)
     values = jnp.pad(dispatch.in_rows(values), ((0, -m % TILE), (0, -k % TILE // 2)))
