@@ -87,9 +87,7 @@ def check(product: Product, expected, late: bool):
 
 
 def whole(m: int, n: int, k: int, tile: WarpTile):
-    return [
-        ((i, 0, 0, j), (i, j, m, n), k // 64) for i in range(0, m, tile.tile_m) for j in range(0, n, tile.tile_n)
-    ]
+    return [((i, 0, 0, j), (i, j, m, n), k // 64) for i in range(0, m, tile.tile_m) for j in range(0, n, tile.tile_n)]
 
 
 def dense(m, n, k, *, in_rows=False, tile=SMALL, **options):

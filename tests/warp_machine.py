@@ -1,4 +1,4 @@
-"""The warp kernels' `Machine` on numpy: all threads of one block in step, on a model of the instructions, without a GPU.
+"""The warp kernels' `Machine` on numpy: all threads of a block in step, on a model of the instructions, without a GPU.
 
 Copies land as late as the program allows, or at once. Two rules stand for what threads in step cannot show: a copy is
 seen after a barrier that follows its thread's wait, and may go where others have read only after a barrier too.
@@ -92,15 +92,26 @@ class NumpyMachine(Machine):
         return pointer + by
 
     def copy(self, to, to_offset, pointer, offset, index, left):
-        to, pointer = to + to_offset, pointer + offset
         on = np.ones(len(to), bool) if left is None else index < left.view(np.int32)
+        self._begin(to + to_offset, on, lambda: self._load((pointer + offset)[on], 16))
+
+    def copy_row(self, to, to_offset, pointer, row, rows, row_bytes, left):
+        on = np.ones(len(to), bool) if left is None else left.view(np.int32) > 0
+
+        def read():
+            pieces, real = np.zeros((int(on.sum()), 16), np.uint8), row[on] < rows
+            pieces[real] = self._load((pointer[on] + row[on].astype(np.int64) * row_bytes)[real], 16)
+            return pieces
+
+        self._begin(to + to_offset, on, read)
+
+    def _begin(self, to, on, read):
         self._count_conflicts("cp.async", to, 16, on)
-        to, pieces = to[on], self._load(pointer[on], 16)
-        assert (self._read_at[to // 16] < self._epoch).all(), "a copy goes where others may still read"
+        assert (self._read_at[to[on] // 16] < self._epoch).all(), "a copy goes where others may still read"
         if self._late:
-            self._copies.append((to, pieces))
+            self._copies.append((to[on], read()))
         else:
-            self._land([(to, pieces)])
+            self._land([(to[on], read())])
 
     def _land(self, copies):
         for to, pieces in copies:
@@ -188,7 +199,8 @@ class NumpyMachine(Machine):
     def _load_where(self, pointer, size, condition):
         found = np.zeros((len(pointer), size), np.uint8)
         on = np.ones(len(pointer), bool) if condition is None else condition
-        found[on] = self._load(pointer[on], size)
+        if on.any():
+            found[on] = self._load(pointer[on], size)
         return found
 
     def store_reals(self, pointer, offset, reals, condition):
@@ -216,13 +228,13 @@ class NumpyMachine(Machine):
 
     def _count_conflicts(self, what, address, size, on=None):
         """How many more times than once each instruction meets a bank, in each group of lanes that goes at once."""
-        lanes = 128 // size
-        words = (address[:, None].astype(np.int64) + np.arange(0, size, 4)).reshape(-1, lanes * size // 4) // 4
-        on = np.ones(len(address), bool) if on is None else on
-        on = np.repeat(on, size // 4).reshape(words.shape)
-        for group, taken in zip(words, on, strict=True):
-            different = np.unique(group[taken])
-            self.conflicts[what] += max(np.bincount(different % 32, minlength=32).max() - 1, 0)
+        words = (address[:, None].astype(np.int64) + np.arange(0, size, 4)).reshape(-1, 32) // 4
+        on = np.ones(words.shape, bool) if on is None else np.repeat(on, size // 4).reshape(words.shape)
+        words = np.sort(np.where(on, words, -1), 1)
+        different = (words >= 0) & (np.diff(words, axis=1, prepend=-1) != 0)
+        met = np.zeros(words.shape, int)
+        np.add.at(met, (np.arange(len(words))[:, None], words % 32), different)
+        self.conflicts[what] += int((met.max(1) - 1).clip(0).sum())
 
 
 def _same(value):

@@ -24,7 +24,7 @@ def sparse24(
 ):
     """Arguments as in api.py, validated there.
 
-    A stage is 64 logical columns: a contraction that is no multiple of it is padded with zeros, a copy of both operands.
+    A stage is 64 logical columns: a contraction that is no multiple of it is padded with zeros, a copy of the operands.
     """
     in_rows = values.ndim == 2
     m, n = values.shape[0] * (1 if in_rows else GRANULE), b.shape[0 if b_k_major else 1]

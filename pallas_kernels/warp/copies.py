@@ -17,7 +17,7 @@ _TILE_WORD_BYTES = 512
 
 
 class Place(NamedTuple):
-    """Where a tile of the output reads: first row and logical column of A, first row and column of B, and its stages."""
+    """Where a tile of the output reads: first row and logical column of A, first row and column of B; its stages."""
 
     a_row: Word
     a_k: Word
@@ -35,6 +35,22 @@ class Turn(NamedTuple):
     """Bytes after the source's place in the stage."""
     index: int = 0
     """The array has it where this is less than the source's `left`."""
+    flip: int = 0
+    """Bits to exchange in the byte of the stage: rows that are no multiple of 8 apart are swizzled otherwise."""
+
+
+class Gathered(NamedTuple):
+    """Rows of B by index: of turn t the index that lies 4 x its `index` bytes after the pointer."""
+
+    pointer: Pointer
+    """Of the first turn's index in the tile's first stage."""
+    rows: int
+    """Rows that B has: any other index stands for a row of zeros."""
+    row_bytes: int
+
+
+INDEX_STRIDE = 4 * TILE_K
+"""Bytes of indices to the next stage."""
 
 
 class Source(NamedTuple):
@@ -49,6 +65,7 @@ class Source(NamedTuple):
     turns: list[Turn]
     left: Any
     """None: the array has all of it. A word and not one condition a turn: those would not fit the registers."""
+    gathered: Gathered | None = None
 
 
 class Layout(NamedTuple):
@@ -136,19 +153,25 @@ def _b_k_major(m: Machine, layout: Layout, place: Place) -> Source:
 
 
 def _b_n_major(m: Machine, layout: Layout, place: Place) -> Source:
-    """Interleaved, row k of B is row k mod 4 * K/4 + k div 4 of the array."""
-    c, row_bytes, pieces = layout.tile, 2 * layout.b_columns, layout.tile.tile_n // PIECE
+    """Interleaved, row k of B is row k mod 4 * K/4 + k div 4 of the array; with V:N:M it is given by an index."""
+    c, p, row_bytes, pieces = layout.tile, layout.problem, 2 * layout.b_columns, layout.tile.tile_n // PIECE
     row, piece, rows = m.thread // pieces, m.thread % pieces, c.threads // pieces
     column = (piece * PIECE) + place.b_n
-    if layout.problem.b_interleaved:
+    left = None if _b_is_whole(layout) else m.constant(layout.b_columns) - column
+    to = _n_major_byte(row, piece, c.tile_n) + (c.a_bytes + c.metadata_bytes)
+    firsts = range(0, TILE_K, rows)
+    if p.v:
+        indices = m.pointer("columns", (place.a_row // p.v, 4 * p.k), (row, 4))
+        turns = [Turn(0, first * 2 * c.tile_n, first, first % 8 * 16) for first in firsts]
+        gathered = Gathered(indices, layout.b_rows, row_bytes)
+        return Source(m.pointer("b", (column, 2)), 0, to, turns, left, gathered)
+    if p.b_interleaved:
         members = 4
         first = row % 4 * (layout.b_rows // 4) + row // 4
     else:
         members, first = 1, place.b_k + row
     pointer = m.pointer("b", (first, row_bytes), (column, 2))
-    left = None if _b_is_whole(layout) else m.constant(layout.b_columns) - column
-    turns = [Turn(first // members * row_bytes, first * 2 * c.tile_n) for first in range(0, TILE_K, rows)]
-    to = _n_major_byte(row, piece, c.tile_n) + (c.a_bytes + c.metadata_bytes)
+    turns = [Turn(first // members * row_bytes, first * 2 * c.tile_n, 0, first % 8 * 16) for first in firsts]
     return Source(pointer, TILE_K // members * row_bytes, to, turns, left)
 
 

@@ -5,7 +5,6 @@ Persistent blocks of four or eight warps, one or two to a multiprocessor. All wa
 """
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -17,7 +16,7 @@ from pallas_kernels.tiles import Problem
 from pallas_kernels.warp.copies import Layout, Place
 from pallas_kernels.warp.main_loop import Warp
 from pallas_kernels.warp.result import Region, Result
-from pallas_kernels.warp.tiles import WARP_TILE, WarpTile
+from pallas_kernels.warp.tiles import WarpTile
 from pallas_kernels.warp.words import MlirMachine
 
 _SCALAR = plgpu.Layout.WG_SPLAT
@@ -32,6 +31,7 @@ def matmul(
     tile: WarpTile,
     num_sms: int,
     groups=None,
+    columns=None,
     operand=None,
     row_scale=None,
     col_scale=None,
@@ -43,12 +43,15 @@ def matmul(
       metadata: uint32 [m / 64, k / 64, 128].
       b: [k, n], or [n, k] when `problem.b_k_major`; for rows' groups k runs over groups x k.
       groups: None, or int32 [G], the rows of each group.
+      columns: where `problem.v` is set, int32 [m / v, k]: the row of b [any, n] for each column of A; any other index
+        stands for a row of zeros.
       operand: an array of the output's shape for the epilogue.
       row_scale, col_scale: f32, of the rows of the output's m side and of its columns.
     """
     tile.check(problem)
     beyond = max(tile.tile_m, tile.tile_n)  # a tile at the edge reads scales that it does not use
-    operands = {"values": values, "metadata": metadata, "b": b, "groups": groups, "operand": operand}
+    operands = {"values": values, "metadata": metadata, "b": b, "groups": groups}
+    operands |= {"columns": columns, "operand": operand}
     operands |= {
         name: None if scale is None else jnp.pad(scale, (0, beyond))
         for name, scale in (("row_scale", row_scale), ("col_scale", col_scale))

@@ -78,6 +78,10 @@ class Machine(abc.ABC):
         """Begin to copy 16 bytes to shared memory, where `left` is None or index < left."""
 
     @abc.abstractmethod
+    def copy_row(self, to: Word, to_offset: int, pointer: Pointer, row: Word, rows: int, row_bytes: int, left: Any):
+        """As `copy`, from a row that the pointer's array has `rows` of: zeros where row >= rows, unsigned."""
+
+    @abc.abstractmethod
     def commit(self) -> None:
         """The copies begun since the last call are one group."""
 
@@ -132,8 +136,8 @@ class Machine(abc.ABC):
         """One f32 from memory, or two neighbours; zeros where the condition does not hold."""
 
     @abc.abstractmethod
-    def load_word(self, pointer: Pointer, offset: int, condition: Condition) -> Word:
-        """From memory; zero where the condition does not hold."""
+    def load_word(self, pointer: Pointer, offset: int, condition: Any) -> Word:
+        """From memory; zero where there is a condition that does not hold."""
 
     @abc.abstractmethod
     def store_reals(self, pointer: Pointer, offset: int, reals: list[Real], condition: Condition) -> None: ...

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.warp import copies
 from pallas_kernels.warp.copies import Layout, Place, Source
-from pallas_kernels.warp.machine import Condition, Machine, Pointer, Real, Word
+from pallas_kernels.warp.machine import Machine, Pointer, Real, Word
 from pallas_kernels.warp.tiles import MMA_M, MMA_N, WARP_TILE
 
 ROW_BLOCKS, COLUMN_BLOCKS = WARP_TILE // MMA_M, WARP_TILE // MMA_N
+_INDICES_AHEAD = 4
+"""Blocks of B that are multiplied between the loading of indices and the copies of their rows."""
 _ALL = 1 << 16
 """More than any turn's index."""
 _ITEMS = 2 * COLUMN_BLOCKS
@@ -79,7 +81,7 @@ class Warp:
         last = m.least(now.steps, m.constant(stages))
         state = self._loop(now.steps - last, state, here, lambda _: None)
         there = copies.sources(m, self.layout, following)
-        state = state._replace(pointers=[source.pointer for source in there])
+        state = state._replace(pointers=self._pointers(there, 0))
         limit = m.least(following.steps, m.constant(stages)) * prefetch
         return self._loop(last, state, there, lambda i: m.less(i, limit)).sums
 
@@ -94,8 +96,8 @@ class Warp:
         m = self.m
         m.barrier()
         for stage in range(self.tile.stages):
-            pointers = [m.advance(source.pointer, stage * source.stride) for source in sources]
-            for begin in self._copies(sources, pointers, slot, m.less(m.constant(stage), steps)):
+            exists, pointers = m.less(m.constant(stage), steps), self._pointers(sources, stage)
+            for begin in self._copies(sources, pointers, slot, exists, self._load_indices(sources, pointers, exists)):
                 begin()
             m.commit()
             slot = self._after(slot)
@@ -110,18 +112,37 @@ class Warp:
             self._load_words(slot),
             [self._load_b(slot, item) for item in range(self.tile.ahead)],
             slot,
-            [m.advance(source.pointer, self.tile.stages * source.stride) for source in sources],
+            self._pointers(sources, self.tile.stages),
         )
 
-    def _copies(self, sources: list[Source], pointers: list[Pointer], slot: Word, exists: Any) -> list:
+    def _pointers(self, sources: list[Source], stage: int) -> list[Pointer]:
+        """Of a stage: one of each source, then one of the indices that a source is gathered by."""
+        found = [self.m.advance(source.pointer, stage * source.stride) for source in sources]
+        gathered = [source.gathered for source in sources if source.gathered is not None]
+        return found + [self.m.advance(g.pointer, stage * copies.INDEX_STRIDE) for g in gathered]
+
+    def _load_indices(self, sources: list[Source], pointers: list[Pointer], exists: Any) -> list[Word]:
+        """The rows that a stage gathers, of each turn one: to be loaded some time before they are used."""
+        turns = [source.turns for source in sources if source.gathered is not None]
+        return [self.m.load_word(pointers[-1], 4 * turn.index, exists) for turn in (turns[0] if turns else [])]
+
+    def _copies(
+        self, sources: list[Source], pointers: list[Pointer], slot: Word, exists: Any, indices: list[Word]
+    ) -> list:
         """The copies of one stage, if it exists, each to be begun by a call."""
         m, begun = self.m, []
-        for source, pointer in zip(sources, pointers, strict=True):
+        for source, pointer in zip(sources, pointers, strict=False):
             to, left = m.shared + slot + source.to, source.left
             if exists is not None:
                 left = m.select(exists, m.constant(_ALL) if left is None else left, m.constant(0))
-            for turn in source.turns:
-                begun.append(functools.partial(m.copy, to, turn.to, pointer, turn.offset, turn.index, left))
+            for i, turn in enumerate(source.turns):
+                at, place = to ^ turn.flip if turn.flip else to, source.gathered
+                if place is None:
+                    copy = functools.partial(m.copy, at, turn.to, pointer, turn.offset, turn.index, left)
+                else:
+                    row = indices[i]
+                    copy = functools.partial(m.copy_row, at, turn.to, pointer, row, place.rows, place.row_bytes, left)
+                begun.append(copy)
         return begun
 
     def _stage(self, state: State, sources: list[Source], exists: Any) -> State:
@@ -129,7 +150,7 @@ class Warp:
         m, c = self.m, self.tile
         sums, a, words, b, slot, pointers = state
         sums, b, after = [list(row) for row in sums], list(b), self._after(slot)
-        second_a, next_a, next_words, begun = a, a, words, []
+        second_a, next_a, next_words, begun, indices = a, a, words, [], []
         for item in range(_ITEMS):
             step, block = divmod(item, COLUMN_BLOCKS)
             ahead = item + c.ahead
@@ -138,9 +159,11 @@ class Warp:
                 m.wait(c.stages - 2)
                 m.barrier()
                 next_a, next_words = self._load_a(after, 0), self._load_words(after)
-                begun = self._copies(sources, pointers, slot, exists)
+                begun = self._copies(sources, pointers, slot, exists, indices)
             elif ahead == COLUMN_BLOCKS:
                 second_a = self._load_a(slot, 1)
+            elif ahead == _ITEMS - _INDICES_AHEAD:
+                indices = self._load_indices(sources, pointers, exists)
             b.append(self._load_b(slot, ahead) if ahead < _ITEMS else self._load_b(after, ahead - _ITEMS))
             if item == COLUMN_BLOCKS:
                 a = second_a
@@ -152,7 +175,8 @@ class Warp:
                 begin()
             begun = begun[share:]
         m.commit()
-        pointers = [m.advance(pointer, source.stride) for pointer, source in zip(pointers, sources, strict=True)]
+        strides = [source.stride for source in sources] + [copies.INDEX_STRIDE] * (len(pointers) - len(sources))
+        pointers = [m.advance(pointer, stride) for pointer, stride in zip(pointers, strides, strict=True)]
         return State(sums, next_a, next_words, b, after, pointers)
 
     def _after(self, slot: Word) -> Word:

@@ -5,13 +5,12 @@ sectors of memory already, transposed or not. Of 16 bits they pass through 2 KiB
 at a time; `movmatrix` transposes a block before, where the output is.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from pallas_kernels.epilogue import activate
-from pallas_kernels.tiles import Problem
-from pallas_kernels.warp.machine import Condition, Machine, Pointer, Real, Word
+from pallas_kernels.warp.machine import Condition, Pointer, Real, Word
 from pallas_kernels.warp.main_loop import Sums, Warp
 from pallas_kernels.warp.tiles import STAGING_BYTES, WARP_TILE
 

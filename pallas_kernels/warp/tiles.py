@@ -5,7 +5,6 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels import device
-from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.tiles import GROUP_TABLE_BYTES, MAX_GROUPS, TILE_K, Problem
 from pallas_kernels.warp.words import PTX_TYPE
 
@@ -77,12 +76,12 @@ class WarpTile:
         """THE statement of what a tile must satisfy on a GPU (None: this one): the first broken rule, or None."""
         if self.warps not in (4, 8) or min(self.warps_m, self.warps_n) < 1:
             return f"{self.warps_m=}, {self.warps_n=}: a block has four or eight warps"
-        if self.threads * 8 // self.tile_n % 8:
-            return f"{self.warps_m=}, {self.warps_n=}: {self.threads} threads copy fewer than 8 rows of B at once"
         if self.stages < 2 or not 1 <= self.ahead <= WARP_TILE // MMA_N:
             return f"{self.stages=}, {self.ahead=}: at least two stages, and at most the 8 blocks of a step ahead"
         if min(self.raster_m, self.raster_n, self.blocks_per_sm) < 1:
             return f"{self.raster_m=}, {self.raster_n=}, {self.blocks_per_sm=}: at least one"
+        if problem.v and problem.v % self.tile_m:
+            return f"{self.tile_m=}, {problem.v=}: a tile that gathers lies in one block of v rows"
         limit = (gpu or device.current_or_assumed()).smem_bytes // self.blocks_per_sm
         tables = GROUP_TABLE_BYTES * (problem.mode == "contraction")
         if self.smem_bytes + tables > limit:
@@ -100,16 +99,16 @@ def unsupported(problem: Problem) -> str | None:
     p = problem
     if p.dtype not in PTX_TYPE or p.b_dtype != p.dtype or p.out_dtype not in OUT_TYPES:
         return f"{p.dtype=}, {p.b_dtype=}, {p.out_dtype=}: operands are {' or '.join(PTX_TYPE)}, both the same"
-    if p.a != "sparse" or p.packing is not None or p.v:
-        return f"{p}: whole or grouped 2:4 products only; results are packed by the packing kernels"
-    if p.k % TILE_K or (p.mode == "rows" and p.k % TILE_K):
+    if p.a != "sparse" or p.packing is not None:
+        return f"{p}: products with a 2:4 matrix only; results are packed by the packing kernels"
+    if p.v and (p.mode != "dense" or p.b_k_major or p.b_interleaved or p.m % p.v):
+        return f"{p}: rows of B are gathered for whole blocks of v rows, without groups, from B [k, n]"
+    if p.k % TILE_K:
         return f"{p.k=} is no multiple of {TILE_K}"
     if p.b_interleaved and (p.mode != "dense" or p.b_k_major):
         return f"{p}: rows of B [k, n] are interleaved for a whole product"
     if p.groups > MAX_GROUPS:
         return f"{p.groups=}: at most {MAX_GROUPS} groups, one per thread of a warpgroup"
-    if not isinstance(p.epilogue, Epilogue) or (p.epilogue.operand is not None and p.out_dtype not in OUT_TYPES):
-        return f"{p.epilogue}"
     itemsize = jnp.dtype(p.out_dtype).itemsize
     if p.out_shape[1] * itemsize % 16 or p.out_shape[0] % 8:
         return f"{p.out_shape}: rows of the output are multiples of 16 bytes, and there are a multiple of 8 of them"
@@ -122,6 +121,8 @@ _TILES = (
     WarpTile(4, 2, stages=4),
     WarpTile(2, 2, stages=3, raster_m=8),
     WarpTile(2, 2, stages=2, raster_m=8),
+    WarpTile(1, 4, stages=3, raster_m=1 << 10),
+    WarpTile(1, 4, stages=2, raster_m=1 << 10),
 )
 
 

@@ -1,6 +1,6 @@
 """`Machine` as MLIR with PTX of our own: nothing that sm_80 lacks, no copy engine, no mbarrier, no cluster."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax.experimental.mosaic.gpu import utils
@@ -110,6 +110,17 @@ class MlirMachine(machine.Machine):
         else:
             self._ptx(f"{{ .reg .pred p; setp.gt.s32 p, $2, {index}; @p {code} }}", to, pointer, left)
 
+    def copy_row(self, to, to_offset, pointer, row, rows, row_bytes, left):
+        exists = Condition(arith.cmpi(arith.CmpIPredicate.ult, row.value, to_value(rows)))
+        size = self.select(exists, self.constant(16), self.constant(0))  # of no bytes nothing is read
+        wide = arith.muli(arith.extui(_i64(), row.value), arith.constant(_i64(), row_bytes))
+        source = Pointer(arith.addi(pointer.value, wide))
+        code = f"cp.async.cg.shared.global [$0+{to_offset}], [$1], 16, $2;"
+        if left is None:
+            self._ptx(code, to, source, size)
+        else:
+            self._ptx(f"{{ .reg .pred p; setp.gt.s32 p, $3, 0; @p {code} }}", to, source, size, left)
+
     def commit(self):
         self._ptx("cp.async.commit_group;")
 
@@ -162,6 +173,8 @@ class MlirMachine(machine.Machine):
         return [Real(value) for value in found]
 
     def load_word(self, pointer, offset, condition):
+        if condition is None:
+            return Word(self._ptx(f"ld.global.b32 $0, [$1+{offset}];", pointer, results=i32()))
         code = f"{{ mov.b32 $0, 0; @$2 ld.global.b32 $0, [$1+{offset}]; }}"
         return Word(self._ptx(code, pointer, condition, results=i32()))
 
