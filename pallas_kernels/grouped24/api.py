@@ -7,6 +7,8 @@ up to more than there are tokens, groups end with the tokens; negative sizes cou
 give zeros (before the epilogue).
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
@@ -18,7 +20,7 @@ from pallas_kernels.tiles import GRANULE, Mode, TileConfig
 from pallas_kernels.warp.tiles import WarpTile
 
 _PLAIN = Epilogue()
-_KERNELS = {"hopper": hopper, "warp": warp}
+_KERNELS: dict[str, Any] = {"hopper": hopper, "warp": warp}
 
 
 def rows(

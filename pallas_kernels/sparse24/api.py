@@ -1,5 +1,7 @@
 """out = epilogue(A B), A 2:4 sparse along k: validate, choose the implementation, run it."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
@@ -12,7 +14,7 @@ from pallas_kernels.tiles import TileConfig
 from pallas_kernels.warp.tiles import WarpTile
 
 _PLAIN = Epilogue()
-_KERNELS = {"hopper": hopper, "warp": warp}
+_KERNELS: dict[str, Any] = {"hopper": hopper, "warp": warp}
 
 
 def sparse24(

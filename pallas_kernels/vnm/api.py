@@ -1,6 +1,6 @@
 """out = A B and out = A^T B, A V:N:M sparse: validate, choose the implementation, run it."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from pallas_kernels.vnm.shapes import BLOCK_ROWS
 from pallas_kernels.warp.tiles import WarpTile
 
 Form = Literal["vnm", "sparse24", "dense"]
-_KERNELS = {"hopper": hopper, "warp": warp}
+_KERNELS: dict[str, Any] = {"hopper": hopper, "warp": warp}
 
 
 def vnm(

@@ -150,7 +150,8 @@ class MlirMachine(machine.Machine):
 
     def widen(self, pair):
         if self._out_type == "bf16":
-            return tuple(Real(arith.bitcast(_f32(), half.value)) for half in (pair << 16, pair & 0xFFFF0000))
+            low, high = (arith.bitcast(_f32(), half.value) for half in (pair << 16, pair & 0xFFFF0000))
+            return Real(low), Real(high)
         code = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
         low, high = self._ptx(code, pair, results=[_f32()] * 2)
         return Real(low), Real(high)
