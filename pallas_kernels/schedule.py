@@ -131,10 +131,10 @@ def round_up(size):
     return ceil_div(jnp.maximum(size, 0), jnp.int32(GRANULE)) * GRANULE
 
 
-class Schedule:
+class Schedule[Config: Raster]:
     """The tiles of a problem. `groups_ref` holds group_sizes [G], or for the contraction what `sort_groups` writes."""
 
-    def __init__(self, problem: Problem, config: Raster, groups_ref):
+    def __init__(self, problem: Problem, config: Config, groups_ref):
         self.problem, self.config, self.groups_ref = problem, config, groups_ref
         p = problem
         self.m_tiles, self.n_tiles = -(-p.m // config.tile_m), -(-p.n // config.tile_n)

@@ -42,6 +42,8 @@ class Product:
         b = jnp.asarray(rng.integers(-2, 3, (p.k * (p.groups if p.mode == "rows" else 1), p.n)), p.dtype)
         arrays = {"values": values if self.in_rows else to_tiles(values), "metadata": pack_positions(padded)}
         arrays["b"] = b.T if p.b_k_major else b
+        if p.v:  # one beyond the rows of b, and any other such index, stands for a row of zeros
+            arrays["columns"] = jnp.asarray(rng.integers(0, p.k + 3, (p.m // p.v, p.k)), jnp.int32)
         extra = max(self.tile.tile_m, self.tile.tile_n)
         arrays["row_scale"] = jnp.asarray(rng.integers(1, 3, p.out_shape[p.transpose_out] + extra), jnp.float32)
         arrays["operand"] = jnp.asarray(rng.integers(-2, 3, p.out_shape), p.out_dtype)
@@ -110,13 +112,27 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("name", "late"), [*((name, True) for name in DENSE), ("wide", False), ("operand", False)])
 def test_whole_products(name, late):
     product = DENSE[name]
     k = product.problem.k
     rows = np.arange(k) % 4 * (k // 4) + np.arange(k) // 4 if product.problem.b_interleaved else np.arange(k)
     check(product, lambda a, b: a @ b[rows], late)
+
+
+@pytest.mark.parametrize(
+    ("v", "tile"), [(64, WarpTile(1, 4, stages=2)), (128, SMALL), (128, WarpTile(2, 2, stages=3, ahead=5))]
+)
+def test_gathered_rows(v, tile):
+    m, n, k = 2 * v, 136, 192
+    product = dense(m, n, k, tile=tile, v=v)
+    _, _, arrays = product.arrays()
+
+    def expected(a, b):
+        rows = np.concatenate([b, np.zeros((3, n))])[arrays["columns"]]
+        return np.concatenate([a[i * v : (i + 1) * v] @ rows[i] for i in range(2)])
+
+    check(product, expected, late=True)
 
 
 def test_groups_of_rows():
