@@ -174,4 +174,4 @@ def test_groups_of_the_contraction():
     def expected(a, b):
         return np.concatenate([a[:, :192] @ b[:192], np.zeros((128, 128)), a[:, 192:] @ b[192:]])
 
-    check(Product(problem, tiles=tiles), expected, late=False)
+    check(Product(problem, tile=WarpTile(2, 2, stages=3), tiles=tiles), expected, late=False)
