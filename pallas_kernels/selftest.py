@@ -78,7 +78,8 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         "sparse24 added in f32": call(added, *whole, integers(512, 200), integers(320, 200, dtype="float32")),
         "grouped24 rows": call(grouped.rows, *packed(tokens, 256), integers(groups, 256, 192), sizes),
         "grouped24 columns": call(
-            grouped.columns, *packed(groups * 128, 256), integers(tokens, 256), sizes, b_k_major=True, transpose_out=True
+            grouped.columns, *packed(groups * 128, 256), integers(tokens, 256), sizes, b_k_major=True,
+            transpose_out=True,
         ),
         "grouped24 contraction": call(
             grouped.contraction, *packed(192, tokens), integers(tokens, 320), sizes, out_dtype="float32"

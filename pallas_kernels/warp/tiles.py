@@ -65,6 +65,11 @@ class WarpTile:
         return self.a_bytes + self.metadata_bytes + 2 * TILE_K * self.tile_n
 
     @property
+    def in_flight(self) -> int:
+        """Stages on their way or there while one is multiplied."""
+        return self.stages - 1
+
+    @property
     def ring_bytes(self) -> int:
         return self.stages * self.stage_bytes
 
