@@ -142,8 +142,8 @@ def route(
     Args:
       bias: balance bias, added to the scores for this choice only; longer arrays are cut to E.
       learned, key, axis: as in `scores`.
-      implementation: "reference"; "hopper" or "warp", the kernel that scores and chooses reading x once, for the routers
-        `cosine`, `dot` and `learned`; None takes it where `pallas_kernels.permute.api.choose_experts` says. Its scores
+      implementation: "reference"; "hopper" or "warp", the kernel that scores and chooses reading x once, for the
+        routers `cosine`, `dot` and `learned`; None takes it where `pallas_kernels.permute.api.choose_experts` says. Its scores
         differ from the reference's in their last bits.
 
     Raises:
