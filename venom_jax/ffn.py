@@ -100,8 +100,8 @@ def sparse_ffn(
       recipe: what is sparse.
       packed: `pack_weights(...)`, to threshold once per optimizer step instead of once per call. The caller keeps it in
         step with w1, w2 and beta. Not for transposable masks.
-      implementation: "reference", "hopper", "warp", or None to choose (`venom_jax.dispatch.choose_kernels`). A named one
-        never falls back.
+      implementation: "reference", "hopper", "warp", or None to choose (`venom_jax.dispatch.choose_kernels`). A named
+        one never falls back.
       return_density: also return the share of the computed hidden activations that are positive, f32 [].
 
     Returns:

@@ -143,8 +143,8 @@ def route(
       bias: balance bias, added to the scores for this choice only; longer arrays are cut to E.
       learned, key, axis: as in `scores`.
       implementation: "reference"; "hopper" or "warp", the kernel that scores and chooses reading x once, for the
-        routers `cosine`, `dot` and `learned`; None takes it where `pallas_kernels.permute.api.choose_experts` says. Its scores
-        differ from the reference's in their last bits.
+        routers `cosine`, `dot` and `learned`; None takes it where `pallas_kernels.permute.api.choose_experts` says. Its
+        scores differ from the reference's in their last bits.
 
     Raises:
       NotImplementedError: the named implementation does not run here, or not this router.

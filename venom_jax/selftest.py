@@ -18,7 +18,9 @@ RECIPES = {"act24": Recipe.act24(), "venom, one of four": Recipe.venom(4, 1)}
 def step(recipe: Recipe, implementation, x, w1, w2, dy):
     """Forward and backward."""
     route = router.route(x, w1, recipe) if recipe.routed else None
-    y, vjp = jax.vjp(lambda *a: sparse_ffn(*a, route, recipe=recipe, implementation=implementation), x, w1, w2)
+    y, vjp = jax.vjp(
+        lambda x, w1, w2: sparse_ffn(x, w1, w2, route, recipe=recipe, implementation=implementation), x, w1, w2
+    )
     return y, *vjp(dy)
 
 
