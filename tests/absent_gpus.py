@@ -234,6 +234,31 @@ def _kernels() -> dict[str, tuple[Any, tuple]]:
     }  # fmt: skip
 
 
+def _of_blackwell() -> dict[str, tuple[Any, tuple]]:
+    """The kernels of sm_100 alone."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.blackwell import kernel
+
+    def case(dtype: str, **options):
+        values, b = (jax.ShapeDtypeStruct((4096, size), dtype) for size in (2048, 4096))
+        return functools.partial(kernel.matmul, **options), (values, positions, b)
+
+    positions = jax.ShapeDtypeStruct((32, 32, 128, 64), jnp.uint2)
+    return {
+        "tcgen05": case("bfloat16", b_k_major=False),
+        "tcgen05, [n, k], two CTAs": case("bfloat16", two_ctas=True),
+        "tcgen05, FP8": case("float8_e4m3fn"),
+        "tcgen05, FP8, two CTAs": case("float8_e4m3fn", two_ctas=True),
+    }
+
+
+def _sparse_in(code: str) -> int:
+    """Sparse products in SASS, or in PTX where it is not disassembled."""
+    return len(re.findall(r"[HQ]MMA\.SP|UTC\w+MMA|mma\.sp", code))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("architecture", choices=[*TARGETS, "table"], help="or the table of all, for docs/gpus.md")
@@ -248,11 +273,12 @@ def main() -> None:
     target = TARGETS[arguments.architecture]
     gpu = device.Gpu(target.name, ".".join(map(str, target.capability)), target.sms, target.block_bytes)
     setattr(device, "current", lambda: gpu)  # noqa: B010, a cached function's type is another
-    for name, (function, shapes) in _kernels().items():
+    kernels = _kernels() | (_of_blackwell() if arguments.architecture == "sm_100" else {})
+    for name, (function, shapes) in kernels.items():
         if not arguments.all and name not in _FAST:
             continue
         for i, found in enumerate(_compile(arguments.architecture, function, shapes)):
-            report, code = found["report"], found["sass"] or found["ptx"]
+            report, ptx, sass = found["report"], found["ptx"], found["sass"]
             spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
             row = {
                 "kernel": name if i == 0 else f"{name} ({i + 1})",
@@ -260,9 +286,8 @@ def main() -> None:
                 "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
                 "spills": sum(map(int, spills)),
                 "shared_bytes": int(re.findall(r"smem_scratch_bytes=(\d+)", found["resources"])[0]),
-                "sass": found["sass"] is not None,
-                "sparse": len(re.findall(r"HMMA\.SP|QMMA\.SP|mma\.sp", code)),
-                "foreign": sorted(set(re.findall(r"UTMA\w*|HGMMA|UTC\w*MMA", code))),
+                "sparse": min(len(re.findall(r"mma\.sp", ptx)), _sparse_in(ptx if sass is None else sass)),
+                "foreign": sorted(set(re.findall(r"UTMA\w*|HGMMA", sass or ""))) if "tcgen05" not in name else [],
             }
             print(json.dumps(row), flush=True)
 

@@ -20,7 +20,7 @@ def check(rows):
         assert row["registers"] <= 255, row
         assert row["registers"] * threads <= 65536, row
         assert row["shared_bytes"] <= target.block_bytes, row
-        product = row["kernel"].startswith(("sparse24", "grouped24", "vnm"))
+        product = row["kernel"].startswith(("sparse24", "grouped24", "vnm", "tcgen05"))
         assert (row["sparse"] > 0) == product, row
         assert product == (row["shared_bytes"] > 16 * STAGING_BYTES), row
         assert not row["foreign"], row

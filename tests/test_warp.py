@@ -3,11 +3,13 @@
 import functools
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import device, dispatch
+from pallas_kernels.blackwell import kernel as blackwell
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.metadata import pack_positions
@@ -108,6 +110,32 @@ def test_a_tile_of_the_other_kernels_is_refused():
         dispatch.check_tile("hopper", WarpTile())
     dispatch.check_tile("warp", WarpTile())
     dispatch.check_tile("hopper", None)
+
+
+def test_positions_for_blackwell_are_the_same_words_in_another_order():
+    positions = jnp.asarray(PAIRS[np.random.default_rng(0).integers(0, 6, (256, 96))])
+    wanted = plgpu.format_tcgen05_sparse_metadata(positions.astype(jnp.uint2), jnp.bfloat16)
+    np.testing.assert_array_equal(
+        blackwell.to_tcgen05(pack_positions(positions)).astype(jnp.int32), wanted.astype(jnp.int32)
+    )
+    with pytest.raises(ValueError, match="multiples of 128 rows and 128 columns"):
+        blackwell.to_tcgen05(pack_positions(positions[:64]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ((128, 256, 192), {}, r"multiples of 128, 256 and 128"),
+        ((128, 256, 256), {"two_ctas": True}, r"multiples of 256, 256 and 128"),
+        ((128, 256, 256), {"b_k_major": False, "dtype": "float8_e4m3fn"}, r"of 8 bits .* \[n, k\] only"),
+    ],
+)
+def test_what_blackwell_does_not_take(sizes, options, message):
+    (m, n, k), dtype = sizes, options.pop("dtype", "bfloat16")
+    b = jnp.zeros((n, k) if options.get("b_k_major", True) else (k, n), dtype)
+    positions = jnp.zeros((m // 128, -(-k // 128), 128, 64), jnp.uint2)
+    with pytest.raises(ValueError, match=message):
+        blackwell.matmul(jnp.zeros((m, k // 2), dtype), positions, b, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- on a GPU
