@@ -103,6 +103,16 @@ def test_limits_are_told(tile, problem, message):
     assert message in str(tile.violation(Problem(**{"m": 256, "n": 256, "k": 256} | problem), GPUS["8.6"]))
 
 
+def test_fp8_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(device, "current", lambda: GPUS["8.0"])
+    values, metadata = packed(64, 128)
+    eight = "float8_e4m3fn"
+    with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+        sparse24(values.astype(eight), metadata, integers(128, 64).astype(eight), implementation="warp")
+    with pytest.raises(NotImplementedError, match=r"multiply bfloat16 or float16.*got float8_e4m3fn and bfloat16"):
+        tiles.check_types(eight, "bfloat16")
+
+
 def test_a_tile_of_the_other_kernels_is_refused():
     with pytest.raises(ValueError, match="no tile of the warp kernels, which take a WarpTile"):
         dispatch.check_tile("warp", TileConfig())

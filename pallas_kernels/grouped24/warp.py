@@ -12,6 +12,7 @@ def grouped24(
     problem: Problem, values, metadata, b, group_sizes, operand=None, row_scale=None, config: WarpTile | None = None
 ):
     """Arguments as in api.py, flattened to matrices and validated there."""
+    tiles.check_types(values.dtype.name, b.dtype.name)
     return kernel.matmul(
         values,
         metadata,

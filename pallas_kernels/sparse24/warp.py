@@ -26,6 +26,7 @@ def sparse24(
 
     A stage is 64 logical columns: a contraction that is no multiple of it is padded with zeros, a copy of the operands.
     """
+    tiles.check_types(values.dtype.name, b.dtype.name)
     in_rows = values.ndim == 2
     m, n = values.shape[0] * (1 if in_rows else GRANULE), b.shape[0 if b_k_major else 1]
     k = values.shape[1] * (2 if in_rows else GRANULE)

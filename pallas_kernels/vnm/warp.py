@@ -11,6 +11,7 @@ from pallas_kernels.warp.tiles import WarpTile
 
 def vnm(values, metadata, columns, b, transpose_out: bool, out_dtype: str, config: WarpTile | None = None):
     """Arguments as in api.py, validated there."""
+    tiles.check_types(values.dtype.name, b.dtype.name)
     rows, n = values.shape[0] * GRANULE, b.shape[1]
     problem = problem_of(
         rows, n, values.shape[1] * GRANULE, rows // columns.shape[0], b.dtype.name, out_dtype, transpose_out

@@ -120,6 +120,15 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
+def check_types(values: str, b: str) -> None:
+    """Raise NotImplementedError for operands that `mma.sp` is not written for here, FP8 among them."""
+    if values not in PTX_TYPE or values != b:
+        raise NotImplementedError(
+            f"the warp kernels multiply {' or '.join(PTX_TYPE)}, both operands the same; got {values} and {b}. "
+            f"Cast, or use implementation='reference'."
+        )
+
+
 # The larger tile reads less of shared memory and L2 for each product; what fits is tried in this order. Only Hopper's
 # order was measured (docs/gpus.md).
 _TILES = (
