@@ -3,9 +3,9 @@
     python -m tests.sanitize                 each case compared with the reference, where its input is honest
     python -m tests.sanitize --only_run pack sparse24        the cases of these names, not compared
 
-`tests.sanitizer` runs them under compute-sanitizer. Needs a Hopper GPU; with KERNELS=warp in the environment the kernels
-of single warps run, on any GPU that has sparse tensor cores. Without pytest and with operands from numpy, so that the
-tool has little else to watch.
+`tests.sanitizer` runs them under compute-sanitizer. Needs a Hopper GPU; with KERNELS=warp in the environment the
+kernels of single warps run, on any GPU that has sparse tensor cores. Without pytest and with operands from numpy, so
+that the tool has little else to watch.
 """
 
 import os

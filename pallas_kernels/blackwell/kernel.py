@@ -137,7 +137,7 @@ def matmul(values: Array, positions: Array, b: Array, *, b_k_major: bool = True,
             out_gmem[rows, part] = plgpu.async_load_tmem(scratch["sums"].at[:, pl.ds(first, _STORED)])
             plgpu.wait_load_tmem()
 
-    cluster = {"cluster": (2,), "cluster_names": ("cta",)} if two_ctas else {}
+    cluster: dict[str, Any] = {"cluster": (2,), "cluster_names": ("cta",)} if two_ctas else {}
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), jnp.float32),
