@@ -59,7 +59,7 @@ class Product:
         layout = Layout(p, c, self.in_rows, p.m, p.n, b.shape[0])
         warp, step, filled = Warp(m, layout), 0, 0
         for (place, region, steps), following in zip(self.tiles, [*self.tiles[1:], None], strict=True):
-            prefetch = int(following is not None and steps >= c.in_flight)
+            prefetch = int(following is not None and steps >= c.stages)
             here, there = ((*t[0], t[2]) for t in ((place, region, steps), following or (place, region, steps)))
             words = [m.constant(value) for value in (*here, *there, *region, step % c.stages * c.stage_bytes)]
             sums = warp.multiply(

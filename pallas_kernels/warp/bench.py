@@ -32,13 +32,13 @@ GROUPED: dict[Mode, tuple[int, int, int]] = {
 GROUPS = 4
 TILES = (
     WarpTile(4, 2, stages=4),
-    WarpTile(4, 2, stages=4, ahead=2),
+    WarpTile(4, 2, stages=4, ahead=1),
     WarpTile(4, 2, stages=4, ahead=3),
     WarpTile(4, 2, stages=4, ahead=6),
-    WarpTile(4, 2, stages=6, ahead=4),
-    WarpTile(4, 2, stages=5, ahead=4, raster_m=8),
+    WarpTile(4, 2, stages=6),
+    WarpTile(4, 2, stages=4, raster_m=8),
     WarpTile(2, 4, stages=4, raster_m=8),
-    WarpTile(2, 2, stages=4, raster_m=8, blocks_per_sm=2),
+    WarpTile(2, 2, stages=3, raster_m=8, blocks_per_sm=2),
 )
 SETS = 4
 """Operands that take turns, so that a cache does not hold them."""

@@ -103,7 +103,7 @@ def _block(gmem: dict, scratch: dict, layout: Layout) -> None:
 
     def visit(now: Tile, following: Tile, has_next, state):
         step, filled = state
-        prefetch = (has_next & (now.steps >= tile.in_flight)).astype(jnp.int32)
+        prefetch = (has_next & (now.steps >= tile.stages)).astype(jnp.int32)
         slot = lax.rem(step, tile.stages) * tile.stage_bytes
         _compute(gmem, scratch["shared"], layout, now, following, slot, filled, prefetch)
         return step + now.steps, prefetch

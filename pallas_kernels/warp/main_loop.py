@@ -1,11 +1,8 @@
 """A block's product over the stages of a tile: `cp.async` fills a ring, `ldmatrix` and `mma.sp` empty it.
 
 Operands of B are in registers `ahead` blocks of 8 columns before they are multiplied, across stages too. One barrier a
-stage: behind it every warp has what it needs of that stage, whose place is filled again while the next is multiplied.
-The last stages of a tile make room for the first ones of the next, which come in while the result goes out.
-
-What a warp loads and copies is spread over its products. ptxas moves products, but no access to memory past a barrier
-of the warp; without these it would begin all copies at the end of a stage, when nothing is left to multiply.
+stage: once all warps have what they need of a stage, its place is filled again, so that `stages` are in flight. The
+last stages of a tile give their places to the first ones of the next, which come in while the result goes out.
 """
 
 import functools
@@ -20,8 +17,6 @@ from pallas_kernels.warp.tiles import MMA_M, MMA_N, WARP_TILE
 ROW_BLOCKS, COLUMN_BLOCKS = WARP_TILE // MMA_M, WARP_TILE // MMA_N
 _INDICES_AHEAD = 4
 """Blocks of B that are multiplied between the loading of indices and the copies of their rows."""
-_COPIES_AT_ONCE = 3
-"""Each group of copies costs ptxas three more instructions."""
 _ALL = 1 << 16
 """More than any turn's index."""
 _ITEMS = 2 * COLUMN_BLOCKS
@@ -76,18 +71,18 @@ class Warp:
           now, following: where this tile and the next one read.
           slot: byte of the ring where this tile's first stage lies.
           filled: 1 if its first stages are on their way already, else 0.
-          prefetch: 1 to copy the first stages of the next tile, where this one has at least `in_flight`; else 0.
+          prefetch: 1 to copy the first stages of the next tile, where this one has at least `stages` itself; else 0.
         """
-        m, in_flight = self.m, self.tile.in_flight
+        m, stages = self.m, self.tile.stages
         here = copies.sources(m, self.layout, now)
         m.when(m.equal(filled, 0), lambda: self._fill(here, now.steps, slot))
         state = self._begin(here, slot)
         # Either no stage of this tile is left to copy, or all of the last ones make room for the next tile's.
-        last = m.least(now.steps, m.constant(in_flight))
+        last = m.least(now.steps, m.constant(stages))
         state = self._loop(now.steps - last, state, here, lambda _: None)
         there = copies.sources(m, self.layout, following)
         state = state._replace(pointers=self._pointers(there, 0))
-        limit = m.least(following.steps, m.constant(in_flight)) * prefetch
+        limit = m.least(following.steps, m.constant(stages)) * prefetch
         return self._loop(last, state, there, lambda i: m.less(i, limit)).sums
 
     def _loop(self, count: Word, state: State, sources: list[Source], exists: Callable[[Word], Any]):
@@ -100,13 +95,13 @@ class Warp:
         """Copy the first stages, once nobody reads what lies there, and wait for the very first."""
         m = self.m
         m.barrier()
-        for stage in range(self.tile.in_flight):
+        for stage in range(self.tile.stages):
             exists, pointers = m.less(m.constant(stage), steps), self._pointers(sources, stage)
             for begin in self._copies(sources, pointers, slot, exists, self._load_indices(sources, pointers, exists)):
                 begin()
             m.commit()
             slot = self._after(slot)
-        m.wait(self.tile.in_flight - 1)
+        m.wait(self.tile.stages - 1)
         m.barrier()
 
     def _begin(self, sources: list[Source], slot: Word) -> State:
@@ -117,7 +112,7 @@ class Warp:
             self._load_words(slot),
             [self._load_b(slot, item) for item in range(self.tile.ahead)],
             slot,
-            self._pointers(sources, self.tile.in_flight),
+            self._pointers(sources, self.tile.stages),
         )
 
     def _pointers(self, sources: list[Source], stage: int) -> list[Pointer]:
@@ -155,34 +150,31 @@ class Warp:
         m, c = self.m, self.tile
         sums, a, words, b, slot, pointers = state
         sums, b, after = [list(row) for row in sums], list(b), self._after(slot)
-        second_a, next_a, next_words = a, a, words
-        before = m.select(m.equal(slot, 0), m.constant(c.ring_bytes), slot) - c.stage_bytes
-        begun = self._copies(sources, pointers, before, exists, self._load_indices(sources, pointers, exists))
-        first_copy = _INDICES_AHEAD if len(pointers) > len(sources) else 0
-        turns = range(first_copy, _ITEMS - c.ahead, 2)
-        share = max(_COPIES_AT_ONCE, -(-len(begun) // len(turns)))
+        second_a, next_a, next_words, begun, indices = a, a, words, [], []
         for item in range(_ITEMS):
             step, block = divmod(item, COLUMN_BLOCKS)
             ahead = item + c.ahead
             if ahead == _ITEMS:
                 # From here on the next stage is there, and every warp has all that it needs of this one.
-                m.commit()
-                m.wait(c.in_flight - 1)
+                m.wait(c.stages - 2)
                 m.barrier()
                 next_a, next_words = self._load_a(after, 0), self._load_words(after)
+                begun = self._copies(sources, pointers, slot, exists, indices)
             elif ahead == COLUMN_BLOCKS:
                 second_a = self._load_a(slot, 1)
+            elif ahead == _ITEMS - _INDICES_AHEAD:
+                indices = self._load_indices(sources, pointers, exists)
             b.append(self._load_b(slot, ahead) if ahead < _ITEMS else self._load_b(after, ahead - _ITEMS))
             if item == COLUMN_BLOCKS:
                 a = second_a
             own = b.pop(0)
             for row in range(ROW_BLOCKS):
                 sums[row][block] = m.multiply_sparse(sums[row][block], a[row], own, words[row], step)
-            if begun and item in turns:
-                for begin in begun[:share]:
-                    begin()
-                begun = begun[share:]
-                m.warp_barrier()
+            share = -(-len(begun) // (_ITEMS - item))
+            for begin in begun[:share]:
+                begin()
+            begun = begun[share:]
+        m.commit()
         strides = [source.stride for source in sources] + [copies.INDEX_STRIDE] * (len(pointers) - len(sources))
         pointers = [m.advance(pointer, stride) for pointer, stride in zip(pointers, strides, strict=True)]
         return State(sums, next_a, next_words, b, after, pointers)

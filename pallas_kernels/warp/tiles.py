@@ -30,7 +30,7 @@ class WarpTile:
     warps_m: int = 4
     warps_n: int = 2
     stages: int = 4
-    ahead: int = 4
+    ahead: int = 2
     raster_m: int = 4
     raster_n: int = 1024
     blocks_per_sm: int = 1
@@ -63,11 +63,6 @@ class WarpTile:
     @property
     def stage_bytes(self) -> int:
         return self.a_bytes + self.metadata_bytes + 2 * TILE_K * self.tile_n
-
-    @property
-    def in_flight(self) -> int:
-        """Stages on their way or there while one is multiplied."""
-        return self.stages - 1
 
     @property
     def ring_bytes(self) -> int:
