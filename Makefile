@@ -4,7 +4,7 @@
 #   make faults   kills, damaged files, full disks (as root: it mounts small disks), bad numbers, random input, a long run
 #   make audit    known vulnerabilities of what constraints.txt names; without a network it says so and passes
 #   make docs     the documentation with the API reference, into build/site
-#   make lint     style and types       make format   apply the style
+#   make lint     style, types, who imports whom       make format   apply the style
 #   make clean    remove caches; runs/ and .venv stay
 
 BIN := .venv/bin
@@ -22,7 +22,7 @@ test: .venv/.installed-test
 
 faults: .venv/.installed-test
 	mkdir -p build
-	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 tests/faults tests/test_guard.py $(PYTEST_ARGS)
+	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 tests/faults tests/test_train_step_guard.py $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -n 2 -m slow --ignore=tests/faults $(PYTEST_ARGS)
 
 audit: .venv/.installed-dev
@@ -35,6 +35,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyrefly check
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix

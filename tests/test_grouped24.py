@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import device, tune
+from pallas_kernels import device
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api
+from pallas_kernels.measure import tune
 from pallas_kernels.tiles import TileConfig
 from tests.helpers import relative_error
 from tests.kernels import LIMIT, bounds, dense, normal, oracle, pack

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tune, tuned
+from pallas_kernels import tuned
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import hopper as grouped24
 from pallas_kernels.hopper import kernel, main_loop
+from pallas_kernels.measure import tune
 from pallas_kernels.sparse24 import hopper as sparse24
 from pallas_kernels.tiles import Mode, Problem, TileConfig
 

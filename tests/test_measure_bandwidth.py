@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bandwidth, timing
+from pallas_kernels.measure import bandwidth, timing
 from pallas_kernels.triton import api, extra
 
 

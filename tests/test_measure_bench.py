@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, timing
+from pallas_kernels.measure import bench, timing
 from pallas_kernels.tile_order import from_tiles
 from pallas_kernels.tiles import Problem
 from tests.kernels import dense, oracle

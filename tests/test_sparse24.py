@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import device, dispatch, tune
+from pallas_kernels import device, dispatch
 from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.measure import tune
 from pallas_kernels.pack.reference import contraction_order
 from pallas_kernels.sparse24 import dense_wins, hopper, sparse24
 from pallas_kernels.tile_order import to_tiles

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tune, tuned
+from pallas_kernels import tuned
 from pallas_kernels.hopper.schedule import raster
+from pallas_kernels.measure import tune
 from pallas_kernels.tile_order import from_tiles, to_tiles
 from pallas_kernels.tiles import Problem, TileConfig
 

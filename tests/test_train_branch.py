@@ -9,8 +9,9 @@ import pytest
 
 from tests.test_house import ROOT
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, three_phases
-from train import checkpoint, loop
-from train.config import LearningRate, changed_bindings, load_config
+from train import loop
+from train.config.settings import LearningRate, changed_bindings, load_config
+from train.state import checkpoint
 
 
 def going_on(config, workdir, **options):

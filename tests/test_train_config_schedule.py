@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.schedule import PhaseSchedule, label, resolve_step
+from train.config.schedule import PhaseSchedule, label, resolve_step
 from venom_jax import LayerRecipes, Recipe
 
 DENSE, VENOM = Recipe.dense(), Recipe.venom()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.trainer import gin_bindings, run_config
-from train.config import CONFIG_ROOT, Data, LearningRate, Model, Optimizer, Phases, Train, load_config
-from train.report import plan
+from train.config.settings import CONFIG_ROOT, Data, LearningRate, Model, Optimizer, Phases, Train, load_config
+from train.records.logger import plan
 from venom_jax import LayerRecipes, Recipe
 
 CONFIGS = CONFIG_ROOT / "configs"

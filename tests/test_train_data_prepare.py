@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from train import documents, encode
-from train import prepare as prepare_module
-from train.data import open_dataset
-from train.documents import TXT_DOCUMENT_CHARS, Field, find_files, read_documents
-from train.prepare import prepare
-from train.tokenizer import train_bpe
+from train.data import documents, encode
+from train.data import prepare as prepare_module
+from train.data.documents import TXT_DOCUMENT_CHARS, Field, find_files, read_documents
+from train.data.prepare import prepare
+from train.data.token_files import open_dataset
+from train.data.tokenizer import train_bpe
 
 TEXTS = [f"Document {i}: naïve café, 日本 {i * 7919}\r\nsecond line." + " word" * (i % 13) for i in range(60)]
 
@@ -486,7 +486,7 @@ def test_a_kill_of_parallel_work_loses_nothing_and_leaves_no_process(four_files,
     train_bpe(TEXTS, 300).core.save(str(options["tokenizer"]))
     code = f"""
 from pathlib import PosixPath
-from train import encode, prepare
+from train.data import encode, prepare
 encode.UNIT_BYTES = 1
 prepare.prepare([{str(four_files)!r}], {str(out)!r}, processes=2, **{options!r})
 """

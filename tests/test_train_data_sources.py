@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from tests.trainer import run_config, token_folder
-from train import evaluate, model
-from train.config import Data
-from train.data import open_dataset, train_iterator
-from train.prepare import prepare
-from train.sources import identity, open_data, open_split
-from train.state import initial_state
+from train.config.settings import Data
+from train.data.prepare import prepare
+from train.data.sources import identity, open_data, open_split
+from train.data.token_files import open_dataset, train_iterator
+from train.evaluation import validation
+from train.model import decoder
+from train.state.state import initial_state
 
 SEQ_LEN = 6
 
@@ -90,10 +91,10 @@ def test_the_position_of_a_mixture_is_exact_and_independent_of_processes(folders
 
 def test_the_validation_loss_of_a_mixture_is_the_mean_by_shares(folders):
     config = mixed(folders, eval_batches=None)
-    graphdef, state = model.structure(config.model, 1), initial_state(config)
-    both = evaluate.Evaluator(graphdef, config, open_split(config, "val"))(state, 0)
+    graphdef, state = decoder.structure(config.model, 1), initial_state(config)
+    both = validation.Evaluator(graphdef, config, open_split(config, "val"))(state, 0)
     alone = {
-        n: evaluate.Evaluator(graphdef, config, open_dataset(folders / n, "val"))(state, 0) for n in ("many", "few")
+        n: validation.Evaluator(graphdef, config, open_dataset(folders / n, "val"))(state, 0) for n in ("many", "few")
     }
     for name, values in alone.items():
         assert both[f"val_loss/{name}"] == values["val_loss"]
@@ -102,7 +103,7 @@ def test_the_validation_loss_of_a_mixture_is_the_mean_by_shares(folders):
     size = 0.75 * open_dataset(folders / "many", "val").bytes_per_token
     size += 0.25 * open_dataset(folders / "few", "val").bytes_per_token
     assert both["val_bits_per_byte"] == pytest.approx(loss / math.log(2) / size, rel=1e-6)
-    assert f"few {alone['few']['val_loss']:.4f}" in evaluate.describe(both)
+    assert f"few {alone['few']['val_loss']:.4f}" in validation.describe(both)
 
 
 def test_weights_belong_to_the_identity_of_a_run(folders):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data import eval_batches, open_dataset, train_iterator, verify_shards
-from train.prepare import prepare
+from train.data.prepare import prepare
+from train.data.token_files import eval_batches, open_dataset, train_iterator, verify_shards
 
 SEQ_LEN = 14
 BATCH = 4

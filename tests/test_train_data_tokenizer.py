@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_bpe
+from train.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_bpe
 
 TEXTS = [f"the quick brown fox {i} jumps over the lazy dog {i * i}, and over the fox again" for i in range(50)]
 

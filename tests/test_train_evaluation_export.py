@@ -14,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from tests import arcee_numpy
 from tests.trainer import MODEL, build, three_phases, token_folder
-from train import arcee, evaluate, model
-from train.data import open_dataset
-from train.export import export, write_folder
+from train.data.token_files import open_dataset
+from train.evaluation import validation
+from train.evaluation.export import export, write_folder
+from train.model import arcee, decoder
 from venom_jax import Recipe
 
 GROUPED = replace(MODEL, heads=4, kv_heads=2, tied_head=True, rope_base=50.0, norm_epsilon=1e-2)
@@ -35,7 +36,7 @@ def loud(shape):
 
 def our_logits(graphdef, params, method):
     def forward(params, method, tokens):
-        return model.assemble(graphdef, params, method)(tokens, recipe=Recipe.dense())[0]
+        return decoder.assemble(graphdef, params, method)(tokens, recipe=Recipe.dense())[0]
 
     return np.asarray(jax.jit(forward)(params, method, TOKENS[None])[0])
 
@@ -120,7 +121,7 @@ def test_inside_a_sparse_phase_the_baked_model_is_exported(tmp_path):
     up = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     kept = (up.reshape(*up.shape[:-1], -1, 4) != 0).sum(-1)
     assert kept.max() == 2
-    run = evaluate.restore(f"{workdir}@6")
+    run = validation.restore(f"{workdir}@6")
     ours = our_logits(run.graphdef, run.dense_params(), run.state.method)
     np.testing.assert_allclose(arcee_numpy.logits(tmp_path / "out", TOKENS), ours, atol=1e-4)
     assert "sparse phase" not in export(f"{workdir}@12", tmp_path / "end", "float32")

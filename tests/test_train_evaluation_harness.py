@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from tests.trainer import three_phases, token_folder
-from train import evaluate
-from train.data import open_dataset
-from train.harness import LOCAL_TASKS, find_items, local_task, run_tasks
-from train.likelihood import windows
+from train.data.token_files import open_dataset
+from train.evaluation import validation
+from train.evaluation.harness import LOCAL_TASKS, find_items, local_task, run_tasks
+from train.evaluation.likelihood import windows
 
 ITEMS = Path(__file__).parent / "data" / "eval"
 UNUSED: Any = None  # model or tokenizer of what does not come to scoring
@@ -95,7 +95,7 @@ def lm_eval_with(monkeypatch, files):
     vars(package).update(parts)
     for module in (package, *parts.values()):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("train.harness._as_lm", lambda *_: None)
+    monkeypatch.setattr("train.evaluation.harness._as_lm", lambda *_: None)
     return scored
 
 
@@ -151,8 +151,8 @@ def evaluated(tmp_path_factory):
     """(workdir, what was printed) of all six tasks, dense and sparse, on a checkpoint inside a sparse phase."""
     pytest.importorskip("lm_eval", reason="needs lm-eval (extra eval)")
     workdir = tmp_path_factory.mktemp("evaluated")
-    run = evaluate.restore(f"{three_phases()[1]}@6")
-    evaluate.report_tasks(run, workdir, list(LOCAL_TASKS), sparse=True, data_dir=ITEMS, limit=None)
+    run = validation.restore(f"{three_phases()[1]}@6")
+    validation.report_tasks(run, workdir, list(LOCAL_TASKS), sparse=True, data_dir=ITEMS, limit=None)
     return workdir
 
 
@@ -176,7 +176,7 @@ def prompts(task, item):
 @pytest.mark.parametrize("task", ["piqa", "arc_easy"])
 def test_its_accuracy_is_that_of_our_log_likelihoods(evaluated, task, name):
     tokenizer = open_dataset(token_folder(), "train").tokenizer
-    scorer = dict(evaluate.restore(f"{three_phases()[1]}@6").scorers(sparse=True))[name]
+    scorer = dict(validation.restore(f"{three_phases()[1]}@6").scorers(sparse=True))[name]
     right, right_per_byte = [], []
     for item in lines(task):
         context, choices, gold = prompts(task, item)
@@ -193,8 +193,8 @@ def test_its_accuracy_is_that_of_our_log_likelihoods(evaluated, task, name):
 
 def test_the_table_and_a_limit(capsys, tmp_path):
     pytest.importorskip("lm_eval", reason="needs lm-eval (extra eval)")
-    run = evaluate.restore(three_phases()[1])
-    evaluate.report_tasks(run, tmp_path, ["hellaswag"], sparse=True, data_dir=ITEMS, limit=3)
+    run = validation.restore(three_phases()[1])
+    validation.report_tasks(run, tmp_path, ["hellaswag"], sparse=True, data_dir=ITEMS, limit=3)
     printed = capsys.readouterr().out
     assert "|hellaswag|" in printed.replace(" ", "")
     assert [path.name for path in tmp_path.iterdir()] == ["lm_eval-12-dense.json"]

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from tests.trainer import MODEL, gin_bindings, records, run_config, three_phases, token_folder
-from train import evaluate, loop, model
-from train.config import Data
-from train.export import export
-from train.init_from import foreign_tokenizer, load_params
+from train import loop
+from train.config.settings import Data
+from train.data.prepare import prepare
+from train.evaluation import validation
+from train.evaluation.export import export
+from train.evaluation.init_from import foreign_tokenizer, load_params
 from train.main import run
-from train.prepare import prepare
+from train.model.decoder import assemble, structure
 from venom_jax import Recipe
 
 
@@ -31,22 +33,22 @@ def same(found, expected):
 
 def test_a_checkpoint_and_its_export_give_the_same_weights(exported):
     workdir = three_phases()[1]
-    expected = evaluate.restore(workdir).state.params
+    expected = validation.restore(workdir).state.params
     same(load_params(str(workdir), MODEL), expected)
     same(load_params(str(exported), MODEL), expected)
 
 
 def test_an_older_step_gives_its_own_weights():
     workdir = three_phases()[1]
-    run = evaluate.restore(f"{workdir}@3")
+    run = validation.restore(f"{workdir}@3")
     assert (run.step, int(run.state.step)) == (3, 3)
     same(load_params(f"{workdir}@3", MODEL), run.state.params)
-    newest = evaluate.restore(workdir).state.params
+    newest = validation.restore(workdir).state.params
     assert np.any(np.asarray(newest["embedding"]) != np.asarray(run.state.params["embedding"]))
 
 
 def test_a_step_inside_a_sparse_phase_gives_the_baked_weights():
-    run = evaluate.restore(f"{three_phases()[1]}@6")
+    run = validation.restore(f"{three_phases()[1]}@6")
     found = load_params(f"{three_phases()[1]}@6", MODEL)
     same(found, run.dense_params())
     assert np.any(np.asarray(found["blocks"]["ffn"]["w1"]) != np.asarray(run.state.params["blocks"]["ffn"]["w1"]))
@@ -76,14 +78,14 @@ def test_a_sparse_start_clusters_and_scales_the_given_weights(exported):
     tokens = jnp.arange(16)[None]
 
     def logits(experts, params, method):
-        decoder = model.assemble(model.structure(MODEL, experts), params, method)
+        decoder = assemble(structure(MODEL, experts), params, method)
         return decoder(tokens, recipe=Recipe.dense())[0]
 
     before, after = (
         jax.jit(logits, static_argnums=0)(experts, p, method)
         for experts, p, method in (
             (4, state.params, state.method),
-            (1, params, evaluate.restore(three_phases()[1]).state.method),
+            (1, params, validation.restore(three_phases()[1]).state.method),
         )
     )
     np.testing.assert_allclose(before, after, atol=1e-5)
@@ -96,7 +98,7 @@ def test_a_run_goes_on_from_what_was_learned(exported, tmp_path):
     losses = [record["loss"] for record in records(tmp_path, "train")]
     assert losses[0] < np.log(MODEL.vocab_size) - 1
     assert records(tmp_path, "phase")[0]["report"]["clustered_experts"] == 4
-    again = loop.prepare(evaluate.read_config(tmp_path), tmp_path, init_from=str(tmp_path / "gone"))
+    again = loop.prepare(validation.read_config(tmp_path), tmp_path, init_from=str(tmp_path / "gone"))
     assert again.params is None
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests.trainer import run_config, three_phases, token_folder
-from train import evaluate, model
-from train.data import open_dataset
-from train.likelihood import Scorer, score_text, windows
+from train.data.token_files import open_dataset
+from train.evaluation import validation
+from train.evaluation.likelihood import Scorer, score_text, windows
+from train.model.decoder import assemble
 from venom_jax import Recipe
 
 LENGTH = 16  # Train.seq_len of the small run
@@ -20,7 +21,7 @@ LENGTH = 16  # Train.seq_len of the small run
 
 @cache
 def restored(step=12):
-    return evaluate.restore(f"{three_phases()[1]}@{step}")
+    return validation.restore(f"{three_phases()[1]}@{step}")
 
 
 @cache
@@ -36,7 +37,7 @@ def forward(step, name):
 
     @jax.jit
     def log_p(params, tokens):
-        decoder = model.assemble(run.graphdef, params, run.state.method)
+        decoder = assemble(run.graphdef, params, run.state.method)
         return jax.nn.log_softmax(decoder(tokens[None], recipe=recipe, key=jax.random.key(0))[0][0])
 
     return lambda tokens: np.asarray(log_p(params, jnp.asarray(tokens)), np.float64)
@@ -172,7 +173,7 @@ def test_lengths_divide_the_training_sequence():
 
 def test_the_report_names_checkpoint_model_and_file(tmp_path, capsys):
     (tmp_path / "some.txt").write_text("the cat was my house.")
-    evaluate.report_text(restored(6), tmp_path / "some.txt", sparse=True)
+    validation.report_text(restored(6), tmp_path / "some.txt", sparse=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 6, dense", "step 6, sparse"]
     assert all("bits per byte" in line and "1 documents" in line and "21 bytes" in line for line in lines)

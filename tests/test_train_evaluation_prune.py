@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.trainer import MODEL, run_config, three_phases
-from train import prune as program
-from train.config import Data
-from train.init_from import load_params
+from train.config.settings import Data
+from train.evaluation import prune as program
+from train.evaluation.init_from import load_params
 from venom_jax import Pattern, prune
 
 P = Pattern(v=64, m=Fraction(8))
@@ -98,6 +98,6 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"would try 70 choices for each block; at most 69"):
         program.run(workdir, ["64:2:8"], columns="best")
     random_data = run_config(data=Data(synthetic=True))
-    monkeypatch.setattr(program.evaluate, "read_config", lambda _: random_data)
+    monkeypatch.setattr(program.validation, "read_config", lambda _: random_data)
     with pytest.raises(ValueError, match=r"Data.synthetic=True has no tokenizer"):
         program.run(workdir, ["2:4"], output=tmp_path / "model")

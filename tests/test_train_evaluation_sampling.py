@@ -11,8 +11,10 @@ import pytest
 
 from tests.helpers import assert_close
 from tests.trainer import MODEL, build
-from train import cache, generate, model
-from train.generate import LanguageModel, cached_model, sample, top_p_logits
+from train.evaluation import sampling
+from train.evaluation.sampling import LanguageModel, cached_model, sample, top_p_logits
+from train.model import cache
+from train.model.decoder import assemble
 from venom_jax import Recipe
 
 VOCAB = 8
@@ -112,7 +114,7 @@ def decoder(request):
 
 def uncached(graphdef):
     def next_logits(arrays, tokens, position):
-        return model.assemble(graphdef, *arrays)(tokens[None], recipe=Recipe.dense())[0][0, position]
+        return assemble(graphdef, *arrays)(tokens[None], recipe=Recipe.dense())[0][0, position]
 
     return without_cache(next_logits)
 
@@ -131,7 +133,7 @@ def test_greedy_with_a_cache_is_greedy_without_token_for_token(decoder):
 def test_the_next_sample_compiles_nothing_anew():
     graphdef, *arrays = build(MODEL, 1, 0)
     options = {"seq_len": 8, "new_tokens": 3, "vocab_size": 300}
-    programs, jitted = [], cast(Any, (generate._start, generate._draw))
+    programs, jitted = [], cast(Any, (sampling._start, sampling._draw))
     for seed in (0, 1):
         sample(cached_model(graphdef, jnp.dtype("float32")), tuple(arrays), [5], seed=seed, **options)
         programs.append([function._cache_size() for function in jitted])
@@ -144,7 +146,7 @@ def test_the_cache_gives_the_logits_of_the_whole_forward(decoder):
 
     @jax.jit
     def both(arrays):
-        module = model.assemble(graphdef, *arrays)
+        module = assemble(graphdef, *arrays)
         cached, found = cache.empty(module, 2, 12, jnp.float32), []
         for start, stop in ((0, 5), (5, 6), (6, 12)):
             hidden, cached = cache.extend(module, tokens[:, start:stop], cached, start)

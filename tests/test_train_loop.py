@@ -9,10 +9,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer import records, run_config, run_to_end, three_phases
-from train import loop, report
-from train.config import LearningRate, Phases
-from train.guard import BadStepError
-from train.metrics import cut_metrics, read_metrics
+from train import loop
+from train.config.settings import LearningRate, Phases
+from train.records import logger
+from train.records.metrics import cut_metrics, read_metrics
+from train.step.guard import BadStepError
 from venom_jax import Recipe
 
 VENOM = "act24+w24 E=4 k=1"
@@ -174,7 +175,7 @@ def test_cutting_back_keeps_each_step_once(tmp_path):
     ],
 )
 def test_a_run_begins_by_saying_what_is_trained_and_whether_kernels_are(monkeypatch, recipe, chosen, end):
-    monkeypatch.setattr(report, "choose_kernels", lambda *_, **__: chosen)
-    line = report.opening(run_config(phases=((0, "dense"), (4, recipe))), 2)
+    monkeypatch.setattr(logger, "choose_kernels", lambda *_, **__: chosen)
+    line = logger.opening(run_config(phases=((0, "dense"), (4, recipe))), 2)
     assert line.startswith("37,024 parameters on 2 x cpu")
     assert line.endswith(f"cpu{end}")

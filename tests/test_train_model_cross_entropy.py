@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from tests.helpers import assert_close
-from train.cross_entropy import head_logits, weighted_cross_entropy
+from train.model.cross_entropy import head_logits, weighted_cross_entropy
 
 B, S, D, V = 2, 8, 16, 50
 KEYS = jax.random.split(jax.random.key(0), 4)

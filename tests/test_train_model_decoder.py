@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.helpers import assert_close
 from tests.trainer import MODEL, build
-from train import model
+from train.model import decoder
 from venom_jax import LayerRecipes, Recipe
 
 DENSE = Recipe.dense()
@@ -28,7 +28,7 @@ def tokens():
 
 def logits(built, tokens, *, recipe=DENSE, **options):
     graphdef, *arrays = built
-    forward = jax.jit(lambda arrays: model.assemble(graphdef, *arrays)(tokens, recipe=recipe, **options)[0])
+    forward = jax.jit(lambda arrays: decoder.assemble(graphdef, *arrays)(tokens, recipe=recipe, **options)[0])
     return forward(arrays)
 
 
@@ -50,7 +50,7 @@ def test_causality_by_gradient(small, tokens):
 
 def test_rotary_turns_pairs_by_position_times_frequency():
     x = jax.random.normal(jax.random.key(0), (1, 5, 1, 4))
-    found = model.rotary(x, base=100.0)[0, :, 0]
+    found = decoder.rotary(x, base=100.0)[0, :, 0]
     for position in range(5):
         for pair, frequency in enumerate((1.0, 0.1)):
             turned = complex(*x[0, position, 0, [pair, pair + 2]]) * np.exp(1j * position * frequency)
@@ -59,7 +59,7 @@ def test_rotary_turns_pairs_by_position_times_frequency():
 
 def test_rotary_inner_products_depend_on_the_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 8))
-    turned_q, turned_k = (model.rotary(jnp.tile(v, (1, 12, 1, 1)), 1e4)[0, :, 0] for v in (q, k))
+    turned_q, turned_k = (decoder.rotary(jnp.tile(v, (1, 12, 1, 1)), 1e4)[0, :, 0] for v in (q, k))
     products = np.asarray(turned_q @ turned_k.T)
     for offset in (0, 3, -4):
         diagonal = np.diagonal(products, offset)
@@ -69,7 +69,7 @@ def test_rotary_inner_products_depend_on_the_distance_only():
 
 def test_rms_norm_has_unit_mean_square():
     x = jax.random.normal(jax.random.key(0), (3, 32)) * 7
-    found = model.rms_norm(x, jnp.full(32, 2.0), 1e-6)
+    found = decoder.rms_norm(x, jnp.full(32, 2.0), 1e-6)
     np.testing.assert_allclose(jnp.mean(found**2, -1), 4.0, rtol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_grouped_queries_equal_multi_head_with_tied_weights(small, tokens):
     tied = jnp.concatenate([query, jnp.repeat(key, 2, 2), jnp.repeat(value, 2, 2)], axis=2).reshape(L, D, -1)
     blocks = params["blocks"]
     full = params | {"blocks": blocks | {"attention": blocks["attention"] | {"qkv": tied}}}
-    full_structure = model.structure(replace(config, kv_heads=None), 1)
+    full_structure = decoder.structure(replace(config, kv_heads=None), 1)
     assert_close(logits((full_structure, full, method), tokens), grouped, "float32")
 
 
@@ -93,13 +93,13 @@ def test_grouped_queries_equal_multi_head_with_tied_weights(small, tokens):
 def test_parameter_count(changes):
     config = replace(MODEL, **changes)
     _, params, _ = jax.eval_shape(lambda: (0, *build(config, 1, 0)[1:]))
-    assert model.parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert decoder.parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def test_tied_head_reads_the_embedding(tokens):
     graphdef, params, method = build(replace(MODEL, tied_head=True), 1, seed=0)
     assert "head" not in params
-    hidden, *_ = model.assemble(graphdef, params, method).hidden(tokens, recipe=DENSE)
+    hidden, *_ = decoder.assemble(graphdef, params, method).hidden(tokens, recipe=DENSE)
     assert_close(logits((graphdef, params, method), tokens), hidden @ params["embedding"].T, "float32")
 
 
@@ -117,7 +117,7 @@ def test_documents_in_one_sequence_are_as_if_alone():
 
 def test_the_norm_takes_the_size_of_queries_and_keys_away(tokens):
     graphdef, params, method = build(replace(MODEL, qk_norm=True, norm_epsilon=1e-9), 1, seed=0)
-    forward = jax.jit(lambda params: model.assemble(graphdef, params, method)(tokens, recipe=DENSE)[0])
+    forward = jax.jit(lambda params: decoder.assemble(graphdef, params, method)(tokens, recipe=DENSE)[0])
     attention = params["blocks"]["attention"]
     for name, changes in (("qkv", False), ("query_scale", True)):
         larger = attention[name].at[..., : 2 * MODEL.d_model].multiply(30.0)
@@ -143,7 +143,7 @@ def test_rematerialisation_and_unrolling_change_no_gradient(small, tokens):
 def test_statistics_have_one_structure_for_every_recipe(small, tokens):
     graphdef, params, method = small
     for recipe in (DENSE, Recipe.act24(), Recipe.venom()):
-        _, stats = jax.eval_shape(lambda r=recipe: model.assemble(graphdef, params, method)(tokens, recipe=r))
+        _, stats = jax.eval_shape(lambda r=recipe: decoder.assemble(graphdef, params, method)(tokens, recipe=r))
         assert stats.density.shape == (MODEL.layers,)
         assert stats.load.shape == (MODEL.layers, 4)
 
@@ -155,22 +155,22 @@ def test_each_layer_runs_its_own_recipe(small, tokens):
     mixed = LayerRecipes(((0, lower), (1, upper)))
 
     def by_hand(params, method):
-        built = model.assemble(graphdef, params, method)
+        built = decoder.assemble(graphdef, params, method)
         graph, blocks = nnx.split(built.blocks)
         x, stats = built.embedding[...][tokens], []
         for layer, recipe in enumerate((lower, upper)):
             block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], blocks))
             x, (found, _) = block(x, recipe, None, None, None)
             stats.append(found)
-        x = model.rms_norm(x, built.final_scale[...], MODEL.norm_epsilon)
+        x = decoder.rms_norm(x, built.final_scale[...], MODEL.norm_epsilon)
         return built.logits(x), jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
 
     def found(params, method):
-        return model.assemble(graphdef, params, method)(tokens, recipe=mixed)
+        return decoder.assemble(graphdef, params, method)(tokens, recipe=mixed)
 
     for one, other in zip(*(jax.tree.leaves(jax.jit(f)(params, method)) for f in (found, by_hand)), strict=True):
         assert_close(one, other)
-    flops = [model.flops_per_token(MODEL, 16, recipe) for recipe in (lower, upper, mixed)]
+    flops = [decoder.flops_per_token(MODEL, 16, recipe) for recipe in (lower, upper, mixed)]
     assert flops[2] == pytest.approx((flops[0] + flops[1]) / 2)
 
 
@@ -184,7 +184,7 @@ def test_flops_of_one_forward_agree_with_xla(tokens):
     counted = analysis["flops"] / tokens.size
     # XLA does not skip the masked half of the attention and counts elementwise work.
     attention_half = 2 * config.d_model * tokens.shape[1]
-    expected = model.flops_per_token(config, tokens.shape[1], DENSE) / 3 + attention_half
+    expected = decoder.flops_per_token(config, tokens.shape[1], DENSE) / 3 + attention_half
     assert expected == pytest.approx(counted, rel=0.15)
 
 
@@ -202,5 +202,5 @@ def test_flops_of_one_forward_agree_with_xla(tokens):
 )
 def test_executed_share_of_the_ffn(recipe, share):
     config, dense_ffn = MODEL, 12 * MODEL.layers * MODEL.d_model * MODEL.d_ffn
-    rest = model.flops_per_token(config, 16, DENSE) - dense_ffn
-    assert model.flops_per_token(config, 16, recipe) - rest == pytest.approx(share * dense_ffn)
+    rest = decoder.flops_per_token(config, 16, DENSE) - dense_ffn
+    assert decoder.flops_per_token(config, 16, recipe) - rest == pytest.approx(share * dense_ffn)

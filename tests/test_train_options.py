@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, run_to_end
-from train import evaluate, loop, metrics
-from train.config import load_config
-from train.data import train_iterator
-from train.export import export
-from train.state import abstract_state, initial_state
+from train import loop
+from train.config.settings import load_config
+from train.data.token_files import train_iterator
+from train.evaluation import validation
+from train.evaluation.export import export
+from train.records import metrics
+from train.state.state import abstract_state, initial_state
 from venom_jax import Recipe, router
 
 OPTIONS = {
@@ -68,8 +70,8 @@ def test_the_average_is_evaluated_beside_the_last_weights(finished):
     for record in records(workdir, "eval"):
         assert record["val_loss_ema"] != record["val_loss"]
     last = records(workdir, "eval")[-1]
-    run = evaluate.restore(workdir, ema=True)
-    values = evaluate.Evaluator(run.graphdef, config, loop.open_data(config)[1])(run.state, int(run.state.phase))
+    run = validation.restore(workdir, ema=True)
+    values = validation.Evaluator(run.graphdef, config, loop.open_data(config)[1])(run.state, int(run.state.phase))
     assert values["val_loss"] == last["val_loss_ema"]
     assert "val_loss_ema" not in values
 
@@ -92,7 +94,7 @@ def test_what_has_no_average_or_no_export_says_so(finished, tmp_path):
         export(str(finished[1]), tmp_path / "out", "float32")
     (tmp_path / "config.gin").write_text(load_config([], gin_bindings()).text)
     with pytest.raises(ValueError, match=r"no averaged weights: its run had Optimizer.ema=None"):
-        evaluate.restore(tmp_path, ema=True)
+        validation.restore(tmp_path, ema=True)
 
 
 def test_the_most_used_device_counts(monkeypatch):

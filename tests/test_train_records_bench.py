@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.trainer import gin_bindings, run_config
-from train.bench import measure, parse_recipe, with_phases, work
-from train.trace import PARTS
+from train.bench import work
+from train.records.bench import measure, parse_recipe, with_phases
+from train.records.trace import PARTS
 from venom_jax import Recipe
 
 

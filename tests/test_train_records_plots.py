@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from train.plot import (
+from train.records.plots import (
     COLORS,
     Span,
     difference,

@@ -1,11 +1,11 @@
-"""Traces of a few steps: which steps, what is refused; test_run_report.py has a run that writes one."""
+"""Traces of a few steps: which steps, what is refused; test_train_records_run_report.py has a run that writes one."""
 
 import jax
 import pytest
 
 from tests.trainer import gin_bindings
 from train import main
-from train.profiler import Profiler, parse_steps
+from train.records.profiler import Profiler, parse_steps
 
 
 def test_steps_are_read_like_a_slice():

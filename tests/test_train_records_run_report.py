@@ -10,8 +10,11 @@ import pytest
 from matplotlib.axes import Axes
 
 from tests.trainer import records, run_config, run_to_end, three_phases
-from train import loop, run_info, run_report
-from train.metrics import read_metrics
+from train import loop
+from train import run_report as command
+from train.records import run_report
+from train.records.metrics import read_metrics
+from train.state import run_info
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +132,12 @@ def test_a_text_with_fences_stays_one_block():
 
 def test_command_line(tmp_path, finished, capsys):
     for arguments, message in (([str(tmp_path)], "holds no training loss"), ([], "give one workdir")):
-        assert run_report.main(["run_report", *arguments]) == 2
+        assert command.main(["run_report", *arguments]) == 2
         printed = capsys.readouterr().err
         assert printed.startswith("error: ")
         assert message in printed
     (tmp_path / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text())
-    assert run_report.main(["run_report", str(tmp_path)]) == 0
+    assert command.main(["run_report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.md'}\n"
 
 

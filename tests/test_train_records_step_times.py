@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.trainer import run_config
-from train.bench import parse_recipe
-from train.step_times import StepTimes, bench_name, read_step_times
+from train.records.bench import parse_recipe
+from train.records.step_times import StepTimes, bench_name, read_step_times
 from venom_jax import LayerRecipes, Recipe
 
 HALF = Recipe.act24(experts=4, top_k=2)

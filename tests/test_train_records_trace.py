@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from train import trace
-from train.trace import Work
+from train.records import trace
+from train.records.trace import Work
 
 NAMES = trace.operation_names(
     """

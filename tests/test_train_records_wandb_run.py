@@ -10,9 +10,9 @@ import pytest
 
 from tests.trainer import gin_bindings, run_config
 from train import loop
-from train.config import load_config
-from train.metrics import MetricsWriter
-from train.wandb_run import WandbRun
+from train.config.settings import load_config
+from train.records.metrics import MetricsWriter
+from train.records.wandb_run import WandbRun
 
 
 class Calls:

@@ -12,9 +12,10 @@ import jax
 import pytest
 
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, run_config, run_to_end, three_phases
-from train import evaluate, loop
-from train.config import CONFIG_ROOT
-from train.sources import open_split
+from train import loop
+from train.config.settings import CONFIG_ROOT
+from train.data.sources import open_split
+from train.evaluation import validation
 
 
 @pytest.mark.parametrize("step", [10, 12])
@@ -104,7 +105,7 @@ def test_killed_at_a_random_moment_the_command_ends_the_same(tmp_path):
     assert ends[1]["val_loss"] == ends[0]["val_loss"], f"killed at step {moment}"
     assert records(killed) == records(whole), f"killed at step {moment}"
 
-    graphdef, config, state, step = evaluate.restore(whole)
+    graphdef, config, state, step = validation.restore(whole)
     assert step == 100
-    again = evaluate.Evaluator(graphdef, config, open_split(config, "val"))(state, int(state.phase))
+    again = validation.Evaluator(graphdef, config, open_split(config, "val"))(state, int(state.phase))
     assert again["val_loss"] == ends[0]["val_loss"]

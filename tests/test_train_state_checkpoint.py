@@ -12,11 +12,11 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from tests.trainer import run_config, token_folder
-from train.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointError, describe, fingerprint
-from train.config import Phases
-from train.data import open_dataset, train_iterator
-from train.state import abstract_state, initial_state
-from train.workdir import claim_workdir
+from train.config.settings import Phases
+from train.data.token_files import open_dataset, train_iterator
+from train.state.checkpoint import CheckpointError, Checkpoints, DamagedCheckpointError, describe, fingerprint
+from train.state.state import abstract_state, initial_state
+from train.state.workdir import claim_workdir
 from venom_jax import LayerRecipes, Recipe
 from venom_jax.stats import WeightMasks
 

@@ -7,13 +7,14 @@ import jax
 import pytest
 
 from tests.trainer import run_config
-from train import memory, model
-from train.bench import parse_recipe, with_phases
-from train.config import Mesh, load_config
-from train.mesh import layout_of
-from train.report import plan
-from train.state import initial_state
-from train.step import make_train_step
+from train.config.settings import Mesh, load_config
+from train.model import decoder
+from train.model.mesh import layout_of
+from train.records.bench import parse_recipe, with_phases
+from train.records.logger import plan
+from train.state import memory
+from train.state.state import initial_state
+from train.step.step import make_train_step
 
 
 def of_1b(**bindings):
@@ -24,11 +25,11 @@ def of_1b(**bindings):
 def test_what_lies_in_memory_between_steps_is_exact():
     config = run_config()
     state = initial_state(config)
-    step: Any = make_train_step(model.structure(config.model, 1), config)
+    step: Any = make_train_step(decoder.structure(config.model, 1), config)
     batch = jax.ShapeDtypeStruct((8, 17), "int32")
     arguments = step.lower(state, batch).compile().memory_analysis().argument_size_in_bytes
     found = memory.estimate(config, 1, 1)
-    assert found.parameters == model.parameter_count(config.model) * 4
+    assert found.parameters == decoder.parameter_count(config.model) * 4
     # Beside them tokens, counters and the method's state.
     assert found.parameters + found.optimizer == pytest.approx(arguments, rel=0.02)
 

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from train.config import LearningRate, Optimizer
-from train.optimizer import decay_mask, learning_rate, optimizer, rewarmed, updated_average
+from train.config.settings import LearningRate, Optimizer
+from train.state.optimizer import decay_mask, learning_rate, optimizer, rewarmed, updated_average
 
 STEPS = 200
 

@@ -7,10 +7,10 @@ import fsspec
 import pytest
 
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, three_phases
-from train import evaluate
+from train.evaluation import validation
 from train.main import run
-from train.remote import Remote
-from train.run_info import read_starts
+from train.state.remote import Remote
+from train.state.run_info import read_starts
 
 URL = "memory://bucket/run"
 STORE = fsspec.filesystem("memory")
@@ -79,10 +79,10 @@ def test_a_damaged_local_copy_is_fetched_again(arrived):
 
 def test_a_checkpoint_is_read_beside_the_run(arrived):
     kept = {path.name for path in (Remote(URL).local / "checkpoints").iterdir()}
-    assert evaluate.restore(f"{URL}@9").step == 9
-    assert evaluate.restore(URL).step == 12
+    assert validation.restore(f"{URL}@9").step == 9
+    assert validation.restore(URL).step == 12
     with pytest.raises(ValueError, match=r"memory://bucket/run holds no checkpoint of step 5; it has \[9, 12\]"):
-        evaluate.restore(f"{URL}@5")
+        validation.restore(f"{URL}@5")
     assert {path.name for path in (Remote(URL).local / "checkpoints").iterdir()} == kept, "as the run left it"
 
 

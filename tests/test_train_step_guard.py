@@ -20,15 +20,16 @@ from tests.trainer import (
     run_to_end,
     three_phases,
 )
-from train import explain, loop
-from train.config import Guard, load_config
-from train.data import TokenDataset
-from train.explain import first_bad
-from train.guard import BadStepError, Watch
+from train import loop
+from train.config.settings import Guard, load_config
+from train.data.token_files import TokenDataset
 from train.loop import prepare
-from train.metrics import read_metrics
-from train.state import initial_state
-from train.step import make_train_step
+from train.records.metrics import read_metrics
+from train.state.state import initial_state
+from train.step import explain
+from train.step.explain import first_bad
+from train.step.guard import BadStepError, Watch
+from train.step.step import make_train_step
 
 UNUSED = 319  # a token of the model's vocabulary that the text never holds
 

@@ -10,10 +10,10 @@ import pytest
 
 from tests.helpers import assert_close, relative_error
 from tests.trainer import build, run_config
-from train import model
-from train.likelihood import Scorer
-from train.state import initial_state
-from train.step import (
+from train.evaluation.likelihood import Scorer
+from train.model import decoder
+from train.state.state import initial_state
+from train.step.step import (
     _load_metrics,
     make_diagnosis,
     make_eval_step,
@@ -28,7 +28,7 @@ BATCH = jax.random.randint(jax.random.key(5), (8, 17), 0, 300)
 
 def start(config):
     """(train step, first state) of a run."""
-    graphdef = model.structure(config.model, config.max_experts)
+    graphdef = decoder.structure(config.model, config.max_experts)
     return make_train_step(graphdef, config), initial_state(config)
 
 
@@ -112,7 +112,7 @@ def test_microbatches_and_loss_chunks_equal_the_large_batch(two_phases, dense_tw
 def test_each_phase_runs_its_own_recipe(two_phases, dense_twice):
     """The second branch of the switch gives what its recipe gives alone, not what the first gives."""
     config, step, state = two_phases
-    graphdef = model.structure(config.model, config.max_experts)
+    graphdef = decoder.structure(config.model, config.max_experts)
 
     @jax.jit
     @jax.value_and_grad
@@ -186,7 +186,7 @@ def test_evaluation_weighs_rows_and_repeats_exactly():
 
 def test_diagnosis_reports_flips_against_the_last_masks(dense_twice):
     config = run_config(phases=((0, "dense"), (1, "venom")))
-    graphdef = model.structure(config.model, config.max_experts)
+    graphdef = decoder.structure(config.model, config.max_experts)
     diagnosis = make_diagnosis(graphdef, config)
     state = initial_state(config)
     params, method = state.params, state.method

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from train import figures, model
-from train.config import load_config
+from train.config.settings import load_config
+from train.model import decoder
+from train.sweeps import figures
 from venom_jax import Recipe
 
 COMMON = {"rival": "dense", "device": "H100", "jax": "1", "date": "2026-01-02"}
@@ -40,7 +41,7 @@ def test_the_figures_show_the_numbers_of_their_sources(tmp_path, kernels, monkey
     np.testing.assert_allclose(np.sum(bars[:4], axis=0), [100] * 4)
     config = load_config(["configs/size/1b.gin"], ["Data.synthetic = True"])
     dense, act24 = (
-        model.flops_per_token(config.model, config.train.seq_len, recipe) for recipe in (Recipe(), Recipe.act24())
+        decoder.flops_per_token(config.model, config.train.seq_len, recipe) for recipe in (Recipe(), Recipe.act24())
     )
     assert curves[0][2] == pytest.approx(100 * act24 / dense)
     np.testing.assert_equal(bars[4:], [[1.5, 0.9], [1.4, np.nan]])
@@ -135,6 +136,6 @@ def test_the_bars_of_steps_are_their_parts(tmp_path, kernels, monkeypatch):
 
 def test_the_components_are_the_whole():
     shape = load_config(["configs/size/40m.gin"], ["Data.synthetic = True"]).model
-    parts = model.component_flops(shape, 512)
-    assert sum(parts.values()) == model.flops_per_token(shape, 512, Recipe.dense())
+    parts = decoder.component_flops(shape, 512)
+    assert sum(parts.values()) == decoder.flops_per_token(shape, 512, Recipe.dense())
     assert parts["ffn"] == 6 * 2 * 8 * 512 * 2048

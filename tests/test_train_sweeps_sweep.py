@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from tests.trainer import gin_bindings, run_config
-from train import sweep, sweep_table
-from train.config import CONFIG_ROOT
-from train.step_times import StepTimes
-from train.sweep_table import Member
-from train.workdir import WorkdirLock
+from train.config.settings import CONFIG_ROOT
+from train.records.step_times import StepTimes
+from train.state.workdir import WorkdirLock
+from train.sweeps import sweep
+from train.sweeps import table as sweep_table
+from train.sweeps.table import Member
 from venom_jax import Recipe
 
 SWEEPS = sorted((CONFIG_ROOT / "configs" / "sweeps").glob("*.toml"))

@@ -15,8 +15,8 @@ import zipfile
 
 import pytest
 
-from tests.test_demo import BINDINGS
 from tests.test_house import FILES, ROOT
+from tests.test_train_demo import BINDINGS
 
 PAGE = ROOT / "docs" / "tutorials" / "own-text.md"
 # What the tests' own environment stands for.

@@ -13,30 +13,31 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from train import checkpoint, evaluate
 from train.branch import branch
 from train.command import print_warning
-from train.config import RunConfig, changed_bindings
-from train.data import train_iterator
-from train.generate import sample_text
-from train.guard import Watch
-from train.init_from import foreign_tokenizer, load_params
-from train.memory import check_fits
-from train.mesh import ONE_DEVICE, Layout, layout_of, mesh_shape
-from train.metrics import cut_metrics, read_metrics
-from train.optimizer import decay_mask, learning_rate
-from train.plot import plot_run
-from train.processes import first_alone, is_first
-from train.profiler import Profiler, parse_steps
-from train.remote import Remote
-from train.report import Logger, opening, summary
-from train.run_info import read_starts, record_start
-from train.run_report import write_report
-from train.sources import Dataset, identity, open_data, verify
-from train.state import TrainState, abstract_state, first_average, initial_state, run_structure
-from train.step import make_diagnosis, make_ffn_inputs, make_train_step
-from train.wandb_run import require_wandb
-from train.workdir import VERIFIED, WorkdirLock, claim_workdir, set_aside_damaged
+from train.config.settings import RunConfig, changed_bindings
+from train.data.sources import Dataset, identity, open_data, verify
+from train.data.token_files import train_iterator
+from train.evaluation import validation
+from train.evaluation.init_from import foreign_tokenizer, load_params
+from train.evaluation.sampling import sample_text
+from train.model.mesh import ONE_DEVICE, Layout, layout_of, mesh_shape
+from train.records.logger import Logger, opening, summary
+from train.records.metrics import cut_metrics, read_metrics
+from train.records.plots import plot_run
+from train.records.profiler import Profiler, parse_steps
+from train.records.run_report import write_report
+from train.records.wandb_run import require_wandb
+from train.state import checkpoint
+from train.state.memory import check_fits
+from train.state.optimizer import decay_mask, learning_rate
+from train.state.processes import first_alone, is_first
+from train.state.remote import Remote
+from train.state.run_info import read_starts, record_start
+from train.state.state import TrainState, abstract_state, first_average, initial_state, run_structure
+from train.state.workdir import VERIFIED, WorkdirLock, claim_workdir, set_aside_damaged
+from train.step.guard import Watch
+from train.step.step import make_diagnosis, make_ffn_inputs, make_train_step
 from venom_jax import Recipe, StackRecipe, calibrate, phases
 from venom_jax.dispatch import resolve_implementation
 
@@ -125,7 +126,7 @@ def lock_workdir(workdir: Path, remote: Remote | None = None) -> WorkdirLock:
 
 def save_config(workdir: Path, config: RunConfig) -> tuple[str, ...]:
     """Writes the run's bindings, and gives those that the last start had not."""
-    saved = workdir / evaluate.CONFIG_FILE
+    saved = workdir / validation.CONFIG_FILE
     changed = changed_bindings(saved.read_text(), config.text) if saved.exists() else ()
     saved.write_text(config.text)
     return changed
@@ -156,7 +157,7 @@ def train(run: Run) -> int:
 
     train_step = make_train_step(graphdef, config, layout)
     diagnosis = make_diagnosis(graphdef, config, layout)
-    evaluator = evaluate.Evaluator(graphdef, config, run.val_data, layout)
+    evaluator = validation.Evaluator(graphdef, config, run.val_data, layout)
     logged = [(record["step"], record["loss"]) for record in read_metrics(run.workdir) if record["kind"] == "train"]
     watch = Watch(config, graphdef, logged)
     all_phases, phase_index = config.schedule.phases, int(state.phase)
@@ -294,7 +295,7 @@ def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) 
     logger.say(f"report: {write_report(run.workdir)}")
     logger.say(
         f"done: {settings.steps} steps in {values['seconds']:.0f} s, training loss {values['train_loss_last_100']:.4f} "
-        f"(mean of the last 100 steps), {evaluate.describe(values)}"
+        f"(mean of the last 100 steps), {validation.describe(values)}"
     )
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import device, timing
+from pallas_kernels import device
 from pallas_kernels.array_types import Array
+from pallas_kernels.measure import timing
 from venom_jax import router
 from venom_jax.ffn import pack_weights, sparse_ffn
 from venom_jax.packed_ffn import TokenRows

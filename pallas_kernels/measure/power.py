@@ -12,7 +12,7 @@ import time
 
 import jax
 
-from pallas_kernels import timing
+from pallas_kernels.measure import timing
 
 _SM_CLOCK = 1
 _SW_POWER_CAP = 0x4

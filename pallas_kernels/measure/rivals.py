@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import timing
+from pallas_kernels.measure import timing
 
 _LAYOUTS = {"NN": (False, False), "NT": (False, True), "TN": (True, False)}
 

@@ -10,7 +10,9 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from pallas_kernels import bench, device, timing, tuned
+from pallas_kernels import device, tuned
+from pallas_kernels.measure import bench, timing
+from pallas_kernels.measure.rows import write
 from pallas_kernels.tiles import Problem, TileConfig
 
 LARGE = (
@@ -85,8 +87,4 @@ def main() -> None:
         found = {"problem": sizes, "config": dataclasses.asdict(best), "ms": round(times[best], 5)}
         entries[json.dumps(sizes)] = found
         # After each problem, so that a search cut short keeps what it found.
-        path.write_text("[\n" + ",\n".join(map(json.dumps, entries.values())) + "\n]\n")
-
-
-if __name__ == "__main__":
-    main()
+        write(str(path), entries.values())

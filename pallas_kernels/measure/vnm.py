@@ -1,4 +1,4 @@
-"""Time V:N:M products: python -m pallas_kernels.vnm.bench --json FILE [--cases WORD] [--search]
+"""Time V:N:M products: python -m pallas_kernels.measure.vnm --json FILE [--cases WORD] [--search]
 
 Rows as in `pallas_kernels.bench`, under the same rules: a case is timed only after its result has passed the comparison
 with a product in f64, all rivals take turns. Rivals: the best dense product, the best of cuSPARSELt's search, and
@@ -11,23 +11,23 @@ tiles load from L2, and of all operands and the result once through memory.
 --search times the tiles of `TILES` first, prints their milliseconds, and takes the fastest for each case.
 """
 
-import argparse
 import functools
-import json
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import bench, device, rivals, timing, tune
+from pallas_kernels import device
 from pallas_kernels.hopper import kernel
+from pallas_kernels.measure import bench, command_line, rivals, timing, tune
+from pallas_kernels.measure import sparse24_shapes as sparse_shapes
+from pallas_kernels.measure.rows import write
+from pallas_kernels.measure.vnm_shapes import Case, cases
 from pallas_kernels.metadata import pack_positions
-from pallas_kernels.sparse24 import bench_shapes as sparse_shapes
 from pallas_kernels.tile_order import SHAPE, TILE, to_tiles
 from pallas_kernels.tiles import TILE_K, Problem, TileConfig
 from pallas_kernels.vnm import hopper, reference
 from pallas_kernels.vnm.api import Form, best_form, vnm
-from pallas_kernels.vnm.bench_shapes import Case, cases
 from pallas_kernels.vnm.shapes import KEPT
 
 L2_BYTES_PER_MS = 5.5e9
@@ -216,18 +216,15 @@ def label(tile: TileConfig) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="the file of results")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser = command_line.parser(__doc__)
     parser.add_argument("--search", action="store_true", help="search each case's tile first")
-    arguments = parser.parse_args()
-    if not device.hopper_available():
-        raise SystemExit("the benchmark needs a Hopper GPU")
-    wanted = {name: case for name, case in cases().items() if arguments.cases in name}
+    values = parser.parse_args()
+    command_line.require_hopper()
+    wanted = {name: case for name, case in cases().items() if values.cases in name}
     rows, failures = [], []
     for name, case in wanted.items():
         try:
-            tile = search(case) if arguments.search else None
+            tile = search(case) if values.search else None
             found = time_case(case, tile)
         except Exception as error:  # the other cases are worth timing all the same
             failures.append(error)
@@ -236,8 +233,7 @@ def main() -> None:
         rows += found
         words = (f"{name}: {r['ms']:.4f} ms as {r['form']}, {r['speedup']:.2f}x {r['rival']}" for r in found)
         print(*words, sep="\n", flush=True)
-        with open(arguments.json, "w") as file:
-            file.write("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        write(values.json, rows)
     if failures:
         raise SystemExit("\n".join(f"not timed: {failure!r}" for failure in failures))
 

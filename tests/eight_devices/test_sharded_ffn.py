@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import device
 from tests.helpers import assert_close
-from train.mesh import Shards
+from train.model.mesh import Shards
 from venom_jax import Recipe, router, sparse_ffn
 from venom_jax.ffn import _sparse, pack_weights
 from venom_jax.sharded_ffn import _sparse as _sharded

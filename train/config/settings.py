@@ -22,11 +22,13 @@ import gin
 from gin import config_parser
 
 import configs
-from train.schedule import PhaseSchedule, resolve_step
+from train.config.schedule import PhaseSchedule, resolve_step
 from venom_jax import LayerRecipes, Recipe, StackRecipe
 from venom_jax.dispatch import Implementation
 
 CONFIG_ROOT = Path(configs.__path__[0]).parent
+NAMES = "train.config"
+"""The module in gin's full names, such as `train.config.Model`: what a user's file may hold, wherever the class is."""
 PRESETS = ("dense", "act24", "all24", "venom")
 
 
@@ -69,7 +71,7 @@ def _at_least(config: Any, minimum: float, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name}={value!r} must be at least {minimum}")
 
 
-@gin.register
+@gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Model:
     """The decoder: RMSNorm, RoPE, (grouped-query) attention, squared-ReLU FFN."""
@@ -116,7 +118,7 @@ def _is_source(entry: Any) -> bool:
     return good and isinstance(entry[0], str) and _matches(entry[1], float) and entry[1] > 0
 
 
-@gin.register
+@gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Data:
     """Exactly one of: a folder written by ``python -m train.prepare``, several mixed, random tokens."""
@@ -137,7 +139,7 @@ class Data:
         object.__setattr__(self, "sources", tuple(map(tuple, self.sources)))
 
 
-@gin.register
+@gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW with decoupled weight decay and clipping by the global norm."""
@@ -165,7 +167,7 @@ class Optimizer:
         object.__setattr__(self, "no_decay", tuple(self.no_decay))
 
 
-@gin.register
+@gin.register(module=NAMES)
 @dataclass(frozen=True)
 class LearningRate:
     """Linear warm-up to ``peak``, then a cosine, or constant and a linear decay (``wsd``), to final_fraction x peak."""
@@ -186,7 +188,7 @@ class LearningRate:
             raise ValueError(f"LearningRate.final_fraction={self.final_fraction} must lie in [0, 1]")
 
 
-@gin.register("Recipe")
+@gin.register("Recipe", module=NAMES)
 def recipe(
     preset: str | None = None,
     weights: Any = None,
@@ -228,7 +230,7 @@ def named_recipe(name: str) -> Recipe:
         return build(preset=name) if name in PRESETS else build()
 
 
-@gin.register
+@gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Phases:
     """What runs when: a list of (start, recipe).
@@ -293,7 +295,7 @@ def _build(what: str | Recipe) -> Recipe:
     return named_recipe(what) if isinstance(what, str) else what
 
 
-@gin.register
+@gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Train:
     """The run: how long, how large a batch, how often to look, where to compute."""
@@ -350,10 +352,10 @@ class Train:
             raise ValueError(f"Train.seq_len={self.seq_len} must be a multiple of Train.loss_chunks={self.loss_chunks}")
 
 
-@gin.register
+@gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Guard:
-    """What becomes of a step whose loss or gradient is not finite, or whose loss jumps: see train/guard.py."""
+    """What becomes of a step whose loss or gradient is not finite, or whose loss jumps: see train/step/guard.py."""
 
     action: Literal["stop", "skip"] = "stop"  # stop the run, or leave the step out
     spike: float | None = None  # nats above the median of the last ``window`` logged losses; None: no limit
@@ -367,7 +369,7 @@ class Guard:
             raise ValueError(f"Guard.spike={self.spike} must be positive (nats), or None for no limit")
 
 
-@gin.register
+@gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Mesh:
     """How many devices: ``data`` groups, each of ``fsdp`` devices that share one copy of parameters and moments.

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from train import data
-from train.documents import Field, Skipped, raise_broken, read_documents
-from train.tokenizer import load_tokenizer
+from train.data import token_files
+from train.data.documents import Field, Skipped, raise_broken, read_documents
+from train.data.tokenizer import load_tokenizer
 
 UNIT_BYTES = 1 << 26  # of input: a few seconds to a minute of work
 BATCH_CHARS = 1 << 22
@@ -91,8 +91,10 @@ class Encoder:
     def encode(self, unit: Unit, on_bytes: OnBytes) -> None:
         """Writes the unit's token files, and last its record."""
         tokenizer = load_tokenizer(self.tokenizer, self.eos_token)
-        dtype = data.token_dtype(tokenizer.vocab_size)
-        writers = {s: _ShardWriter(self.folder, f"{unit.index:05d}-{s}", dtype, self.shard_tokens) for s in data.SPLITS}
+        dtype = token_files.token_dtype(tokenizer.vocab_size)
+        writers = {
+            s: _ShardWriter(self.folder, f"{unit.index:05d}-{s}", dtype, self.shard_tokens) for s in token_files.SPLITS
+        }
         skipped = Skipped(self.max_broken)
         try:
             for batch in _batches(self.documents(unit.files, on_bytes, skipped)):
@@ -258,7 +260,7 @@ class _ShardWriter:
             self._file.close()
             self._file = None
             self._files[-1]["sha256"] = self._digest.hexdigest()
-            self._files[-1]["edges_sha256"] = data.edges_sha256(self._folder / self._files[-1]["name"])
+            self._files[-1]["edges_sha256"] = token_files.edges_sha256(self._folder / self._files[-1]["name"])
 
     def summary(self) -> dict[str, Any]:
         tokens = sum(entry["tokens"] for entry in self._files)

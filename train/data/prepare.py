@@ -1,9 +1,7 @@
-"""Turns text into token shards: `python -m train.prepare --input=FOLDER --output=FOLDER [--tokenizer=FILE]`.
+"""Turns text into token shards: what `python -m train.prepare` does.
 
-Reads `.jsonl.zst`, `.jsonl`, `.parquet` and `.txt` as a stream, encodes in several processes and writes what
-`train.data.open_dataset` opens. An end-of-document token follows each document. The manifest is written last, so
-an interrupted run leaves nothing that could be mistaken for a dataset; the same command then goes on where it was
-and gives the same files, byte for byte, as a run without interruption.
+The manifest is written last, so an interrupted run leaves nothing that could be mistaken for a dataset; the same call
+then goes on where it was and gives the same files, byte for byte, as one without interruption.
 """
 
 from __future__ import annotations
@@ -19,11 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
 from tqdm import tqdm
 
-from train import data
-from train.documents import (
+from train.data import token_files
+from train.data.documents import (
     MAX_DOCUMENT_CHARS,
     Field,
     Skipped,
@@ -33,8 +30,8 @@ from train.documents import (
     other_files,
     together,
 )
-from train.encode import Encoder, Unit, encode_units, units_of, write_atomically
-from train.tokenizer import END_OF_DOCUMENT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
+from train.data.encode import Encoder, Unit, encode_units, units_of, write_atomically
+from train.data.tokenizer import END_OF_DOCUMENT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
 
 DEFAULT_VOCAB_SIZE = 16384
 DEFAULT_VALIDATION_FRACTION = 0.01
@@ -113,12 +110,12 @@ def prepare(
     for folder in (Path(entry) for entry in (*inputs, *validation)):
         if folder.is_dir() and (others := other_files(folder)):
             print(f"{folder}: {len(others):,} files of other kinds are not read, such as {others[0]}", file=sys.stderr)
-    splits = data.SPLITS if validation or fraction > 0 else data.SPLITS[:1]
+    splits = token_files.SPLITS if validation or fraction > 0 else token_files.SPLITS[:1]
     files = [(path, "train") for path in train_files] + [(path, "val") for path in val_files]
     given = load_tokenizer(tokenizer, eos_token) if tokenizer is not None else None
     output = Path(output)
     settings = {
-        "version": data.VERSION,
+        "version": token_files.VERSION,
         "files": [[str(p.resolve()), split, p.stat().st_size, p.stat().st_mtime_ns] for p, split in files],
         "tokenizer": given.sha256 if given else vocab_size or DEFAULT_VOCAB_SIZE,
         "eos_token": eos_token,
@@ -128,7 +125,7 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     _claim(output, settings, overwrite)
-    tokenizer_path = output / data.TOKENIZER
+    tokenizer_path = output / token_files.TOKENIZER
     encoder = Encoder(
         folder=output / UNFINISHED,
         tokenizer=tokenizer_path,
@@ -165,12 +162,12 @@ def prepare(
     contents = {split: _gather(encoder, units, split) for split in splits}
     if strict and skipped["documents"]:  # of units that an earlier run without it encoded
         raise ValueError(skipped["examples"][0])
-    check_share(skipped, _documents(contents), max_broken)
+    check_share(skipped, count_documents(contents), max_broken)
     for split, content in contents.items():
         if not content["documents"]:
             shutil.rmtree(encoder.folder)  # nothing there is worth going on with
             empty = _empty_message(split, fraction, bool(validation))
-            raise ValueError(_with_left_out(empty, skipped, _documents(contents)))
+            raise ValueError(_with_left_out(empty, skipped, count_documents(contents)))
     manifest = _finish(output, load_tokenizer(tokenizer_path, encoder.eos_token), contents, skipped)
     shutil.rmtree(encoder.folder)
     return manifest
@@ -178,7 +175,7 @@ def prepare(
 
 def _claim(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Makes the output folder; removes what an earlier run left there unless it had the same settings."""
-    manifest, unfinished = output / data.MANIFEST, output / UNFINISHED
+    manifest, unfinished = output / token_files.MANIFEST, output / UNFINISHED
     if manifest.exists() and not overwrite:
         raise ValueError(f"{output} already holds a finished dataset: choose another folder, or use --overwrite")
     try:
@@ -191,7 +188,9 @@ def _claim(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
             print(f"{output}: other input or options than the interrupted run's, starting over", file=sys.stderr)
         shutil.rmtree(unfinished, ignore_errors=True)
         for path in output.iterdir():
-            if path.name == data.TOKENIZER or re.fullmatch(rf"({'|'.join(data.SPLITS)})-\d{{5}}\.bin", path.name):
+            if path.name == token_files.TOKENIZER or re.fullmatch(
+                rf"({'|'.join(token_files.SPLITS)})-\d{{5}}\.bin", path.name
+            ):
                 path.unlink()
         unfinished.mkdir()
         write_atomically(earlier, json.dumps(settings))
@@ -238,7 +237,7 @@ def _gather(encoder: Encoder, units: Sequence[Unit], split: str) -> dict[str, An
     return total
 
 
-def _documents(contents: dict[str, dict[str, Any]]) -> int:
+def count_documents(contents: dict[str, dict[str, Any]]) -> int:
     return sum(content["documents"] for content in contents.values())
 
 
@@ -250,76 +249,15 @@ def _finish(output: Path, tokenizer: Tokenizer, contents: dict[str, Any], skippe
             if written.exists():  # else an interrupted run has come this far
                 os.replace(written, output / entry["name"])
     manifest = {
-        "format": data.FORMAT,
-        "version": data.VERSION,
-        "dtype": data.token_dtype(tokenizer.vocab_size),
+        "format": token_files.FORMAT,
+        "version": token_files.VERSION,
+        "dtype": token_files.token_dtype(tokenizer.vocab_size),
         "vocab_size": tokenizer.vocab_size,
         "eos_token": tokenizer.eos_token,
         "eos_id": tokenizer.eos_id,
-        "tokenizer_sha256": hashlib.sha256((output / data.TOKENIZER).read_bytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256((output / token_files.TOKENIZER).read_bytes()).hexdigest(),
         "splits": contents,
         "skipped": skipped,
     }
-    write_atomically(output / data.MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_atomically(output / token_files.MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command."""
-    values = flags.FLAGS
-    try:
-        manifest = prepare(
-            [*values.input, *argv[1:]],
-            values.output,
-            tokenizer=values.tokenizer,
-            eos_token=values.eos_token,
-            vocab_size=values.vocab_size,
-            validation=values.validation,
-            validation_fraction=values.validation_fraction,
-            text_field=values.text_field,
-            max_document_chars=values.max_document_chars,
-            shard_tokens=values.shard_tokens,
-            max_broken=values.max_broken,
-            strict=values.strict,
-            processes=values.processes,
-            overwrite=values.overwrite,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for split, content in manifest["splits"].items():
-        print(
-            f"{split}: {content['documents']:,} documents, {content['bytes']:,} bytes, "
-            f"{content['tokens']:,} tokens ({content['bytes'] / content['tokens']:.2f} bytes per token)"
-        )
-    print(f"{values.output}: vocabulary {manifest['vocab_size']:,}, {manifest['dtype']}")
-    for line in describe_skipped(manifest["skipped"], _documents(manifest["splits"])):
-        print(line)
-    return 0
-
-
-def define_flags() -> None:
-    """The command line of this program."""
-    flags.DEFINE_multi_string("input", [], "file, glob pattern or folder; may be repeated, or given as plain arguments")
-    flags.DEFINE_string("output", None, "folder to write", required=True)
-    flags.DEFINE_string("tokenizer", None, "a Hugging Face tokenizer.json; without it a BPE is trained")
-    flags.DEFINE_string("eos_token", None, "end-of-document token of that tokenizer, if it has an unusual name")
-    flags.DEFINE_integer("vocab_size", None, f"size of the new BPE (default {DEFAULT_VOCAB_SIZE})")
-    flags.DEFINE_multi_string("validation", [], "file, glob pattern or folder held out; may be repeated")
-    flags.DEFINE_float(
-        "validation_fraction", None, f"share of documents held out (default {DEFAULT_VALIDATION_FRACTION})"
-    )
-    flags.DEFINE_string("text_field", "text", "field (.jsonl) or column (.parquet) with the text")
-    flags.DEFINE_integer("max_document_chars", MAX_DOCUMENT_CHARS, "a longer document counts as broken")
-    flags.DEFINE_integer("shard_tokens", SHARD_TOKENS, "most tokens in one file")
-    flags.DEFINE_float("max_broken", MAX_BROKEN, "stop if more than ten and this share of the documents are broken")
-    flags.DEFINE_boolean(
-        "strict", False, "stop at the first broken document, instead of leaving it out and counting it"
-    )
-    flags.DEFINE_integer("processes", os.cpu_count() or 1, "how many encode side by side (default: one per core)")
-    flags.DEFINE_boolean("overwrite", False, "replace a finished dataset in the output folder")
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main)

@@ -1,6 +1,6 @@
 """Where a run's tokens come from: one prepared folder, several mixed by weight, or none at all (synthetic).
 
-All three have the interface of `train.data.TokenDataset` as far as a run uses it.
+All three have the interface of `train.data.token_files.TokenDataset` as far as a run uses it.
 """
 
 import json
@@ -13,10 +13,10 @@ import grain
 import numpy as np
 from jaxtyping import Int32, Integer
 
-from train.config import Data, RunConfig
-from train.data import SPLITS, TokenDataset, open_dataset, verify_shards, window_order
-from train.remote import is_remote
-from train.tokenizer import Tokenizer
+from train.config.settings import Data, RunConfig
+from train.data.token_files import SPLITS, TokenDataset, open_dataset, verify_shards, window_order
+from train.data.tokenizer import Tokenizer
+from train.state.remote import is_remote
 
 SYNTHETIC_WINDOWS = {"train": 1 << 40, "val": 256}
 

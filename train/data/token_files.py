@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from jaxtyping import Int32, Integer
 
-from train.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "venom-jax token shards"
 VERSION = 1

@@ -1,7 +1,4 @@
-"""Exports a run as a Hugging Face model: `python -m train.export --workdir=runs/a --output=runs/a-hf`.
-
-The folder holds an `ArceeForCausalLM` with its tokenizer, as `transformers`, vLLM and others load it.
-"""
+"""A run as a Hugging Face model, an `ArceeForCausalLM` with its tokenizer: what `python -m train.export` writes."""
 
 import json
 import shutil
@@ -10,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 from safetensors.numpy import save_file
 
-from train import arcee, evaluate
-from train.command import program
-from train.config import Model
-from train.sources import open_split
-from train.tokenizer import Tokenizer
+from train.config.settings import Model
+from train.data.sources import open_split
+from train.data.tokenizer import Tokenizer
+from train.evaluation import validation
+from train.model import arcee
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -71,7 +67,7 @@ def export(workdir: str, output: Path, dtype: str, *, ema: bool = False) -> str:
       ValueError: no such checkpoint, its tokenizer is gone, or ``output`` holds files already.
     """
     check_output(output)
-    run = evaluate.restore(workdir, ema=ema)
+    run = validation.restore(workdir, ema=ema)
     write(run, run.dense_params(), output, dtype)
     text = f"step {run.step}{', averaged weights,' if ema else ''} as ArceeForCausalLM, {dtype}, in {output}"
     if not run.phase.recipe.is_dense:
@@ -86,7 +82,7 @@ def check_output(output: Path) -> None:
         raise ValueError(f"{output} exists and is not an empty folder; give --output a new one")
 
 
-def write(run: evaluate.Restored, params: dict, output: Path, dtype: str) -> None:
+def write(run: validation.Restored, params: dict, output: Path, dtype: str) -> None:
     """Writes the dense model with these parameters and the run's shape and tokenizer.
 
     Raises:
@@ -105,17 +101,3 @@ def write(run: evaluate.Restored, params: dict, output: Path, dtype: str) -> Non
         )
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror}; give --output another folder") from error
-
-
-@program
-def main(values: flags.FlagValues) -> None:
-    """The command."""
-    print(export(values.workdir, Path(values.output), values.dtype, ema=values.ema))
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
-    flags.DEFINE_string("output", None, "folder to write", required=True)
-    flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
-    flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "type of the stored weights")
-    app.run(main)

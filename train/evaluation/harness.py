@@ -14,8 +14,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from train.likelihood import Pair, Scorer, windows
-from train.tokenizer import Tokenizer
+from train.data.tokenizer import Tokenizer
+from train.evaluation.likelihood import Pair, Scorer, windows
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Weights to start a run from, `--init_from`: a checkpoint of this program, or a Hugging Face folder."""
 
-from train import arcee, evaluate
-from train.config import Model, RunConfig
-from train.data import TOKENIZER
-from train.sources import open_split
-from train.tokenizer import Tokenizer, load_tokenizer
+from train.config.settings import Model, RunConfig
+from train.data.sources import open_split
+from train.data.token_files import TOKENIZER
+from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.evaluation import validation
+from train.model import arcee
 
 # What decides the function that a set of weights computes.
 _SHAPE = (
@@ -30,17 +31,17 @@ def load_params(source: str, config: Model) -> dict:
       ValueError: nothing to load there, or a model of another shape than ``config``, with what differs.
       NotImplementedError: a Hugging Face model with something that this decoder lacks.
     """
-    folder, _ = evaluate.split_source(source)
+    folder, _ = validation.split_source(source)
     if (folder / arcee.CONFIG).is_file():
         _check_same_shape(source, arcee.read_model(folder), config)
         return arcee.read_params(folder, config)
-    if not (folder / evaluate.CONFIG_FILE).is_file():
+    if not (folder / validation.CONFIG_FILE).is_file():
         raise ValueError(
-            f"--init_from={source} is neither a workdir of train.main (no {evaluate.CONFIG_FILE} in it) nor a "
+            f"--init_from={source} is neither a workdir of train.main (no {validation.CONFIG_FILE} in it) nor a "
             f"Hugging Face folder (no {arcee.CONFIG})"
         )
-    _check_same_shape(source, evaluate.read_config(folder).model, config)
-    return evaluate.restore(source).dense_params()
+    _check_same_shape(source, validation.read_config(folder).model, config)
+    return validation.restore(source).dense_params()
 
 
 def foreign_tokenizer(source: str, config: RunConfig) -> str | None:
@@ -48,12 +49,12 @@ def foreign_tokenizer(source: str, config: RunConfig) -> str | None:
 
     None also where one of the two has no tokenizer to look at: random data, a source whose data are gone.
     """
-    folder, _ = evaluate.split_source(source)
+    folder, _ = validation.split_source(source)
     try:
         if (folder / TOKENIZER).is_file():
             theirs, path = load_tokenizer(folder / TOKENIZER), folder / TOKENIZER
         else:
-            dataset = open_split(evaluate.read_config(folder), "train")
+            dataset = open_split(validation.read_config(folder), "train")
             theirs, path = dataset.tokenizer, dataset.tokenizer_path
         ours = open_split(config, "train").tokenizer
     except ValueError:

@@ -15,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from train.config import RunConfig
-from train.documents import SUFFIXES, Skipped, read_documents
-from train.model import assemble
-from train.tokenizer import Tokenizer
+from train.config.settings import RunConfig
+from train.data.documents import SUFFIXES, Skipped, read_documents
+from train.data.tokenizer import Tokenizer
+from train.model.decoder import assemble
 from venom_jax import StackRecipe
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its continuation

@@ -1,8 +1,4 @@
-"""Prunes a trained model's feed-forward weights to V:N:M, evaluates it before and after, and trains it a little more.
-
-python -m train.prune --workdir=runs/a --patterns=64:2:8,64:2:16,2:4 --recovery_steps=200 --json=pruned.json
-python -m train.prune --workdir=runs/a --patterns=128:2:16 --columns=best --output=runs/a-pruned
-"""
+"""A trained model's feed-forward weights pruned to V:N:M and trained on: what `python -m train.prune` does."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,19 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from pallas_kernels.vnm.shapes import stored
-from train import evaluate, export
-from train.command import keep_compiled_programs, program
-from train.config import LearningRate, Phases, RunConfig
-from train.data import train_iterator
-from train.model import assemble
-from train.optimizer import for_run
-from train.sources import open_data, open_split
-from train.step import make_gradients
+from train.config.settings import LearningRate, Phases, RunConfig
+from train.data.sources import open_data, open_split
+from train.data.token_files import train_iterator
+from train.evaluation import export, validation
+from train.model.decoder import assemble
+from train.state.optimizer import for_run
+from train.step.step import make_gradients
 from venom_jax import Pattern, Recipe, prune
 
 Weights = dict[str, Array]
@@ -86,7 +80,7 @@ def with_feed_forward(params: dict, weights: Weights) -> dict:
     return params | {"blocks": blocks | {"ffn": blocks["ffn"] | weights}}
 
 
-def input_norms(run: evaluate.Restored, params: dict, batches: list[Any]) -> Weights:
+def input_norms(run: validation.Restored, params: dict, batches: list[Any]) -> Weights:
     """Norm of each input of w1 (the normed residual stream) and of w2 (relu(x W1)^2) over all tokens of the batches."""
 
     @jax.jit
@@ -106,7 +100,7 @@ def input_norms(run: evaluate.Restored, params: dict, batches: list[Any]) -> Wei
     return dict(zip(("w1", "w2"), (jnp.sqrt(sum(parts)) for parts in zip(*totals, strict=True)), strict=True))
 
 
-def make_recovery_step(run: evaluate.Restored, config: RunConfig) -> Callable:
+def make_recovery_step(run: validation.Restored, config: RunConfig) -> Callable:
     """step(params, opt_state, masks, tokens) -> (params, opt_state, loss): dense AdamW under held masks, jitted."""
     optimizer, _ = for_run(config)
     gradients = make_gradients(run.graphdef, config)
@@ -139,7 +133,7 @@ class Session:
         calibration_batches: int = 0,
     ):
         """Open everything.  Raises ValueError where there is no checkpoint, or its data is gone."""
-        self.run = evaluate.restore(workdir)
+        self.run = validation.restore(workdir)
         config = self.run.config
         peak = config.learning_rate.peak / 10 if recovery_rate is None else recovery_rate
         self.recovery_steps = recovery_steps
@@ -151,7 +145,7 @@ class Session:
         )
         self.train_data, val_data = open_data(config)
         self.params = self.run.dense_params()
-        self._evaluator = evaluate.Evaluator(self.run.graphdef, config, val_data)
+        self._evaluator = validation.Evaluator(self.run.graphdef, config, val_data)
         self._step = make_recovery_step(self.run, self.config)
         batches = self._batches()
         self.norms = None
@@ -233,7 +227,7 @@ def run(
         if len(parsed) != 1:
             raise ValueError(f"--output takes one pattern, --patterns has {len(parsed)}; run it once for each")
         export.check_output(output)
-    config = evaluate.read_config(evaluate.split_source(workdir)[0])
+    config = validation.read_config(validation.split_source(workdir)[0])
     model = config.model
     if output is not None:
         _ = open_split(config, "train").tokenizer  # goes with the model; raises where there is none
@@ -251,33 +245,3 @@ def run(
             json_file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         if output is not None:
             export.write(session.run, params, output, "float32")
-
-
-@program
-def main(values: flags.FlagValues) -> None:
-    """The command."""
-    keep_compiled_programs()
-    run(
-        values.workdir,
-        values.patterns,
-        columns=values.columns,
-        json_file=Path(values.json) if values.json else None,
-        output=Path(values.output) if values.output else None,
-        recovery_steps=values.recovery_steps,
-        recovery_rate=values.recovery_rate,
-        calibration_batches=values.calibration_batches,
-    )
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
-    flags.DEFINE_list("patterns", ["64:2:16"], "patterns V:N:M to prune to, one after another from the same weights")
-    flags.DEFINE_enum("columns", "l1", ["l1", "energy", "best"], "how a block's four columns are chosen")
-    flags.DEFINE_integer(
-        "calibration_batches", 0, "training batches for scores |w| x input norm; 0: |w|", lower_bound=0
-    )
-    flags.DEFINE_integer("recovery_steps", 0, "optimizer steps after pruning, the masks held", lower_bound=0)
-    flags.DEFINE_float("recovery_rate", None, "their peak learning rate; default: a tenth of the run's")
-    flags.DEFINE_string("json", None, "write the figures to this file")
-    flags.DEFINE_string("output", None, "write the pruned model there, as train.export does, in float32")
-    app.run(main)

@@ -1,9 +1,8 @@
-"""Text from a trained model: `python -m train.generate --workdir=runs/a --prompt="The state of"`.
+"""Text from a trained model.
 
 A new token is computed from the cached keys and values of those before it. Once the text is as long as the model's
 sequences, the oldest token falls out for each new one, and with it what it gave to the others: the last S tokens are
-then computed again for each token, so that a text never depends on anything older. Made to look at what a run has
-learned, one text at a time; not meant for serving.
+then computed again for each token, so that a text never depends on anything older.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from tqdm import tqdm
 
-from train import cache, evaluate, model
-from train.command import program
-from train.config import RunConfig
-from train.sources import open_split
-from train.tokenizer import Tokenizer
+from train.config.settings import RunConfig
+from train.data.tokenizer import Tokenizer
+from train.model import cache
+from train.model.decoder import assemble
 
 TEMPERATURE = 0.8
 TOP_P = 0.95
@@ -188,12 +184,12 @@ def cached_model(graphdef: nnx.GraphDef, dtype: Any) -> LanguageModel:
         return decoder.logits(jax.lax.dynamic_slice_in_dim(hidden, position, 1, axis=1))[0, 0]
 
     def start(arrays, tokens, position):
-        decoder = model.assemble(graphdef, *arrays)
+        decoder = assemble(graphdef, *arrays)
         hidden, cached = cache.extend(decoder, tokens[None], cache.empty(decoder, 1, len(tokens), dtype), 0)
         return logits_at(decoder, hidden, position), cached
 
     def extend(arrays, cached, token, position):
-        decoder = model.assemble(graphdef, *arrays)
+        decoder = assemble(graphdef, *arrays)
         hidden, cached = cache.extend(decoder, token[None, None], cached, position)
         return logits_at(decoder, hidden, 0), cached
 
@@ -234,36 +230,3 @@ def sample_text(
         on_tokens=on_tokens,
     )
     return tokenizer.decode([*ids, *drawn])
-
-
-@program
-def main(values: flags.FlagValues) -> None:
-    """The command."""
-    run = evaluate.restore(values.workdir, ema=values.ema)
-    tokenizer = open_split(run.config, "train").tokenizer
-    with tqdm(total=values.new_tokens, unit="token", disable=None) as bar:  # None: shown on a terminal only
-        text = sample_text(
-            run.graphdef,
-            run.config,
-            run.dense_params(),
-            run.state.method,
-            tokenizer,
-            values.prompt,
-            new_tokens=values.new_tokens,
-            temperature=values.temperature,
-            top_p=values.top_p,
-            seed=values.seed,
-            on_tokens=bar.update,
-        )
-    print(f"step {run.step}:\n{text}")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
-    flags.DEFINE_string("prompt", "The ", "the text to continue; empty starts a new document")
-    flags.DEFINE_integer("new_tokens", 200, "how many tokens to draw at most")
-    flags.DEFINE_float("temperature", TEMPERATURE, "0 takes the most probable token")
-    flags.DEFINE_float("top_p", TOP_P, "share of the probability to draw from")
-    flags.DEFINE_integer("seed", 0, "of the drawing")
-    flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
-    app.run(main)

@@ -1,10 +1,4 @@
-"""Validation loss and bits per byte, inside a run and of a finished or interrupted one; tasks of lm-eval; any text.
-
-python -m train.evaluate --workdir=runs/a            # the dense model (a baked copy inside a sparse phase)
-python -m train.evaluate --workdir=runs/a --sparse   # with the recipe of the checkpoint's phase as well
-python -m train.evaluate --workdir=runs/a --text=book.txt
-python -m train.evaluate --workdir=runs/a --tasks=piqa,arc_easy --eval_data_dir=items
-"""
+"""A run's checkpoint, restored, and its validation loss, bits per byte of a text and tasks of lm-eval."""
 
 import math
 import re
@@ -15,20 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags
 from flax import nnx
 
-from train import checkpoint, harness, sources
-from train.command import program
-from train.config import RunConfig, load_config
-from train.data import Windows, eval_batches
-from train.documents import describe_skipped
-from train.likelihood import Scorer, score_text
-from train.mesh import ONE_DEVICE, Layout
-from train.remote import Remote, is_remote
-from train.schedule import Phase
-from train.state import TrainState, abstract_state, run_structure
-from train.step import make_eval_step
+from train.config.schedule import Phase
+from train.config.settings import RunConfig, load_config
+from train.data import sources
+from train.data.documents import describe_skipped
+from train.data.token_files import Windows, eval_batches
+from train.evaluation import harness
+from train.evaluation.likelihood import Scorer, score_text
+from train.model.mesh import ONE_DEVICE, Layout
+from train.state import checkpoint
+from train.state.remote import Remote, is_remote
+from train.state.state import TrainState, abstract_state, run_structure
+from train.step.step import make_eval_step
 from venom_jax import Recipe, StackRecipe, phases
 
 CONFIG_FILE = "config.gin"  # in the workdir: the bindings of the run
@@ -213,34 +207,3 @@ def report_tasks(run: Restored, workdir: Path, tasks: Sequence[str], *, sparse: 
         except OSError as error:
             raise ValueError(f"{output} cannot be written ({error.strerror}); the table above is all") from error
         print(f"written to {output}")
-
-
-@program
-def main(values: flags.FlagValues) -> None:
-    """The command."""
-    run = restore(values.workdir, ema=values.ema)
-    if values.text is not None:
-        report_text(run, Path(values.text), sparse=values.sparse)
-    elif values.tasks:
-        data_dir = None if values.eval_data_dir is None else Path(values.eval_data_dir)
-        report_tasks(
-            run,
-            split_source(values.workdir)[0],
-            values.tasks,
-            sparse=values.sparse,
-            data_dir=data_dir,
-            limit=values.limit,
-        )
-    else:
-        report_validation(run, sparse=values.sparse)
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
-    flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
-    flags.DEFINE_boolean("sparse", False, "also evaluate with the recipe of the checkpoint's phase")
-    flags.DEFINE_string("text", None, "bits per byte of this file instead of the validation split")
-    flags.DEFINE_list("tasks", [], "tasks of lm-eval (extra eval) instead, such as arc_easy,piqa")
-    flags.DEFINE_string("eval_data_dir", None, "folder with TASK/SPLIT.jsonl or .parquet; else lm-eval downloads")
-    flags.DEFINE_integer("limit", None, "only this many items of each task", lower_bound=1)
-    app.run(main)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 
-from train.config import Model
+from train.config.settings import Model
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

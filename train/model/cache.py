@@ -1,6 +1,6 @@
 """The decoder with a cache of keys and values: a new token costs one position's work, not a whole sequence's.
 
-Dimension keys as in `train.model`, and N new tokens. The FFNs are dense.
+Dimension keys as in `train.model.decoder`, and N new tokens. The FFNs are dense.
 """
 
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from train.embedding import look_up
-from train.model import Block, Decoder, rms_norm
+from train.model.decoder import Block, Decoder, rms_norm
+from train.model.embedding import look_up
 from venom_jax import Recipe
 
 

@@ -16,10 +16,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from train.config import Model
-from train.cross_entropy import head_logits
-from train.embedding import look_up
-from train.mesh import Shards
+from train.config.settings import Model
+from train.model.cross_entropy import head_logits
+from train.model.embedding import look_up
+from train.model.mesh import Shards
 from venom_jax import FFNStats, Method, PackedWeights, Recipe, SparseMLP, StackRecipe
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import pack_weights

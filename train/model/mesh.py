@@ -24,8 +24,8 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from train.config import RunConfig
-from train.embedding import look_up
+from train.config.settings import RunConfig
+from train.model.embedding import look_up
 from venom_jax import LayerRecipes, Recipe, StackRecipe
 from venom_jax.sharded_ffn import gather, in_order, local_recipe, scatter
 
@@ -161,7 +161,7 @@ class Layout:
         )
 
     def rows(self, mine: np.ndarray) -> jax.Array:
-        """A batch of which this process holds its rows, as `train.data.train_iterator` gives them."""
+        """A batch of which this process holds its rows, as `train_iterator` of `train.data` gives them."""
         if self.mesh is None:
             return jax.device_put(mine)
         return jax.make_array_from_process_local_data(NamedSharding(self.mesh, ROWS), mine)

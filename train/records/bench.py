@@ -1,19 +1,7 @@
-"""Times whole training steps of several recipes against dense, in one process, on real text.
-
-    python -m train.bench --gin_file=configs/size/1b.gin --gin_bindings="Data.folder='DATA'" \\
-        --recipes=dense,act24,all24,venom:4:1 --json=steps.json
+"""Times whole training steps of several recipes against dense, in one process: what `python -m train.bench` runs.
 
 A step is what a run executes: gradients, clipping, AdamW, the router's bias.  Each recipe takes turns with dense on one
-state, which each step donates to the next, so that a card which warms up treats both alike; the weights are the first
-ones, neither clustered nor scaled.  ``venom:E:k`` names a routed recipe, ``act24:E:k`` the same with dense weights.  A
-row is printed, and the file written, as soon as its recipe has run.
-
-``part_ms``: where the step's time goes, from a trace of two steps (`train.trace`): the FFN with its router and packing,
-attention with its rotation, the projections around it, the head with its loss, clipping with AdamW, what is exchanged
-with other devices and hidden behind nothing, other kernels (norms, embedding, sums), nothing at all.  Left out, with
-the kernels' names on stderr, where the trace does not say what the kernels of more than a twentieth of a step compute.
-
-``switch``: dense and the last recipe once more, both in one program behind `lax.cond`, against their own programs.
+state, which each step donates to the next, so that a card which warms up treats both alike.
 """
 
 import datetime
@@ -28,18 +16,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
 
-from train import model, trace
-from train.command import print_error, program
-from train.config import PRESETS, Phases, RunConfig, load_config, named_recipe
-from train.data import train_iterator
-from train.mesh import Layout, layout_of
-from train.metrics import peak_flops
-from train.schedule import label
-from train.sources import open_fitting
-from train.state import TrainState, initial_state, run_structure
-from train.step import make_train_step
+from train.command import print_error
+from train.config.schedule import label
+from train.config.settings import PRESETS, Phases, RunConfig, named_recipe
+from train.data.sources import open_fitting
+from train.data.token_files import train_iterator
+from train.model import decoder
+from train.model.mesh import Layout, layout_of
+from train.records import trace
+from train.records.metrics import peak_flops
+from train.state.state import TrainState, initial_state, run_structure
+from train.step.step import make_train_step
 from venom_jax import Recipe
 
 STEPS_A_TURN = 4
@@ -166,7 +154,7 @@ class Bench:
         tokens, peak = train.batch_size * train.seq_len, peak_flops(devices)
 
         def utilization(recipe: Recipe) -> float | None:
-            flops = tokens * model.flops_per_token(shape, train.seq_len, recipe)
+            flops = tokens * decoder.flops_per_token(shape, train.seq_len, recipe)
             return None if peak is None else round(flops / ms * 1e3 / peak, 4)
 
         row: dict[str, Any] = {
@@ -243,29 +231,3 @@ def measure(
         if name in programs:
             bench.add_row(f"{name}, switch", phase, name, programs[name], parts=parts)
     return bench.rows
-
-
-def work(values: flags.FlagValues) -> int:
-    """Measures and writes the file; 1 where a recipe did not run."""
-    config = load_config(values.gin_file, values.gin_bindings)
-    names = [name for name in values.recipes.split(",") if name != "dense"]
-    wanted, output = {parse_recipe(name)[0] for name in ["dense", *names]}, Path(values.json)
-    if not output.parent.is_dir():
-        raise ValueError(f"--json={values.json}: there is no folder {output.parent}")
-    size = Path(values.gin_file[0]).stem if values.gin_file else "model"
-    rows = measure(config, names, size, values.rounds, values.parts, values.switch, output)
-    missing = len(wanted) - sum(not row["case"].endswith(", switch") for row in rows)
-    if missing:
-        print_error(f"{missing} of the recipes did not run; the lines above say why")
-    return 1 if missing else 0
-
-
-if __name__ == "__main__":
-    flags.DEFINE_multi_string("gin_file", [], "configuration file; later ones override earlier ones")
-    flags.DEFINE_multi_string("gin_bindings", [], "single bindings, applied after the files")
-    flags.DEFINE_string("recipes", "dense,act24,all24,venom", "recipes, separated by commas")
-    flags.DEFINE_string("json", None, "file for the rows", required=True)
-    flags.DEFINE_integer("rounds", 5, "turns of every recipe", lower_bound=1)
-    flags.DEFINE_boolean("parts", True, "trace where the time of a step goes")
-    flags.DEFINE_boolean("switch", True, "also time dense and the last recipe behind the phases' switch")
-    app.run(program(work))

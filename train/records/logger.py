@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 
-from train import model
-from train.config import RunConfig
-from train.evaluate import describe
-from train.guard import Watch
-from train.memory import estimate
-from train.mesh import check_divisible, mesh_shape
-from train.metrics import MetricsWriter, NoWriter, Progress, peak_flops, peak_memory, read_metrics
-from train.processes import is_first
-from train.wandb_run import WandbRun
+from train.config.settings import RunConfig
+from train.evaluation.validation import describe
+from train.model import decoder
+from train.model.mesh import check_divisible, mesh_shape
+from train.records.metrics import MetricsWriter, NoWriter, Progress, peak_flops, peak_memory, read_metrics
+from train.records.wandb_run import WandbRun
+from train.state.memory import estimate
+from train.state.processes import is_first
+from train.step.guard import Watch
 from venom_jax import Recipe, StackRecipe
 from venom_jax.dispatch import choose_kernels
 
@@ -56,7 +56,7 @@ class Logger:
         self._throughput = Throughput(train.batch_size * train.seq_len, start)
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
         recipes = dict.fromkeys((Recipe.dense(), *config.schedule.recipes))
-        self._flops = {recipe: model.flops_per_token(config.model, train.seq_len, recipe) for recipe in recipes}
+        self._flops = {recipe: decoder.flops_per_token(config.model, train.seq_len, recipe) for recipe in recipes}
         self._peak = peak_flops(devices)
         self._step = start
 
@@ -153,7 +153,7 @@ class Logger:
 def opening(config: RunConfig, devices: int) -> str:
     """The first line of a run: what is trained on what, and which sparse phases have no kernels here."""
     shape, train = config.model, config.train
-    text = f"{model.parameter_count(shape):,} parameters on {devices} x {jax.devices()[0].device_kind}"
+    text = f"{decoder.parameter_count(shape):,} parameters on {devices} x {jax.devices()[0].device_kind}"
 
     def has_kernels(recipe: Recipe) -> bool:
         sizes = (shape.d_model, shape.d_ffn, train.dtype)
@@ -184,10 +184,10 @@ def plan(config: RunConfig) -> str:
     tokens = train.batch_size * train.seq_len
 
     def flops(recipe: StackRecipe) -> float:
-        return model.flops_per_token(config.model, train.seq_len, recipe)
+        return decoder.flops_per_token(config.model, train.seq_len, recipe)
 
     dense_flops = flops(Recipe.dense())
-    count = model.parameter_count(config.model)
+    count = decoder.parameter_count(config.model)
     lines = [
         f"parameters      {count:,} ({count * 12 / 2**30:.2f} GiB with two moments, float32)",
         f"batch           {train.batch_size} x {train.seq_len} = {tokens:,} tokens, accumulation {train.accumulation}",

@@ -1,23 +1,18 @@
-"""The report of a run, `report.md` in its workdir with pictures: `python -m train.run_report runs/a`.
-
-Written at the end of each run; the command writes it for a run that still goes on, or was interrupted, as well.
-"""
+"""The report of a run, `report.md` in its workdir with pictures: what `python -m train.run_report` writes."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from absl import app
 from matplotlib.axes import Axes
 
-from train.evaluate import CONFIG_FILE
-from train.metrics import METRICS_FILE, read_metrics
-from train.plot import COLORS, Record, new_figure, plot_run, points, save, shade_phases, sparse_spans
-from train.run_info import read_starts
+from train.evaluation.validation import CONFIG_FILE
+from train.records.metrics import METRICS_FILE, read_metrics
+from train.records.plots import COLORS, Record, new_figure, plot_run, points, save, shade_phases, sparse_spans
+from train.state.run_info import read_starts
 
 REPORT_FILE = "report.md"
 PICTURES = "report"  # folder beside it
@@ -279,20 +274,3 @@ def _code(text: str) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}\n{text.rstrip()}\n{fence}"
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command."""
-    if len(argv) != 2:
-        print("error: give one workdir: python -m train.run_report runs/a", file=sys.stderr)
-        return 2
-    try:
-        print(write_report(argv[1]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    app.run(main)

@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.config import RunConfig
-from train.schedule import label
+from train.config.schedule import label
+from train.config.settings import RunConfig
 from venom_jax import Recipe, StackRecipe
 
 _COSTLY = ("weights", "weight_mask", "activations", "wgrad", "hidden", "token_order", "token_blocks", "token_copy")

@@ -9,7 +9,7 @@ import os
 import uuid
 from pathlib import Path
 
-from train.config import bindings_in
+from train.config.settings import bindings_in
 
 ID_FILE = "wandb_id"  # in the workdir: a resumed run goes on in the same one
 

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from train.config import Model, Optimizer, RunConfig
-from train.processes import first_alone, is_first
-from train.remote import Remote
-from train.state import TrainState
-from train.workdir import CHECKPOINTS, damage, forget_checksums, write_checksums
+from train.config.settings import Model, Optimizer, RunConfig
+from train.state.processes import first_alone, is_first
+from train.state.remote import Remote
+from train.state.state import TrainState
+from train.state.workdir import CHECKPOINTS, damage, forget_checksums, write_checksums
 from venom_jax import LayerRecipes, StackRecipe
 from venom_jax.stats import WeightMasks, weight_masks
 

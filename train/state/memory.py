@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from train.config import RunConfig
-from train.mesh import specs
-from train.state import abstract_state
+from train.config.settings import RunConfig
+from train.model.mesh import specs
+from train.state.state import abstract_state
 
 
 @dataclass(frozen=True)

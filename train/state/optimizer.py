@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from train.config import LearningRate, Optimizer, RunConfig
-from train.schedule import resolve_step
+from train.config.schedule import resolve_step
+from train.config.settings import LearningRate, Optimizer, RunConfig
 
 
 def learning_rate(config: LearningRate, steps: int) -> optax.Schedule:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import jax
 from fsspec.core import url_to_fs
 
-from train.workdir import CHECKPOINTS, CHECKSUMS, DAMAGED, LOCK_FILE, damage
+from train.state.workdir import CHECKPOINTS, CHECKSUMS, DAMAGED, LOCK_FILE, damage
 
 _STAYS = (CHECKPOINTS, CHECKSUMS, DAMAGED, LOCK_FILE)  # all else in the workdir are records
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from train import model
-from train.config import RunConfig
+from train.config.settings import RunConfig
+from train.model import decoder
 
 RUN_FILE = "run.json"
 FORMAT = 1
@@ -34,7 +34,7 @@ def record_start(workdir: Path, config: RunConfig, step: int) -> None:
         "versions": versions(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        "parameters": model.parameter_count(config.model),
+        "parameters": decoder.parameter_count(config.model),
         "steps": train.steps,
         "tokens_per_step": train.batch_size * train.seq_len,
         "config": config.text,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, UInt32
 
-from train import model
-from train.config import RunConfig
-from train.mesh import ONE_DEVICE, Layout
-from train.optimizer import for_run
+from train.config.settings import RunConfig
+from train.model import decoder
+from train.model.mesh import ONE_DEVICE, Layout
+from train.state.optimizer import for_run
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +53,7 @@ def abstract_state(config: RunConfig, layout: Layout | None = None) -> TrainStat
 def _create(config: RunConfig) -> TrainState:
     seed = config.train.seed
     key, room = jax.random.key(seed), config.learned_router
-    params, method = model.initial(config.model, config.max_experts, key, learned_router=room)
+    params, method = decoder.initial(config.model, config.max_experts, key, learned_router=room)
     return TrainState(
         params=params,
         method=method,
@@ -67,7 +67,7 @@ def _create(config: RunConfig) -> TrainState:
 
 def run_structure(config: RunConfig) -> nnx.GraphDef:
     """The run's model without its arrays."""
-    return model.structure(config.model, config.max_experts, learned_router=config.learned_router)
+    return decoder.structure(config.model, config.max_experts, learned_router=config.learned_router)
 
 
 def first_average(config: RunConfig, params: dict) -> dict | None:

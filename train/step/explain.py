@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from train.config import Model, RunConfig
-from train.cross_entropy import weighted_cross_entropy
-from train.embedding import look_up
-from train.mesh import layout_of
-from train.model import assemble, find_documents, pack_ffns, rms_norm
-from train.state import TrainState
+from train.config.settings import Model, RunConfig
+from train.model.cross_entropy import weighted_cross_entropy
+from train.model.decoder import assemble, find_documents, pack_ffns, rms_norm
+from train.model.embedding import look_up
+from train.model.mesh import layout_of
+from train.state.state import TrainState
 from venom_jax import Recipe
 
 _GRADIENT = "the gradient of "

@@ -17,9 +17,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from train.config import RunConfig
-from train.explain import first_bad
-from train.state import TrainState
+from train.config.settings import RunConfig
+from train.state.state import TrainState
+from train.step.explain import first_bad
 
 
 class BadStepError(Exception):

@@ -13,13 +13,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from train.config import RunConfig
-from train.cross_entropy import head_logits, sharded_cross_entropy, weighted_cross_entropy
-from train.guard import counts, keep_if
-from train.mesh import AXES, ONE_DEVICE, ROWS, Layout, Shards, specs
-from train.model import Decoder, assemble, join_layers, pack_ffns, take_layers
-from train.optimizer import for_run, updated_average
-from train.state import TrainState, abstract_state
+from train.config.settings import RunConfig
+from train.model.cross_entropy import head_logits, sharded_cross_entropy, weighted_cross_entropy
+from train.model.decoder import Decoder, assemble, join_layers, pack_ffns, take_layers
+from train.model.mesh import AXES, ONE_DEVICE, ROWS, Layout, Shards, specs
+from train.state.optimizer import for_run, updated_average
+from train.state.state import TrainState, abstract_state
+from train.step.guard import counts, keep_if
 from venom_jax import FFNStats, PackedWeights, StackRecipe, calibrate, phases
 from venom_jax.stats import WeightMasks, diagnose
 

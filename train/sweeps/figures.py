@@ -1,13 +1,4 @@
-"""The figures of arXiv 2602.06183 that need no training, and loss against time, from results and configurations:
-
-    python -m train.figures --output=docs/figures
-
-`operations.svg`: what the parts of a model cost, over its size (Figure 1). `products.svg`: 2:4 products against dense
-ones (Figure 6). `routed.svg`: the products of routed tokens, V:N:M = 64:2:4E, against dense ones (Figure 7). The latter
-two are drawn from `kernels.json` as `python -m pallas_kernels.bench` writes it. With ``--sweep``, `front.svg`: what the
-runs of `train.sweep` lost against the time they take by ``--step_times``, of their twins'. With ``--steps``,
-`steps.svg`: where the time of a step goes, from the parts in the rows of `train.bench`.
-"""
+"""The documentation's figures, drawn from results and configurations: what `python -m train.figures` writes."""
 
 import json
 import re
@@ -18,15 +9,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from absl import app, flags
 from matplotlib.figure import Figure
 
-from train import model
-from train.command import program
-from train.config import load_config
-from train.plot import COLORS, new_figure, pareto_front
-from train.sweep_table import slope
-from train.trace import COMMUNICATION, IDLE, OTHER, PARTS
+from train.config.settings import load_config
+from train.model import decoder
+from train.records.plots import COLORS, new_figure, pareto_front
+from train.records.trace import COMMUNICATION, IDLE, OTHER, PARTS
+from train.sweeps.table import slope
 from venom_jax import Recipe
 
 SIZES = ("40m", "125m", "1b", "7b")
@@ -61,14 +50,14 @@ def draw_operations(output: Path) -> None:
     figure, axes = new_figure()
     places, bottom = np.arange(len(SIZES)), np.zeros(len(SIZES))
     configs = [load_config([f"configs/size/{size}.gin"], ["Data.synthetic = True"]) for size in SIZES]
-    parts = [model.component_flops(config.model, config.train.seq_len) for config in configs]
+    parts = [decoder.component_flops(config.model, config.train.seq_len) for config in configs]
     for name, color in zip(("ffn", "projections", "attention", "head"), COLORS, strict=False):
         share = np.array([100 * part[name] / sum(part.values()) for part in parts])
         axes.bar(places, share, 0.5, bottom, color=color, label=name)
         bottom += share
     for marker, (name, recipe) in zip("o^s", RECIPES.items(), strict=True):
         left = [
-            100 * model.flops_per_token(config.model, config.train.seq_len, recipe) / sum(part.values())
+            100 * decoder.flops_per_token(config.model, config.train.seq_len, recipe) / sum(part.values())
             for config, part in zip(configs, parts, strict=True)
         ]
         axes.plot(places, left, marker, color="black", markerfacecolor="white", label=f"executed by {name}")
@@ -264,20 +253,3 @@ def draw_all(kernels: Path, output: Path, sweep: Path | None = None, steps: Path
             paths.append(output / "steps.svg")
             draw_steps(timed, paths[-1])
     return paths
-
-
-@program
-def main(values: flags.FlagValues) -> None:
-    """The command."""
-    for path in draw_all(
-        Path(values.kernels), Path(values.output), *(name and Path(name) for name in (values.sweep, values.steps))
-    ):
-        print(path)
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("kernels", "docs/results/h100/kernels.json", "results of python -m pallas_kernels.bench")
-    flags.DEFINE_string("sweep", None, "table.json of python -m train.sweep --step_times, for front.svg")
-    flags.DEFINE_string("steps", None, "results of python -m train.bench with parts, for steps.svg")
-    flags.DEFINE_string("output", "docs/figures", "folder for the images")
-    app.run(main)

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from train import model
-from train.config import RunConfig
-from train.metrics import read_metrics
-from train.report import summary
-from train.run_info import read_starts
-from train.step_times import StepTimes
+from train.config.settings import RunConfig
+from train.model import decoder
+from train.records.logger import summary
+from train.records.metrics import read_metrics
+from train.records.step_times import StepTimes
+from train.state.run_info import read_starts
 from venom_jax import Recipe, StackRecipe
 
 Record = dict[str, Any]
@@ -315,7 +315,7 @@ def operations(config: RunConfig) -> float:
     train = config.train
 
     def flops(recipe: StackRecipe) -> float:
-        return model.flops_per_token(config.model, train.seq_len, recipe)
+        return decoder.flops_per_token(config.model, train.seq_len, recipe)
 
     phases = config.schedule.phases
     ends = [phase.start for phase in phases[1:]] + [train.steps]

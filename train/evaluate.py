@@ -1,0 +1,45 @@
+"""Validation loss and bits per byte, inside a run and of a finished or interrupted one; tasks of lm-eval; any text.
+
+python -m train.evaluate --workdir=runs/a            # the dense model (a baked copy inside a sparse phase)
+python -m train.evaluate --workdir=runs/a --sparse   # with the recipe of the checkpoint's phase as well
+python -m train.evaluate --workdir=runs/a --text=book.txt
+python -m train.evaluate --workdir=runs/a --tasks=piqa,arc_easy --eval_data_dir=items
+"""
+
+from pathlib import Path
+
+from absl import app, flags
+
+from train.command import program
+from train.evaluation.validation import report_tasks, report_text, report_validation, restore, split_source
+
+
+@program
+def main(values: flags.FlagValues) -> None:
+    """The command."""
+    run = restore(values.workdir, ema=values.ema)
+    if values.text is not None:
+        report_text(run, Path(values.text), sparse=values.sparse)
+    elif values.tasks:
+        data_dir = None if values.eval_data_dir is None else Path(values.eval_data_dir)
+        report_tasks(
+            run,
+            split_source(values.workdir)[0],
+            values.tasks,
+            sparse=values.sparse,
+            data_dir=data_dir,
+            limit=values.limit,
+        )
+    else:
+        report_validation(run, sparse=values.sparse)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
+    flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
+    flags.DEFINE_boolean("sparse", False, "also evaluate with the recipe of the checkpoint's phase")
+    flags.DEFINE_string("text", None, "bits per byte of this file instead of the validation split")
+    flags.DEFINE_list("tasks", [], "tasks of lm-eval (extra eval) instead, such as arc_easy,piqa")
+    flags.DEFINE_string("eval_data_dir", None, "folder with TASK/SPLIT.jsonl or .parquet; else lm-eval downloads")
+    flags.DEFINE_integer("limit", None, "only this many items of each task", lower_bound=1)
+    app.run(main)

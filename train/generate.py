@@ -1,0 +1,48 @@
+"""Text from a trained model: `python -m train.generate --workdir=runs/a --prompt="The state of"`.
+
+A new token is computed from the cached keys and values of those before it. Once the text is as long as the model's
+sequences, the oldest token falls out for each new one, and with it what it gave to the others: the last S tokens are
+then computed again for each token, so that a text never depends on anything older. Made to look at what a run has
+learned, one text at a time; not meant for serving.
+"""
+
+from absl import app, flags
+from tqdm import tqdm
+
+from train.command import program
+from train.data.sources import open_split
+from train.evaluation.sampling import TEMPERATURE, TOP_P, sample_text
+from train.evaluation.validation import restore
+
+
+@program
+def main(values: flags.FlagValues) -> None:
+    """The command."""
+    run = restore(values.workdir, ema=values.ema)
+    tokenizer = open_split(run.config, "train").tokenizer
+    with tqdm(total=values.new_tokens, unit="token", disable=None) as bar:  # None: shown on a terminal only
+        text = sample_text(
+            run.graphdef,
+            run.config,
+            run.dense_params(),
+            run.state.method,
+            tokenizer,
+            values.prompt,
+            new_tokens=values.new_tokens,
+            temperature=values.temperature,
+            top_p=values.top_p,
+            seed=values.seed,
+            on_tokens=bar.update,
+        )
+    print(f"step {run.step}:\n{text}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
+    flags.DEFINE_string("prompt", "The ", "the text to continue; empty starts a new document")
+    flags.DEFINE_integer("new_tokens", 200, "how many tokens to draw at most")
+    flags.DEFINE_float("temperature", TEMPERATURE, "0 takes the most probable token")
+    flags.DEFINE_float("top_p", TOP_P, "share of the probability to draw from")
+    flags.DEFINE_integer("seed", 0, "of the drawing")
+    flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
+    app.run(main)
