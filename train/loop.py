@@ -88,6 +88,12 @@ def prepare(
     try:
         train = config.train
         checkpoints = checkpoint.Checkpoints(workdir, train.keep_checkpoints, train.keep_every, remote=remote)
+        config = checkpoint.keep_begun(config, checkpoints.begun_phases())
+        if (done := checkpoints.latest or 0) > train.steps:
+            raise ValueError(
+                f"Train.steps={train.steps}, but workdir {str(workdir)!r} has {done} steps; give more steps to go on, "
+                "or for a shorter run another --workdir"
+            )
         fingerprint = checkpoint.fingerprint(config, identity(train_data))
         if init_state and checkpoints.latest is None:
             branch(str(init_from), workdir, fingerprint)
@@ -316,7 +322,9 @@ def sample(run: Run, graphdef: nnx.GraphDef, state: TrainState) -> str:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can save; a second one acts as usual.
+    """Turns the first SIGTERM, SIGINT or SIGHUP into a flag, so that the loop can save; a second one acts as usual.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
 
     With several processes jax.distributed catches SIGTERM in any of them and finds a step at which all can stop.
     """
@@ -325,7 +333,9 @@ class StopRequest:
         self.signal: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        caught = [signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1 else []
+        if caught and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            caught.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._note) for number in caught}
         return self
 
@@ -352,5 +362,5 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """0 on SIGTERM, which asks for just this; 128 + number on SIGINT, as shells expect."""
+        """0 on SIGTERM, which asks for just this; 128 + number on the others, as shells expect."""
         return 0 if self.signal in (None, signal.SIGTERM) else 128 + self.signal
