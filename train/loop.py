@@ -88,17 +88,10 @@ def prepare(
     try:
         train = config.train
         checkpoints = checkpoint.Checkpoints(workdir, train.keep_checkpoints, train.keep_every, remote=remote)
-        config = checkpoint.keep_begun(config, checkpoints.begun_phases())
-        if (done := checkpoints.latest or 0) > train.steps:
-            raise ValueError(
-                f"Train.steps={train.steps}, but workdir {str(workdir)!r} has {done} steps; give more steps to go on, "
-                "or for a shorter run another --workdir"
-            )
-        fingerprint = checkpoint.fingerprint(config, identity(train_data))
         if init_state and checkpoints.latest is None:
-            branch(str(init_from), workdir, fingerprint)
+            branch(str(init_from), workdir, checkpoint.fingerprint(config, identity(train_data)))
             checkpoints.reload()
-        checkpoints.check(fingerprint)
+        config, fingerprint = _check_continues(config, workdir, checkpoints, train_data)
         read_starts(workdir)  # refuses a damaged record now and not after the first steps
         starting = checkpoints.latest is None
         first_alone(lambda: verify(config, workdir / VERIFIED))
@@ -113,6 +106,39 @@ def prepare(
             lock.release()
         raise
     return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, lock, layout, profiled, params, changed)
+
+
+def rehearse(config: RunConfig, workdir: Path | None) -> int:
+    """Tells why a run would not begin, if so: the data are missing (exit code 0), or not the workdir's (2)."""
+    try:
+        data = open_data(config)[0]
+    except ValueError as error:
+        print(f"note            the run would stop: {error}")
+        return 0
+    if workdir is None or not (workdir / checkpoint.CHECKPOINTS).is_dir():
+        return 0
+    with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, writer=False) as checkpoints:
+        try:
+            _check_continues(config, workdir, checkpoints, data)
+        except ValueError as error:
+            print(f"note            the run would stop: {error}")
+            return 2
+    return 0
+
+
+def _check_continues(
+    config: RunConfig, workdir: Path, checkpoints: checkpoint.Checkpoints, data: Dataset
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration with begun phases where they began, and its fingerprint; ValueError where it does not fit."""
+    config = checkpoint.keep_begun(config, checkpoints.begun_phases())
+    if (done := checkpoints.latest or 0) > config.train.steps:
+        raise ValueError(
+            f"Train.steps={config.train.steps}, but workdir {str(workdir)!r} has {done} steps; give more steps to go "
+            "on, or for a shorter run another --workdir"
+        )
+    fingerprint = checkpoint.fingerprint(config, identity(data))
+    checkpoints.check(fingerprint)
+    return config, fingerprint
 
 
 def lock_workdir(workdir: Path, remote: Remote | None = None) -> WorkdirLock:

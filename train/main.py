@@ -13,7 +13,6 @@ from absl import app, flags, logging
 from train import loop
 from train.command import compute_deterministically, keep_compiled_programs, outlive_output, print_error
 from train.config.settings import load_config, trust_imports
-from train.data.sources import open_data
 from train.records import logger
 from train.state import processes
 from train.state.checkpoint import CheckpointError
@@ -47,11 +46,7 @@ def run(
             compute_deterministically()
         if dry_run:
             print(logger.plan(config))
-            try:
-                open_data(config)
-            except ValueError as error:
-                print(f"note            the run would stop: {error}")
-            return 0
+            return loop.rehearse(config, None if workdir is None or is_remote(workdir) else Path(workdir))
         if not str(workdir):
             raise ValueError("--workdir= is empty; give a folder")
         remote = Remote(str(workdir)) if is_remote(workdir) else None

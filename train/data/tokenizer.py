@@ -20,7 +20,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_END_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "<|endofdocument|>", "<eos>", "</s>")
 LONGEST_RUN = 256  # characters
 _LONG_RUN = re.compile(rf"\S{{{LONGEST_RUN}}}(?=\S)|\s{{{LONGEST_RUN}}}(?=\s)")
-PROBE = "Zürich 東京 naïve \U0001f600 ½ \x01 \u202f q"  # what texts hold sooner or later
+PROBE = "Zürich 東京 naïve \U0001f600 ½ q"  # what texts hold sooner or later
 MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
 
 
