@@ -306,10 +306,10 @@ def test_recipes_of_layers_bake_and_balance_by_layer(model):
 
 def test_recipes_of_layers_need_one_stack_and_layers_in_order(model):
     _, params, method = model
-    one = LayerRecipes(((0, VENOM),))
-    one_params, one_method = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (params, method))
-    with pytest.raises(ValueError, match=r"one FFN with a leading axis of layers, found 1 with w1 \(16, 64\)"):
-        phases.transition(one_params, one_method, [], DENSE, one, seed=0)
+    two = LayerRecipes(((0, DENSE), (1, VENOM)))
+    both = [{"a": tree, "b": tree} for tree in (params, method)]
+    with pytest.raises(ValueError, match=r"FFNs without one, found 2, of which a/tower has w1 \(2, 16, 64\)"):
+        phases.transition(*both, [], DENSE, two, seed=0)
     with pytest.raises(ValueError, match="from layer 5 on, but the stack has 2 layers"):
         phases.transition(params, method, [], DENSE, LayerRecipes(((0, DENSE), (5, VENOM))), seed=0)
     for starts in ((), ((1, DENSE),), ((0, DENSE), (0, VENOM))):

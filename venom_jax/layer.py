@@ -98,7 +98,7 @@ def sparse_ffn(
 def run(
     x: Array,
     layer: Layer,
-    recipe: Recipe,
+    recipe: Any,
     *,
     max_experts: int,
     packed: PackedWeights | None = None,

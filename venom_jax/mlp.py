@@ -97,7 +97,7 @@ class SparseMLP(nnx.Module):
         self.bias = Method(jnp.zeros(max_experts, jnp.float32))
         self.permutation = Method(jnp.arange(d_ffn, dtype=jnp.int32))
         self.router = Method(jnp.zeros((max_experts, d_model), jnp.float32)) if learned_router else None
-        self.phase = Method(memory_of_phase.encode(_DENSE)) if remember else None
+        self.phase = Method(jnp.asarray(memory_of_phase.encode(_DENSE))) if remember else None
 
     def __call__(
         self,

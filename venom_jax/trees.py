@@ -129,7 +129,7 @@ def permute(tree: Any, weights: Mapping[Path, Weight], every: Iterable[Path]) ->
     return jax.tree_util.tree_map_with_path(new_value, tree)
 
 
-def apply(function: Callable[..., Array], value: Array, *arguments: Any) -> Array:
+def apply(function: Callable[..., Array], value: Any, *arguments: Any) -> Any:
     """function(value, *arguments), compiled once for each function, laid out as the value; numpy for numpy."""
     if isinstance(value, jax.core.Tracer):
         return function(value, *arguments)
@@ -237,6 +237,8 @@ def _neuron_axis(path: Path, shape: tuple[int, ...], weight: Weight) -> tuple[in
     at = [axis for axis, size in enumerate(shape) if size == count]
     if not at:
         return None
+    if weight.layers and not {weight.shape[axis] for axis in weight.layers} & set(shape):
+        return _SHARED
     if len(at) > 1 or weight.layers or weight.shape.count(count) > 1:
         return "which axis is that of the neurons"
     return at[0], ()
@@ -252,14 +254,14 @@ def _reordered(value: Any, axes: tuple[int, tuple[int, ...]], weight: Weight) ->
     return take(value, order.reshape(shape), neurons)
 
 
-def take(value: Array, order: np.ndarray, axis: int) -> Array:
+def take(value: Any, order: np.ndarray, axis: int) -> Any:
     """Along one axis the entries that `order` names, where the value lies."""
     if isinstance(value, np.ndarray):
         return np.take_along_axis(value, order, axis=axis)
     return apply(_take(axis), value, order)
 
 
-def move_axis(value: Array, source: int, destination: int) -> Array:
+def move_axis(value: Any, source: int, destination: int) -> Any:
     """`moveaxis`, of numpy for numpy."""
     return (np if isinstance(value, np.ndarray) else jnp).moveaxis(value, source, destination)
 
