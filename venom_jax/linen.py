@@ -155,5 +155,7 @@ def _names(init: Callable, shape: tuple[int, int]) -> Names | None:
     box = jax.eval_shape(lambda: init(jax.random.key(0), shape, jnp.float32))
     if not isinstance(box, nn.Partitioned):
         return None
-    names = box.get_partition_spec()
-    return nn.logical_to_mesh_axes(names, box.rules) if isinstance(box, nn.LogicallyPartitioned) else names
+    names: Any = box.get_partition_spec()
+    if isinstance(box, nn.LogicallyPartitioned):
+        names = nn.logical_to_mesh_axes(names, box.rules)
+    return tuple(names)
