@@ -123,8 +123,10 @@ def find(x: Array, w1: Array, hints: Hints, names: Names | None, *, packed: bool
         return None
     sizes = dict(mesh.shape)
     explicit = any(types[axis] == AxisType.Explicit for axis in free)
+    if mesh.size == 1:  # nothing to cut, whatever the hints are for
+        return Placement(None if ambient else mesh, sizes, free, (), (), explicit)
     tokens = _token_axes(x, hints.token_spec, sizes, free, explicit)
-    known = () if packed else _weight_axes(w1, hints.weight_axes, names, explicit, free)
+    known = () if packed else _weight_axes(w1, hints.weight_axes, names, explicit, sizes)
     # In tiles of the kernels where there are such. An axis that does not divide them repeats the weights.
     tiles = w1.shape[1] // (GRANULE if w1.shape[1] % GRANULE == 0 else 4)
     weights = _dividing([axis for axis in free if axis in known], sizes, tiles)
@@ -190,12 +192,12 @@ def _token_axes(
 
 
 def _weight_axes(
-    w1: Array, given: tuple[str, ...] | None, names: Names | None, explicit: bool, free: Sequence[str]
+    w1: Array, given: tuple[str, ...] | None, names: Names | None, explicit: bool, sizes: Mapping[str, int]
 ) -> set[str]:
     if given is not None:
-        unknown = [axis for axis in given if axis not in free]
+        unknown = [axis for axis in given if axis not in sizes]
         if unknown:
-            raise ValueError(f"weight_axes = {given} names the axis {unknown[0]!r}; there is {', '.join(free)}.")
+            raise ValueError(f"weight_axes = {given} names the axis {unknown[0]!r}; the mesh has {', '.join(sizes)}.")
         return set(given)
     if explicit:
         names = jax.typeof(w1).sharding.spec
