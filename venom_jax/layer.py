@@ -29,7 +29,7 @@ def sparse_ffn(
     x: Float[Array, "*batch D"],
     w1: Float[Array, "D F"],
     w2: Float[Array, "F D"],
-    route: Int[Array, "*batch k"] | None = None,
+    route: Int[Array, "..."] | None = None,
     beta: Float[Array, "4"] | None = None,
     *,
     recipe: Recipe,

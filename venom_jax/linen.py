@@ -74,7 +74,7 @@ class SparseMLP(nn.Module):
         """Apply the layer; arguments, results and errors as of `venom_jax.SparseMLP`."""
         if self.d_ffn < 1 or self.max_experts < 1:
             raise ValueError(f"sizes must be positive, got d_ffn={self.d_ffn}, max_experts={self.max_experts}.")
-        _need_method(self)
+        _need_method(self, "beta")
         d_model = x.shape[-1]
         # Inside a shard_map over cut neurons the parameters are a device's part of the layer's.
         own = self.d_ffn // (1 if axis is None else jax.lax.axis_size(axis))
@@ -125,7 +125,7 @@ class VNMLinear(nn.Module):
     ) -> Float[Array, "*batch _out"]:
         """Apply the layer; y has x's dtype."""
         check_gradient(self.gradient)
-        _need_method(self)
+        _need_method(self, "columns")
         w = self.param("w", self.w_init, (x.shape[-1], self.d_out), self.param_dtype)
         places = {} if self.has_variable(METHOD, "columns") else _places(w, self.pattern)
         columns, metadata = (
@@ -141,9 +141,9 @@ def _places(w: Array, pattern: Pattern) -> dict[str, Array]:
     return {"columns": packed.columns, "metadata": packed.metadata}
 
 
-def _need_method(module: nn.Module) -> None:
+def _need_method(module: nn.Module, name: str) -> None:
     """Raise ValueError where `apply` was not given the method's state."""
-    if not module.is_initializing() and METHOD not in module.variables:
+    if not (module.has_variable(METHOD, name) or module.is_mutable_collection(METHOD)):
         raise ValueError(
             f"{'/'.join(module.path) or type(module).__name__} has parameters but no state: give apply the collection "
             f'"{METHOD}" beside "params", and nn.scan around it variable_axes={{"params": 0, "{METHOD}": 0}}.'

@@ -211,7 +211,7 @@ def update_bias(method: Any, loads: Array, recipe: StackRecipe) -> Any:
     if count != 1:
         raise ValueError(f"update_bias takes one (stacked) FFN, this tree holds {count}; use router.updated_bias.")
 
-    def new_bias(bias: Array) -> Array:
+    def new_bias(bias: Array) -> Any:
         if len(parts) == 1:
             return router.updated_bias(bias, loads, parts[0][2])
         return jnp.concatenate([router.updated_bias(bias[a:b], loads[a:b], part) for a, b, part in parts])
@@ -233,9 +233,9 @@ class _Part(NamedTuple):
 class _Arrays(NamedTuple):
     """Leaves of one FFN by name, layers first, the averages' beside the parameters'."""
 
-    params: dict[str, Array]
-    method: dict[str, Array]
-    averages: list[dict[str, Array]]
+    params: dict[str, Any]
+    method: dict[str, Any]
+    averages: list[dict[str, Any]]
 
 
 class _Model:
@@ -253,7 +253,7 @@ class _Model:
     def _take_out(self, path: Path) -> _Arrays:
         params, method, _, averages = self._given
 
-        def of(tree: Any, names: Sequence[str]) -> dict[str, Array]:
+        def of(tree: Any, names: Sequence[str]) -> dict[str, Any]:
             leaves = {p[-1]: leaf for p, leaf in named.named_leaves(tree) if p[:-1] == path and p[-1] in names}
             return {name: self._turned(leaf, name, 0) for name, leaf in leaves.items()}
 
@@ -272,7 +272,7 @@ class _Model:
             )
         return found
 
-    def _turned(self, leaf: Array, name: str, to: int | None) -> Array:
+    def _turned(self, leaf: Any, name: str, to: int | None) -> Any:
         """The leaf with its layers first (to = 0), or where they were (to = None)."""
         axis = self._axes[name]
         if not axis or np.ndim(leaf) < (2 if name in _STATE else 3):
@@ -326,7 +326,7 @@ class _Model:
     def take(self, part: _Part) -> _Arrays:
         """The arrays of a part, to be changed at will."""
 
-        def of(leaves: dict[str, Array]) -> dict[str, Array]:
+        def of(leaves: dict[str, Any]) -> dict[str, Any]:
             return {
                 name: leaf if self._is_whole(part) else leaf[part.first : part.end] for name, leaf in leaves.items()
             }
@@ -357,8 +357,8 @@ class _Model:
         weights = {(*path, name): self._weight(path, name) for path in self._orders for name in _WEIGHTS}
         moved = [named.permute(tree, weights, every) if weights else tree for tree in others]
 
-        def back(tree: Any, work: dict[Path, dict[str, Array]]) -> Any:
-            def new_value(path: Path, leaf: Array) -> Array:
+        def back(tree: Any, work: dict[Path, dict[str, Any]]) -> Any:
+            def new_value(path: Path, leaf: Any) -> Any:
                 return (
                     self._turned(work[path[:-1]][path[-1]], path[-1], None)
                     if path[:-1] in work and path[-1] in work[path[:-1]]
@@ -437,7 +437,7 @@ def _change(model: _Model, part: _Part, seed: int, inputs: Any, rescale: bool) -
 _OF_LAYER = ("beta", "bias", "router")
 
 
-def _bake(tree: dict[str, Array], beta: Array, recipe: Recipe, gemms: Sequence[WeightGemm]) -> None:
+def _bake(tree: dict[str, Any], beta: Any, recipe: Recipe, gemms: Sequence[WeightGemm]) -> None:
     """W <- beta S(W) in `tree` for the weights that these products read sparse."""
     for gemm in gemms:
         if gemm in recipe.weights:
@@ -447,18 +447,18 @@ def _bake(tree: dict[str, Array], beta: Array, recipe: Recipe, gemms: Sequence[W
 
 @functools.cache
 def _baked(axis: int, mask: WeightMask) -> Callable[[Array, Array], Array]:
-    def baked(w: Array, beta: Array) -> Array:
+    def baked(w: Array, beta: Array) -> Any:
         s = sparse_weight(w.astype(jnp.float32), axis, mask)
         return (beta[..., None, None] * s).astype(w.dtype)
 
     return baked
 
 
-def _scaled(w: Array, scale: Array) -> Array:
+def _scaled(w: Array, scale: Array) -> Any:
     return (w * scale[..., None, None]).astype(w.dtype)
 
 
-def _pasted(whole: Array, part: Array, first: int) -> Array:
+def _pasted(whole: Any, part: Any, first: int) -> Any:
     if part.shape == whole.shape:
         return part
     if isinstance(whole, np.ndarray):
@@ -466,14 +466,14 @@ def _pasted(whole: Array, part: Array, first: int) -> Array:
     return jnp.concatenate([whole[:first], part, whole[first + part.shape[0] :]])
 
 
-def _rows(memory: Array | None) -> np.ndarray | None:
+def _rows(memory: Any) -> np.ndarray | None:
     """The numbers of each layer, one a row; None where they are not at hand."""
     if memory is None or isinstance(memory, jax.core.Tracer):
         return None
     return _on_host(memory).reshape(-1, memory_of_phase.LENGTH)
 
 
-def _new_beta(params: dict[str, Array], beta: Array, old: Recipe, new: Recipe, moved: bool) -> Array:
+def _new_beta(params: dict[str, Any], beta: Any, old: Recipe, new: Recipe, moved: bool) -> Any:
     """The scales of a phase: those that the last one had stay, but where neurons moved into other fours along F."""
     for index, gemm in enumerate(WEIGHT_GEMMS):
         other_fours = moved and (gemm in ("y3", "dx") or new.weight_mask == "transposable")
@@ -489,27 +489,27 @@ def _new_beta(params: dict[str, Array], beta: Array, old: Recipe, new: Recipe, m
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _scales(w: Array, axis: int, mask: WeightMask) -> Array:
+def _scales(w: Array, axis: int, mask: WeightMask) -> Any:
     """`optimal_scale` of each matrix of a stack."""
     if w.ndim == 2:
         return optimal_scale(w, axis, mask)
     return jax.lax.map(lambda one: _scales(one, axis, mask), w)
 
 
-def _on_host(array: Array) -> np.ndarray:
+def _on_host(array: Any) -> np.ndarray:
     """The whole array, also where other processes hold parts of it."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
-def _agreed(found: np.ndarray, like: Array) -> np.ndarray:
+def _agreed(found: np.ndarray, like: Any) -> np.ndarray:
     """What the first process found, where the processes share `like`: BLAS of unlike hosts may round differently."""
     addressable = not isinstance(like, jax.Array) or like.is_fully_addressable
     return found if addressable else multihost_utils.broadcast_one_to_all(found)
 
 
-def _cluster(w1: Array, recipe: Recipe, seed: int, first: int, x: Array | None) -> np.ndarray:
+def _cluster(w1: Any, recipe: Recipe, seed: int, first: int, x: Array | None) -> np.ndarray:
     """The new order of neurons of each layer of a stack: [..., F]."""
     stack = _on_host(w1).astype(np.float32).reshape(-1, *w1.shape[-2:])
     samples = [None] * len(stack) if x is None else np.asarray(x, np.float32).reshape(-1, *x.shape[-2:])
@@ -520,7 +520,7 @@ def _cluster(w1: Array, recipe: Recipe, seed: int, first: int, x: Array | None) 
     return _agreed(np.stack(orders).reshape(*w1.shape[:-2], w1.shape[-1]), w1)
 
 
-def _fit_router(w1: Array, recipe: Recipe, x: Array | None, old: Array) -> Array:
+def _fit_router(w1: Any, recipe: Recipe, x: Array | None, old: Array) -> Any:
     """The rows of the router of each layer of a stack: [..., E_max, D]; those beyond E keep what they were."""
     if x is None:
         raise ValueError(
@@ -532,12 +532,12 @@ def _fit_router(w1: Array, recipe: Recipe, x: Array | None, old: Array) -> Array
     return old.at[..., : recipe.experts, :].set(found)
 
 
-def _output_scales(x: Array | None, before: calibrate.Layer, after: calibrate.Layer, old: Recipe, new: Recipe) -> Array:
+def _output_scales(x: Array | None, before: calibrate.Layer, after: calibrate.Layer, old: Recipe, new: Recipe) -> Any:
     """The factor of W2 of each layer of a stack: [...]."""
     if x is None:
         raise ValueError("rescale needs a sample of the layers' inputs; give transition its argument inputs.")
 
-    def flat(leaf: Array) -> Array:
+    def flat(leaf: Any) -> Any:
         return leaf.reshape(-1, *leaf.shape[x.ndim - 2 :])
 
     stacks = jax.tree.map(flat, (x, before, after))

@@ -180,7 +180,9 @@ def _rows(w1: Float[Array, "D F"], recipe: Recipe, learned: Array | None, axis: 
 
 def load(routed: Int[Array, "T k"], max_experts: int) -> Float[Array, "E_max"]:
     """How many tokens each expert got."""
-    chosen = routed.reshape(-1, 1) == jnp.arange(max_experts)  # compared and summed: a scatter would add one by one
+    chosen = (
+        routed.reshape(-1, 1) == jnp.arange(max_experts)[None]
+    )  # compared and summed: a scatter would add one by one
     return jax.lax.stop_gradient(jnp.sum(chosen, axis=0, dtype=jnp.float32))
 
 

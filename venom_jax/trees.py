@@ -53,15 +53,15 @@ def names_of(path: tuple[Any, ...]) -> Path:
     return tuple(names)
 
 
-def named_leaves(tree: Any) -> list[tuple[Path, Array]]:
+def named_leaves(tree: Any) -> list[tuple[Path, Any]]:
     return [(names_of(path), value) for path, value in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def map_named(function: Callable[[Path, Array], Array], tree: Any) -> Any:
+def map_named(function: Callable[[Path, Any], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, value: function(names_of(path), value), tree)
 
 
-def leaf(tree: Any, wanted: Path) -> Array:
+def leaf(tree: Any, wanted: Path) -> Any:
     """The leaf of that path.
 
     Raises:
