@@ -26,6 +26,7 @@ import venom_jax
 from venom_jax import Recipe, phases
 
 VOCABULARY, D_MODEL, D_FFN, LENGTH, ROWS = 64, 64, 512, 16, 32
+DENSE = Recipe.dense()
 
 
 class Block(nn.Module):
@@ -49,7 +50,7 @@ class Transformer(nn.Module):
     layers: int = 2
 
     @nn.compact
-    def __call__(self, tokens, recipe: Recipe = Recipe.dense()):
+    def __call__(self, tokens, recipe: Recipe = DENSE):
         embed = nn.Embed(VOCABULARY, D_MODEL)
         x = embed(tokens) + nn.Embed(LENGTH, D_MODEL)(jnp.arange(tokens.shape[1]))[None]
         for _ in range(self.layers):
@@ -92,7 +93,7 @@ def main() -> list[float]:
         return state.apply_gradients(grads=gradient), value
 
     losses = []
-    for recipe in (Recipe.dense(), Recipe.act24(), Recipe.venom(experts=4, top_k=2), Recipe.dense()):
+    for recipe in (DENSE, Recipe.act24(), Recipe.venom(experts=4, top_k=2), DENSE):
         # old=None: the layers remember the recipe before.
         out = phases.transition(state.params, state.method, [state.opt_state], None, recipe, seed=0)
         state = state.replace(params=out.params, method=out.method, opt_state=out.trees[0])

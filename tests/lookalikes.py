@@ -107,7 +107,7 @@ class State(train_state.TrainState):
 
 def run_linen(
     model: nn.Module, sizes: Sizes, mesh: Any, rows: P, recipes: Sequence[Recipe], steps: int, *, keep_text=False,
-    **axes: int,
+    **axes: Any,
 ) -> Run:  # fmt: skip
     """A linen model with boxes: shardings from them, state donated, a transition of the TrainState's trees."""
 

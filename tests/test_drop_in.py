@@ -1,7 +1,9 @@
 """The layer in other people's code, by the inputs that people tried: modules, boxes, trees, memory, strict modes."""
 
 import inspect
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,7 +45,7 @@ class Stacked(nn.Module):
 
     @nn.compact
     def __call__(self, x, recipe=DENSE):
-        axes: dict[str, Any] = {"params": self.axis} | ({"Method": 0} if self.state else {})
+        axes: Any = {"params": self.axis} | ({"Method": 0} if self.state else {})
         scan = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)
         return scan(recipe, name="layers")(x, None)[0]
 
@@ -226,9 +228,9 @@ def test_a_wrong_old_recipe_is_told():
         phases.transition(out.params, out.method, [], DENSE, DENSE, seed=0)
     back = phases.transition(out.params, out.method, [], None, DENSE, seed=0)
     assert back.report == {"baked_w1": 1.0}
-    forgetful = nnx.split(layer(remember=False), nnx.Param, Method)
+    _, params, method = nnx.split(layer(remember=False), nnx.Param, Method)
     with pytest.raises(ValueError, match="remembers no recipe; give the one before as old"):
-        phases.transition(*forgetful[1:], [], None, ALL24, seed=0)
+        phases.transition(params, method, [], None, ALL24, seed=0)
 
 
 def test_a_phase_forgotten_after_a_resume_is_told():
@@ -291,6 +293,18 @@ def test_six_lines_without_state():
     np.testing.assert_array_equal(
         routed, sparse_ffn(x, mlp.w1[...], mlp.w2[...], route.reshape(-1, 1), recipe=Recipe(experts=4))
     )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api/venom_jax.md"])
+def test_the_six_lines_run(page):
+    text = (Path(__file__).resolve().parent.parent / page).read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "sparse_ffn" in block)
+    assert len(code.splitlines()) <= 6
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    mlp = layer()
+    out = scope["feed_forward"](tokens(), mlp.w1[...], mlp.w2[...])
+    np.testing.assert_array_equal(out, mlp(tokens(), recipe=ACT24))
 
 
 # --- strict modes and odd inputs

@@ -16,10 +16,19 @@ from venom_jax import trees
 
 D, F = 8, 24
 ORDER = np.random.default_rng(0).permutation(F)
-FFN = {("ffn", "w1"): trees.Weight((D, F), 1, (), ORDER), ("ffn", "w2"): trees.Weight((F, D), 0, (), ORDER)}
+FFN: dict[trees.Path, trees.Weight] = {
+    ("ffn", "w1"): trees.Weight((D, F), 1, (), ORDER),
+    ("ffn", "w2"): trees.Weight((F, D), 0, (), ORDER),
+}
 EVERY = [*FFN, ("other", "w1"), ("other", "w2")]
 
 ADAM = optax.adam(1e-2)
+
+
+def _early(step: Any, **_: Any) -> Any:
+    return step < 100
+
+
 BOTH_AXES = jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), {n: {"w1": 0, "w2": 0} for n in ("ffn", "other")})
 MAKE: dict[str, Any] = {  # those that a learning rate alone does not make
     "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4),
@@ -31,8 +40,8 @@ MAKE: dict[str, Any] = {  # those that a learning rate alone does not make
     "clip": lambda: optax.clip(0.1),
     "clip_by_block_rms": lambda: optax.clip_by_block_rms(0.1),
     "clip_by_global_norm": lambda: optax.clip_by_global_norm(0.1),
-    "conditionally_mask": lambda: optax.conditionally_mask(ADAM, lambda step: step < 100),
-    "conditionally_transform": lambda: optax.conditionally_transform(ADAM, lambda step: step < 100),
+    "conditionally_mask": lambda: optax.conditionally_mask(ADAM, _early),
+    "conditionally_transform": lambda: optax.conditionally_transform(ADAM, _early),
     "ema": lambda: optax.ema(0.9),
     "flatten": lambda: optax.flatten(ADAM),
     "freeze": lambda: optax.freeze({"ffn": False, "other": True}),
@@ -162,23 +171,24 @@ def test_no_optimizer_is_left_out():
 
 def test_lookahead_has_slow_parameters():
     optimizer = optax.lookahead(ADAM, 3, 0.5)
-    params = optax.LookaheadParams.init_synced(parameters())
-    state = optimizer.init(params)
+    params: Any = optax.LookaheadParams.init_synced(parameters())
+    state: Any = optimizer.init(params)
     assert jax.tree.structure(moved(state)) == jax.tree.structure(state)
-    np.testing.assert_array_equal(moved(params).slow["ffn"]["w1"], params.slow["ffn"]["w1"][:, ORDER])
-    np.testing.assert_array_equal(moved(params).slow["other"]["w1"], params.slow["other"]["w1"])
+    slow, found = params.slow, moved(params).slow
+    np.testing.assert_array_equal(found["ffn"]["w1"], slow["ffn"]["w1"][:, ORDER])
+    np.testing.assert_array_equal(found["other"]["w1"], slow["other"]["w1"])
 
 
 def test_one_state_for_layers_of_other_orders_is_refused():
     """SM3 takes the largest over all layers of a stack, whose neurons go to other places each."""
     order = np.stack([ORDER, ORDER[::-1]])
-    weights = {("w1",): trees.Weight((2, D, F), 2, (0,), order)}
+    weights: dict[trees.Path, trees.Weight] = {("w1",): trees.Weight((2, D, F), 2, (0,), order)}
     state = optax.sm3(1e-2).init({"w1": jnp.ones((2, D, F))})
     with pytest.raises(
         ValueError, match=r"ScaleBySM3State.*one state for layers whose neurons have other orders of w1"
     ):
         trees.permute(state, weights, [("w1",)])
-    adam = ADAM.init({"w1": jnp.arange(2.0 * D * F).reshape(2, D, F)})
+    adam: Any = ADAM.init({"w1": jnp.arange(2.0 * D * F).reshape(2, D, F)})
     adam = jax.tree.map(lambda leaf: leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), adam)
     out = trees.permute(adam, weights, [("w1",)])
     np.testing.assert_array_equal(out[0].mu["w1"][1], adam[0].mu["w1"][1][:, ORDER[::-1]])
@@ -186,7 +196,10 @@ def test_one_state_for_layers_of_other_orders_is_refused():
 
 def test_layers_on_another_axis():
     order = np.stack([ORDER, ORDER[::-1]])
-    weights = {("w1",): trees.Weight((D, 2, F), 2, (1,), order), ("w2",): trees.Weight((F, 2, D), 0, (1,), order)}
+    weights: dict[trees.Path, trees.Weight] = {
+        ("w1",): trees.Weight((D, 2, F), 2, (1,), order),
+        ("w2",): trees.Weight((F, 2, D), 0, (1,), order),
+    }
     tree = {"w1": np.arange(2 * D * F).reshape(D, 2, F), "w2": np.arange(2 * D * F).reshape(F, 2, D)}
     out = trees.permute(tree, weights, [("w1",), ("w2",)])
     for layer in range(2):

@@ -309,7 +309,7 @@ def test_recipes_of_layers_need_one_stack_and_layers_in_order(model):
     two = LayerRecipes(((0, DENSE), (1, VENOM)))
     both = [{"a": tree, "b": tree} for tree in (params, method)]
     with pytest.raises(ValueError, match=r"FFNs without one, found 2, of which a/tower has w1 \(2, 16, 64\)"):
-        phases.transition(*both, [], DENSE, two, seed=0)
+        phases.transition(both[0], both[1], [], DENSE, two, seed=0)
     with pytest.raises(ValueError, match="from layer 5 on, but the stack has 2 layers"):
         phases.transition(params, method, [], DENSE, LayerRecipes(((0, DENSE), (5, VENOM))), seed=0)
     for starts in ((), ((1, DENSE),), ((0, DENSE), (0, VENOM))):

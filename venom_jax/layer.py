@@ -141,14 +141,13 @@ def run(
         load = jax.lax.psum(stats.load, found.token_axes) if found.token_axes else stats.load
         return y, FFNStats(_mean(stats.density, found), load)
 
-    weights = Layer(found.neurons(1), found.neurons(0), P(), P(), P())
     arrays = (x, *layer, packed, key)
-    specs = (found.batch, *weights, P(), P())
+    specs = (found.batch, found.neurons(1), found.neurons(0), P(), P(), P(), P(), P())
     y, stats = found.run(
         lambda x, w1, w2, beta, bias, learned, packed, key: each(x, Layer(w1, w2, beta, bias, learned), packed, key),
         arrays,
         specs,
-        (found.batch, FFNStats(P(), P())),
+        (found.batch, P()),
     )
     return _laid_out(y, x, found, out_sharding), stats
 

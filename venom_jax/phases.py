@@ -95,14 +95,14 @@ def transition(
         missing, the layers remember another recipe than `old`, or an optimizer's state cannot follow.
     """
     with named.automatic(params, method, trees, averages) as (enter, leave):
-        model = _Model(*enter((params, method, [*trees], [*averages])), layer_axis, method_axis)
+        model = _Model(enter((params, method, [*trees], [*averages])), layer_axis, method_axis)
         report: dict[str, list[tuple[int, float]]] = {}  # of each figure: layers, and its value there
         for part in model.parts(old, new, first_layer):
             for name, value in _change(model, part, seed, inputs, rescale).items():
                 report.setdefault(name, []).append((part.end - part.first, value))
         done = leave(model.close(), (params, method, [*trees], [*averages]))
     means = {name: sum(n * value for n, value in own) / sum(n for n, _ in own) for name, own in report.items()}
-    return Transition(*done, means)
+    return Transition(done[0], done[1], done[2], done[3], means)
 
 
 def change_recipe(
@@ -167,7 +167,11 @@ def check(method: Any, recipe: StackRecipe) -> None:
     """
     state = nnx.state(method, Method) if isinstance(method, nnx.Module) else method
     leaves = {path: value for path, value in named.named_leaves(state) if path[-1] == "phase"}
-    found = [(path, row) for path in sorted(leaves, key=named.in_order) for row in _rows(leaves[path])]
+    found = [
+        (path, row)
+        for path in sorted(leaves, key=named.in_order)
+        for row in _on_host(leaves[path]).reshape(-1, memory_of_phase.LENGTH)
+    ]
     if not found:
         raise ValueError("no layer of this tree remembers a recipe; pass the tree of Method variables.")
     wanted = [part for first, end, part in recipe.parts(len(found)) for _ in range(first, end)]
@@ -187,7 +191,7 @@ def bake(params: Any, method: Any, recipe: StackRecipe, *, layer_axis: int = 0, 
     For a temporary copy, as in an evaluation inside a sparse phase; `transition` does it where it must last.
     """
     with named.automatic(params, method) as (enter, leave):
-        model = _Model(*enter((params, method)), [], [], layer_axis, method_axis)
+        model = _Model((*enter((params, method)), [], []), layer_axis, method_axis)
         for part in model.parts(recipe, recipe, 0, remembered=False):
             here = model.take(part)
             _bake(here.params, here.method["beta"], part.old, [*_FORWARD])
@@ -241,10 +245,9 @@ class _Arrays(NamedTuple):
 class _Model:
     """The trees of a transition, the leaves of their FFNs taken out to be worked on."""
 
-    def __init__(
-        self, params: Any, method: Any, trees: list[Any], averages: list[Any], layer_axis: int, method_axis: int
-    ):
-        self._given = (params, method, trees, averages)
+    def __init__(self, given: tuple[Any, Any, list[Any], list[Any]], layer_axis: int, method_axis: int):
+        """given: parameters, Method variables, optimizers' states, averages of the parameters."""
+        params, method, *_ = self._given = given
         self._axes = dict.fromkeys(_WEIGHTS, layer_axis) | dict.fromkeys(_STATE, method_axis)
         self.layers = named.find_layers(params, method)
         self._work = {path: self._take_out(path) for path in self.layers}
@@ -296,7 +299,8 @@ class _Model:
             for layer in range(count):
                 given, wanted = next(pairs)
                 known = None if memory is None else memory_of_phase.decode(memory[layer])
-                if given is None and known is None:
+                before_it = given or known
+                if before_it is None:
                     raise ValueError(f"layer {'/'.join(path)} remembers no recipe; give the one before as old.")
                 if given is not None and known is not None and not memory_of_phase.same(given, known):
                     raise ValueError(
@@ -304,10 +308,10 @@ class _Model:
                         f"{memory_of_phase.describe(given)}; give the recipe it was trained with, or old = None."
                     )
                 last = found[-1] if layer else None
-                if last is not None and (last.old, last.new) == (given or known, wanted):
+                if last is not None and (last.old, last.new) == (before_it, wanted):
                     found[-1] = last._replace(end=layer + 1)
                 else:
-                    found.append(_Part(path, layer, layer + 1, given or known, wanted, first_layer + layer))
+                    found.append(_Part(path, layer, layer + 1, before_it, wanted, first_layer + layer))
         return found
 
     def _each(self, recipe: StackRecipe, counts: dict[Path, int]) -> list[Recipe]:
@@ -354,7 +358,9 @@ class _Model:
         """The trees with the changed leaves, and the optimizers' states in the new order."""
         params, method, others, averages = self._given
         every = [path for path, _ in named.named_leaves(params)]
-        weights = {(*path, name): self._weight(path, name) for path in self._orders for name in _WEIGHTS}
+        weights: dict[Path, Weight] = {
+            (*path, name): self._weight(path, name) for path in self._orders for name in _WEIGHTS
+        }
         moved = [named.permute(tree, weights, every) if weights else tree for tree in others]
 
         def back(tree: Any, work: dict[Path, dict[str, Any]]) -> Any:
@@ -425,7 +431,7 @@ def _change(model: _Model, part: _Part, seed: int, inputs: Any, rescale: bool) -
         betas = np.asarray(_on_host(method["beta"])).reshape(-1, len(WEIGHT_GEMMS)).mean(0)
         report |= {f"beta_{gemm}": float(betas[WEIGHT_GEMMS.index(gemm)]) for gemm in new.weights}
     if rescale and calibrate.grows(old, new):
-        layers = [calibrate.Layer(**a.params, **{k: a.method.get(k) for k in _OF_LAYER}) for a in (before, here)]
+        layers = [_layer(arrays) for arrays in (before, here)]
         scale = _output_scales(x, layers[0], layers[1], old, new)
         for tree in every:
             tree["w2"] = named.apply(_scaled, tree["w2"], scale)
@@ -434,7 +440,11 @@ def _change(model: _Model, part: _Part, seed: int, inputs: Any, rescale: bool) -
     return report
 
 
-_OF_LAYER = ("beta", "bias", "router")
+def _layer(arrays: _Arrays) -> calibrate.Layer:
+    method = arrays.method
+    return calibrate.Layer(
+        arrays.params["w1"], arrays.params["w2"], method["beta"], method["bias"], method.get("router")
+    )
 
 
 def _bake(tree: dict[str, Any], beta: Any, recipe: Recipe, gemms: Sequence[WeightGemm]) -> None:

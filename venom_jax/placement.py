@@ -24,7 +24,7 @@ from pallas_kernels.array_types import Array
 from pallas_kernels.tiles import GRANULE
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
-Names = Sequence[str | Sequence[str] | None]
+Names = P | Sequence[str | Sequence[str] | None]
 """Mesh axes of each dimension of an array, as in a PartitionSpec; others than the mesh's are passed over."""
 
 
@@ -208,7 +208,7 @@ def _weight_axes(
 
 def _as_tuples(names: Names | None, count: int) -> list[tuple[str, ...]]:
     """The axes of each of so many dimensions."""
-    found = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in names or ()]
+    found = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in tuple(names or ())]
     return (found + [()] * count)[:count]
 
 

@@ -178,7 +178,7 @@ def _auto(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
 
 
 def _moved(leaf: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
-    return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+    return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))  # pyrefly: ignore[missing-attribute]
 
 
 @functools.lru_cache(maxsize=256)
