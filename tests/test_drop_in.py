@@ -134,8 +134,7 @@ def test_numpy_leaves_stay_numpy():
     out = phases.transition(params, method, [state], DENSE, VENOM, seed=0)
     back = phases.transition(out.params, out.method, out.trees, VENOM, DENSE, seed=0)
     for tree in (out, back):
-        moved = [*jax.tree.leaves(tree.params), *jax.tree.leaves(tree.trees)]
-        assert all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in moved)
+        assert all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in jax.tree.leaves(tree[:3]))
     np.testing.assert_array_equal(out.params["w1"], params["w1"][:, out.method["permutation"]])
 
 

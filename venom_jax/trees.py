@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 
 from pallas_kernels.array_types import Array
@@ -71,6 +72,13 @@ def leaf(tree: Any, wanted: Path) -> Any:
         if path == wanted:
             return value
     raise ValueError(f"the tree has no leaf {'/'.join(wanted)}; pass the tree of Method variables of the same model.")
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The whole array, also where other processes hold parts of it."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 def find_layers(params: Any, method: Any) -> list[Path]:
@@ -159,6 +167,8 @@ def automatic(*trees: Any) -> Iterator[tuple[Callable[[Any], Any], Callable[[Any
 
 
 def _as_before(new: Any, old: Any) -> Any:
+    if isinstance(old, np.ndarray) and isinstance(new, jax.Array) and not isinstance(new, jax.core.Tracer):
+        return np.asarray(new)
     if isinstance(new, jax.core.Tracer) or not isinstance(old, jax.Array) or isinstance(old, jax.core.Tracer):
         return new
     if _is_explicit(old):
