@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Literal, get_args
 
+import flax
 import jax
 import jax.numpy as jnp
 
@@ -27,7 +28,7 @@ UNKNOWN_MESH = (
     "jax.set_mesh(mesh) around the program, or SparseMLP(..., mesh=mesh); for one GPU of several, set "
     "CUDA_VISIBLE_DEVICES or a mesh of one device"
 )
-_PACKAGES = tuple(str(Path(module.__file__ or "").parent) for module in (packed_ffn, dispatch, jax))
+_PACKAGES = tuple(str(Path(module.__file__ or "").parent) for module in (packed_ffn, dispatch, flax, jax))
 
 
 @functools.cache
