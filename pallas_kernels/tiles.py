@@ -1,7 +1,7 @@
 """The problem a kernel solves and the tile it solves it in: frozen data, and the one statement of the constraints."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -249,9 +249,11 @@ class TileConfig:
         packs = problem.packing is not None
         if packs and not (problem.mode in ("dense", "columns") and problem.b_k_major and problem.transpose_out):
             return f"{problem}: what is packed are weights times tokens [n, k], whole or by columns, token-major"
-        e, scales = problem.epilogue, {"row_scale", "column_scale"} if problem.is_fp8 else set()
-        plain = dataclasses.replace(e, **dict.fromkeys(scales, False)) == Epilogue()
-        if packs and (not plain or problem.out_dtype != problem.packed_dtype):
+        scales = dict.fromkeys(("row_scale", "column_scale", "powers_of_two"), False) if problem.is_fp8 else {}
+        others: Any = {
+            name: value for name, value in dataclasses.asdict(problem.epilogue).items() if name not in scales
+        }
+        if packs and (Epilogue(**others) != Epilogue() or problem.out_dtype != problem.packed_dtype):
             return f"{problem}: what is packed passes through no other epilogue, rounded to {problem.packed_dtype}"
         if problem.a != "sparse" and not (packs or problem.is_fp8):
             return f"{problem}: a dense product is XLA's, unless its result is packed"

@@ -33,7 +33,7 @@ def problem(m: int, n: int, k: int, *, dtype="bfloat16", b_dtype=None, b_k_major
     return values, metadata, b.T if b_k_major else b, wanted
 
 
-def orders(dtype: str) -> dict[str, bool]:
+def orders(dtype: str) -> dict[str, Any]:
     """In which order a test gives B that does not care: of 8 bits there is one."""
     return {"b_k_major": dispatch.is_fp8(dtype)}
 
@@ -284,7 +284,7 @@ def test_epilogues_agree_with_the_reference(epilogue, out_dtype, transpose_out, 
     m, n, k = 336, 464, 512
     values, metadata, b, _ = problem(m, n, k, dtype=dtype, **orders(dtype))
     shape = (n, m) if transpose_out else (m, n)
-    options = {
+    options: dict[str, Any] = {
         "epilogue": epilogue,
         "operand": None if epilogue.operand is None else normal(2, *shape, dtype=out_dtype),
         "row_scale": normal(3, m, dtype="float32") if epilogue.row_scale else None,
@@ -312,7 +312,7 @@ def test_a_hundred_runs_give_the_same_bits(dtype, epilogue):
     m, n, k = 4096, 1040, 1664
     values, metadata, b, _ = problem(m, n, k, dtype=dtype, **orders(dtype))
     scales = {"row_scale": normal(3, m, dtype="float32"), "column_scale": normal(4, n, dtype="float32")}
-    options = orders(dtype) | {"epilogue": epilogue} | (scales if epilogue.row_scale else {})
+    options: dict[str, Any] = orders(dtype) | {"epilogue": epilogue} | (scales if epilogue.row_scale else {})
     launch = jax.jit(lambda: kernel(values, metadata, b, **options))
     first, same = launch(), jax.jit(jnp.array_equal)
     assert all(bool(same(first, launch())) for _ in range(100))
@@ -375,7 +375,7 @@ def test_zeros_of_either_sign_add_nothing(dtype):
 @pytest.mark.parametrize("dtype", KINDS)
 def test_extreme_sizes(size, dtype):
     values, metadata, b, wanted = problem(*size, dtype=dtype, **orders(dtype))
-    options = orders(dtype) | ({"promote": PROMOTE} if dispatch.is_fp8(dtype) else {})
+    options: dict[str, Any] = orders(dtype) | ({"promote": PROMOTE} if dispatch.is_fp8(dtype) else {})
     assert relative_error(kernel(values, metadata, b, **options), wanted) < limit("bfloat16", dtype)
 
 

@@ -528,7 +528,12 @@ def _multiply(
                 rows, columns = (smem if is_there else None for smem, is_there in zip(factors, there, strict=True))
                 deferred = deferred._replace(row_scales=rows, column_scales=columns)
         fences = bool(problem.v) and not config.gather_lag
-        options = {"b_k_major": problem.b_k_major, "dtype": problem.dtype, "a": problem.a, "fences": fences}
+        options: dict[str, Any] = {
+            "b_k_major": problem.b_k_major,
+            "dtype": problem.dtype,
+            "a": problem.a,
+            "fences": fences,
+        }
         options |= {"b_dtype": problem.b_dtype, "promote": config.promote // problem.tile_k}
         return main_loop.multiply(shape, stages, step, steps, deferred, **options)
 
