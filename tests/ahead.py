@@ -59,7 +59,10 @@ def compile_ahead(monkeypatch, tmp_path):
     monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    topology = topologies.get_topology_desc(platform="cuda", target_config=_H200, topology="1x1x1")
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", target_config=_H200, topology="1x1x1")
+    except NotImplementedError:
+        pytest.skip("needs JAX_PLATFORMS=cpu: a plugin that has looked for a GPU in vain describes none")
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("gpu",))
     where = NamedSharding(mesh, PartitionSpec())
 

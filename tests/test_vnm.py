@@ -128,6 +128,15 @@ def test_tiles_that_cannot_gather_are_refused(v, config, message):
         config.check(hopper.problem_of(512, 512, 256, v))
 
 
+def test_operands_of_8_bits_are_refused():
+    values, words = jnp.zeros((1, 1, 16, 256), jnp.float8_e4m3fn), jnp.zeros((1, 2, 128), jnp.uint32)
+    columns, b = jnp.zeros((1, 128), jnp.int32), jnp.zeros((128, 64), jnp.float8_e4m3fn)
+    with pytest.raises(
+        NotImplementedError, match="V:N:M product takes operands of 16 bits, not float8_e4m3fn.*bfloat16"
+    ):
+        vnm(values, words, columns, b)
+
+
 def test_errors_carry_values():
     a, b, *_ = problem(64, 16, 64, 64, 16)
     values, metadata, columns = a
