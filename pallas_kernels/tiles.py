@@ -246,6 +246,8 @@ class TileConfig:
             )
         if problem.v and (problem.mode != "dense" or problem.b_k_major or problem.m % problem.v):
             return f"{problem}: rows of B are gathered for whole blocks of v rows, without groups, from B [k, n]"
+        if problem.v and problem.stages_scales:
+            return f"{problem}: the warps that would fetch scales of columns gather rows of B"
         packs = problem.packing is not None
         if packs and not (problem.mode in ("dense", "columns") and problem.b_k_major and problem.transpose_out):
             return f"{problem}: what is packed are weights times tokens [n, k], whole or by columns, token-major"

@@ -212,7 +212,7 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
     def _compute():
         plgpu.set_max_registers(config.compute_registers(problem), action="increase")
         if _deferred(problem, config):
-            compute = functools.partial(_compute_tile_deferred, gmem, out_gmem, scratch, problem, config)
+            compute = functools.partial(_compute_tile_deferred, out_gmem, scratch, problem, config)
             turn = (jnp.int32(0),) if _scales_late(problem, config) else ()
             state = (jnp.int32(0), _nothing_kept(problem, config), *turn)
             _, kept, *turn = _for_each_tile(schedule, compute, state)
@@ -415,7 +415,7 @@ def _nothing_kept(problem: Problem, config: TileConfig) -> _Kept:
     return _Kept(_zeros(config).astype(problem.out_dtype), nowhere, nowhere, nowhere, nowhere)
 
 
-def _compute_tile_deferred(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
+def _compute_tile_deferred(out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
     """Multiply a tile; behind its first products, store what is kept of the tile before."""
     step, kept, *_ = state
     acc = _scaled_product(scratch, problem, config, tile, step, kept, out_gmem)
