@@ -22,7 +22,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.array_types import Array, Float, Int
 from venom_jax import packed_ffn
-from venom_jax.dispatch import Implementation, Kernels, choose_kernels
+from venom_jax.dispatch import Implementation, Kernels, choose_kernels, warn_reference
 from venom_jax.ffn import (
     PackedWeights,
     masked_backward,
@@ -36,6 +36,7 @@ from venom_jax.ffn import (
 )
 from venom_jax.formats import Sparse24
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
+from venom_jax.router import Axis
 
 _COLUMNS, _ROWS = 1, 0  # where the neurons of W1 and of W2 run
 
@@ -67,7 +68,7 @@ def sharded_sparse_ffn(
     beta: Float[Array, "4"] | None = None,
     *,
     recipe: Recipe,
-    axis: str,
+    axis: Axis,
     packed: PackedWeights | None = None,
     implementation: Implementation | None = None,
     return_density: bool = False,
@@ -88,8 +89,10 @@ def sharded_sparse_ffn(
     d_model, d_ffn = w1.shape[0], w1.shape[1] * devices
     recipe.check(d_model, d_ffn)
     kernels = choose_kernels(implementation, recipe, d_model, d_ffn, x.dtype, local=True)
-    if implementation is None and w1.shape[1] % packed_ffn.GRANULE:
+    if implementation is None and kernels is not None and w1.shape[1] % packed_ffn.GRANULE:
         kernels = None
+        if not recipe.is_dense:
+            warn_reference(f"d_ffn over {devices} devices leaves {w1.shape[1]} neurons each, no multiple of 64")
     granule = 4 if kernels is None else packed_ffn.GRANULE
     if not recipe.is_dense and w1.shape[1] % granule:
         raise ValueError(
@@ -107,7 +110,7 @@ def sharded_sparse_ffn(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sparse(recipe: Recipe, kernels: Kernels | None, axis: str, x, w1, w2, beta, packed, route):
+def _sparse(recipe: Recipe, kernels: Kernels | None, axis: Axis, x, w1, w2, beta, packed, route):
     """(y3, density); arguments as in `venom_jax.ffn`, the weights being this device's part."""
     return _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route)[0]
 
@@ -154,7 +157,7 @@ _sparse.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(axis: str, x, w1, w2):
+def _dense(axis: Axis, x, w1, w2):
     """(y3, density) of the plain FFN, in x's dtype throughout."""
     return _dense_forward(axis, x, w1, w2)[0]
 
@@ -178,12 +181,12 @@ def _dense_backward(axis, residuals, cotangents):
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
-def _is_cut(axis: str) -> bool:
+def _is_cut(axis: Axis) -> bool:
     """Whether the neurons are: W1 then comes, and its gradient leaves, as [F, D], in the order of its parts."""
     return jax.lax.axis_size(axis) > 1
 
 
-def gather(part: Array, axis: str, dimension: int, *, after: Array | None = None) -> Array:
+def gather(part: Array, axis: Axis, dimension: int, *, after: Array | None = None) -> Array:
     """The parts of all devices of a mesh axis, one behind the other.
 
     after: an array without which the exchange does not begin.  A backward gives its layer's input: XLA would otherwise
@@ -196,7 +199,7 @@ def gather(part: Array, axis: str, dimension: int, *, after: Array | None = None
     return jax.lax.all_gather(part, axis, axis=dimension, tiled=True)
 
 
-def scatter(whole: Array, axis: str, dimension: int) -> Array:
+def scatter(whole: Array, axis: Axis, dimension: int) -> Array:
     """This device's part of the sum over the devices of a mesh axis.
 
     The exchange puts the dimension that it cuts first.  Left so, the optimizer's update of the part would go elsewhere
@@ -212,7 +215,7 @@ def in_order(x: Array) -> Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _gather_master(part: Array, axis: str, dimension: int, dtype: Any, *, after: Array | None = None) -> Array:
+def _gather_master(part: Array, axis: Axis, dimension: int, dtype: Any, *, after: Array | None = None) -> Array:
     """The whole weight with the values it has in the compute dtype, in which it travels, as an array of its own dtype.
 
     XLA drops the widening: whoever reads the result narrows it again.
@@ -220,12 +223,12 @@ def _gather_master(part: Array, axis: str, dimension: int, dtype: Any, *, after:
     return gather(part.astype(dtype), axis, dimension, after=after).astype(part.dtype)
 
 
-def _gather_w1(part: Array, axis: str, dtype: Any, *, after: Array | None = None) -> Array:
+def _gather_w1(part: Array, axis: Axis, dtype: Any, *, after: Array | None = None) -> Array:
     """W1 as `_gather_master` has it, [F, D] if it is cut."""
     return _gather_master(part.T, axis, _ROWS, dtype, after=after) if _is_cut(axis) else part
 
 
-def gather_packed(part: Sparse24, axis: str, *, after: Array | None = None) -> Sparse24:
+def gather_packed(part: Sparse24, axis: Axis, *, after: Array | None = None) -> Sparse24:
     """Rows of a packed matrix are neurons, whichever axis of the logical matrix they are; ``after`` as for `gather`."""
     neurons = 1 - part.axis
     shape = [*part.shape]
