@@ -32,7 +32,7 @@ class Block(nnx.Module):
 class LinenBlock(linen.Module):
     @linen.compact
     def __call__(self, x, recipe):
-        return x + venom_jax.linen.sparse_mlp(32, 64, max_experts=8, name="mlp")(linen.RMSNorm()(x), recipe=recipe)
+        return x + venom_jax.linen.SparseMLP(64, max_experts=8, name="mlp")(linen.RMSNorm()(x), recipe=recipe)
 
 
 def batch():

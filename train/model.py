@@ -177,6 +177,7 @@ class Block(nnx.Module):
             config.d_ffn,
             max_experts=max_experts,
             learned_router=learned_router,
+            remember=False,  # the training state knows its phase
             rngs=rngs,
             w1_init=nnx.initializers.normal(config.ffn_init_std),
             w2_init=nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers)),
