@@ -43,15 +43,16 @@ def test_groups_of_rows_need_whole_stages():
 
 
 def test_the_contraction_needs_room_for_its_groups():
-    largest = TileConfig(128, 192, stages=5, store_slots=1)
+    largest = TileConfig(128, 128, 1, 1, stages=8, store_slots=3)
     assert largest.violation(PROBLEM) is None
-    assert "bytes of shared memory" in str(largest.violation(dataclasses.replace(PROBLEM, mode="contraction")))
+    grouped = dataclasses.replace(PROBLEM, mode="contraction", groups=128)
+    assert "bytes of shared memory" in str(largest.violation(grouped))
 
 
 def test_shared_memory_adds_up():
     config = TileConfig(64, 128, 2, 1, stages=3, store_slots=2)
     a, words, b, chunk = 128 * 32 * 2, 2 * 128 * 4, 64 * 128 * 2, 64 * 128
-    assert config.smem_bytes(PROBLEM) == 3 * (a + words + b) + 2 * 2 * chunk + 1024
+    assert config.smem_bytes(PROBLEM) == 3 * (a + words + b) + 2 * 2 * chunk + 1024 + 4 * 8
 
 
 def test_every_tuned_tile_fits_its_problem():
