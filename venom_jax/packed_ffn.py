@@ -121,7 +121,7 @@ class TokenRows:
         by_neuron: bool,
         features: bool,
         tokens: bool,
-        **scales: Array,
+        **scales: Any,
     ) -> api.PackedActivations:
         """`pack_activations` of rows times the weight of each row's expert, [D, F] or, `by_neuron`, [F, D].
 
@@ -138,7 +138,7 @@ class TokenRows:
         dense: Array | None,
         features: Packed,
         tokens: Packed,
-        **scales: Array,
+        **scales: Any,
     ) -> api.TakenActivations:
         """`take_activations` of rows times the transposed weight [F, D] of each row's expert; scales as above."""
         weights, options = self._weights(sparse, dense)
@@ -183,11 +183,11 @@ class TokenRows:
         *,
         transpose: bool,
         ordered: bool = False,
-        **scales: Array,
+        **scales: Any,
     ) -> Array:
         """sum over tokens of activations [R, Fe] and rows [R, D]: [F, D], or [D, F] if `transpose`, in `dtype`.
 
-        ordered: rows come as [D, R], in the order of `packed`'s tokens. scales: of 8-bit operands.
+        ordered: rows come as [D, R], in the order of `packed`'s tokens. scales: of 8-bit operands, and `promote`.
         """
         if packed is None:
             assert dense_rows is not None

@@ -13,8 +13,8 @@ has seen all of them, so their scales are found beforehand, from at most 256 tok
     m_f = r max over the sample of |y1|             s_f = 4^ceil(log4(32 m_f^2 / 448))
     n_f = r' max over the sample of |dy2|           q_f = 2^ceil(log2(16 * 2 n_f m_f / 448))
 
-r is how many times larger the largest token is than the largest of the sample, by their scales. Beyond 448 scales a value saturates; it
-has 4 bits down to scale / 64 and vanishes below scale / 1024.
+r is how many times larger the largest token is than the largest of the sample, by their scales. Beyond 448 scales a
+value saturates; it has 4 bits down to scale / 64 and vanishes below scale / 1024.
 
 The two headrooms. Saturation costs far more than vanishing does, so they are as large as precision allows. Norm-wise
 error of y2 over 16,384 tokens, with exact maxima 0.026 everywhere, by headroom (normal data; tokens, or neurons, of

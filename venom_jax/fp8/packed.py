@@ -13,7 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.array_types import Array
 from pallas_kernels.cast8 import api as cast8
 from pallas_kernels.cast8.api import Cast
+from pallas_kernels.cast8.reference import root
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.pack import activations, api
 from pallas_kernels.pack.activations import Packed
 from pallas_kernels.sparse24.api import sparse24
@@ -25,6 +27,8 @@ from venom_jax.masked import sampled_density
 from venom_jax.packed_ffn import FFN_RESIDUALS, TokenRows
 from venom_jax.pattern import Recipe
 from venom_jax.permutation import Grouping
+
+_BOTH_SCALES = Epilogue(row_scale=True, column_scale=True)
 
 
 class Residuals(NamedTuple):
@@ -105,12 +109,12 @@ def backward(
     scales = {"row_scale": second.scale, "column_scale": tokens.scale, "scale": scale, "dy1_scale": gradient_scale}
     taken = order.take_hidden(tokens.values, *_forms(second), packed_features, packed_tokens, **scales)
     dx = order.back(taken.features, None, weight, k_major=True, **_times(t, weight, dy3.dtype))
-    dw2 = order.over_tokens(
-        packed_tokens, None, features.values, dtypes[1], transpose=False, ordered=True, **dw2_scales
-    )
-    dw1 = order.over_tokens(
-        taken.tokens, None, x.values, dtypes[0], transpose=not by_neuron, ordered=True, **dw1_scales
-    )
+    # Sums over tokens may have a mean, which the tensor core's 14 bits would bias: they go to f32 on the way.
+    options = {"ordered": True, "promote": PROMOTE, "epilogue": _BOTH_SCALES}
+    dw2_options = options | {"transpose": False, "row_scale": scale, "column_scale": features.scale}
+    dw1_options = options | {"transpose": not by_neuron, "row_scale": gradient_scale, "column_scale": x.scale}
+    dw2 = order.over_tokens(packed_tokens, None, features.values, dtypes[1], **dw2_options)
+    dw1 = order.over_tokens(taken.tokens, None, x.values, dtypes[0], **dw1_options)
     return order.leave(dx, dy3.dtype), dw1, dw2
 
 
@@ -127,7 +131,8 @@ def _forms(weight: Cast) -> tuple[Sparse24 | None, Array | None]:
 
 
 def _times(t: Array, weight: Array, dtype: jax.typing.DTypeLike) -> dict:
-    return {"column_scale": jnp.broadcast_to(t, weight.shape[:1]), "out_dtype": dtype}
+    scales = jnp.broadcast_to(t, weight.shape[:1])
+    return {"epilogue": Epilogue(column_scale=True), "column_scale": scales, "out_dtype": dtype}
 
 
 def _of_sample(x: Array, weight: Cast, implementation: Implementation) -> Array:
@@ -137,9 +142,17 @@ def _of_sample(x: Array, weight: Cast, implementation: Implementation) -> Array:
     sparse, _ = _forms(weight)
     if sparse is None:
         return _dense_hidden(tokens, weight, implementation)
-    scales = {"row_scale": weight.scale, "column_scale": tokens.scale, "out_dtype": jnp.bfloat16}
-    options = {"b_k_major": True, "transpose_out": True, "implementation": implementation}
-    return sparse24(sparse.values, sparse.metadata, tokens.values, **options, **scales)
+    return sparse24(
+        sparse.values,
+        sparse.metadata,
+        tokens.values,
+        b_k_major=True,
+        transpose_out=True,
+        epilogue=_BOTH_SCALES,
+        row_scale=weight.scale,
+        column_scale=tokens.scale,
+        implementation=implementation,
+    )
 
 
 def _dense_hidden(tokens: Cast, weight: Cast, implementation: Implementation) -> Array:
@@ -160,7 +173,7 @@ def _dense_over_tokens(a: Cast, b: Cast, dtype: jax.typing.DTypeLike, implementa
 
 def _rebuilt(order: TokenRows, features: Packed, scale: Array) -> Packed:
     """y2 along tokens, from what is left of it along features; tokens are ranked by the root of the stored 8 bits."""
-    rows = (cast8.root(activations.unpack(features)) * jnp.sqrt(order.of_rows(scale))).astype(jnp.bfloat16)
+    rows = (root(activations.unpack(features)) * jnp.sqrt(order.of_rows(scale))).astype(jnp.bfloat16)
     along = {"features": False, "tokens": True, "interleaved": order.interleaved}
     options = {"scale": scale, "group_sizes": order.sizes, "dtype": E4M3, "implementation": order.implementation}
     found = api.pack_activations(rows, **along, **options).tokens

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels.array_types import Array
 from pallas_kernels.cast8 import api as cast8
 from pallas_kernels.cast8.api import Cast
+from pallas_kernels.cast8.reference import root
 from pallas_kernels.pack import reference as pack
 from venom_jax import masked
 from venom_jax.formats import Sparse24
@@ -86,7 +87,7 @@ def backward(
     scale, gradient_scale = operands.y2_scale(peak), operands.dy1_scale(peak, gradient_peak)
     of_rows = masked.of_rows(scale, recipe, grouping)
     y2 = _cast_and_back(_squared(a), of_rows)
-    kept_a = cast8.root(y2.astype(jnp.float32) / of_rows) * jnp.sqrt(of_rows)
+    kept_a = root(y2.astype(jnp.float32) / of_rows) * jnp.sqrt(of_rows)
     dy2 = masked.hidden(recipe, grouping, back(tokens.values, tokens.scale[:, None]), w2.T)
     dy1 = 2 * dy2.astype(jnp.float32) * kept_a
     dy1 = _cast_and_back(dy1, masked.of_rows(gradient_scale, recipe, grouping))
