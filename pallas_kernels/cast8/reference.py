@@ -63,7 +63,14 @@ def narrow(v: Float[Array, "..."], dtype: jax.typing.DTypeLike = E4M3) -> Float[
 
 def cast(v: Float[Array, "..."], scale: Float[Array, "..."], dtype: jax.typing.DTypeLike = E4M3) -> Float[Array, "..."]:
     """round(v / scale), saturating; `scale` broadcasts against v. Where scale is NaN so is the result."""
-    return narrow(v.astype(jnp.float32) * (1 / scale), dtype)
+    return narrow(v.astype(jnp.float32) * inverse(scale), dtype)
+
+
+def inverse(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1 / scale of powers of two, from the bits: a GPU's division is not exact. 2^127 for zero, NaN for NaN."""
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    exact = jax.lax.bitcast_convert_type((2 * _BIAS << _MANTISSA_BITS) - bits, jnp.float32)
+    return jnp.where(jnp.isfinite(scale), exact, jnp.nan)
 
 
 def widen(cast: Cast) -> Float[Array, "R C"]:
@@ -101,18 +108,21 @@ def fold(a: Cast, factor: Float[Array, "R"]) -> Cast:
     """
     scales = factor * a.scale
     scale = jnp.max(scales)
-    by_row = (scales * (1 / scale))[:, None]
-    return Cast(narrow(a.values.astype(jnp.float32) * by_row).T, scale)
+    share = (scales * inverse(scale))[:, None]
+    return Cast(narrow(a.values.astype(jnp.float32) * share).T, scale)
 
 
 def root(squared: Float[Array, "..."]) -> Float[Array, "..."]:
     """sqrt of stored y2, rounded to bf16, as f32: a over the root of its scale."""
-    return jnp.sqrt(squared.astype(jnp.float32)).astype(jnp.bfloat16).astype(jnp.float32)
+    # A conversion to bf16 and back is something XLA may leave out.
+    return jax.lax.reduce_precision(jnp.sqrt(squared.astype(jnp.float32)), exponent_bits=8, mantissa_bits=7)
 
 
-def gradient_factor(squared_scale: Float[Array, "F"], scale: Float[Array, "F"]) -> Float[Array, "F"]:
-    """What dy2 root(y2) is multiplied by to give dy1 = 2 dy2 a over its scale: 2 sqrt(s) / q."""
-    return 2 * jnp.sqrt(squared_scale) * (1 / scale)
+def gradient_factor(squared_scale: Float[Array, "_"], scale: Float[Array, "_"]) -> Float[Array, "_"]:
+    """What dy2 root(y2) is multiplied by to give dy1 = 2 dy2 a over its scale: 2 sqrt(s) / q, s a power of four."""
+    bits = jax.lax.bitcast_convert_type(squared_scale, jnp.int32)
+    exact = jax.lax.bitcast_convert_type((bits >> 1) + (_BIAS << _MANTISSA_BITS - 1), jnp.float32)
+    return jnp.where(jnp.isfinite(squared_scale), 2 * exact, jnp.nan) * inverse(scale)
 
 
 def activate(y: Float[Array, "R C"], scale: Float[Array, "C"]) -> Both:
