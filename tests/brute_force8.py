@@ -64,7 +64,7 @@ def ffn(x, w1, w2, beta, route, recipe, dy3):
     def weight(gemm, w, axis):
         if gemm not in recipe.weights:
             return w
-        return np.float32(beta[GEMMS.index(gemm)]) * along(soft_threshold, w.astype(np.float32), axis)
+        return bf16(np.float32(beta[GEMMS.index(gemm)]) * along(soft_threshold, w.astype(np.float32), axis))
 
     (dense1, scale1), (dense2, scale2) = over(w1.T, 0), over(w2, 0)
     (first, first_scale), (second, second_scale) = over(weight("y1", w1, 0).T, 0), over(weight("dy2", w2, 1), 0)
@@ -89,7 +89,7 @@ def ffn(x, w1, w2, beta, route, recipe, dy3):
     if recipe.wgrad == "24":
         ranked, kept = (a if recipe.token_copy == "kept" else root), np.zeros_like(own)
         fours = groups(route, experts, recipe.group_rows, recipe.token_blocks, recipe.token_order)
-        for e, four in ((e, four) for e in range(experts) for four in fours[e]):
+        for e, four in [(expert, four) for expert in range(experts) for four in fours[expert]]:
             for f in range(e * size, (e + 1) * size):
                 values = np.array([0.0 if t is None else ranked[t, f] for t in four])
                 for i in np.flatnonzero(keep_two(values)):

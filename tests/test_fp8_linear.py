@@ -90,7 +90,7 @@ def test_nan_stays_with_its_token():
 
 def test_bad_input_is_named(monkeypatch):
     x, w, _ = inputs(48)
-    with pytest.raises(ValueError, match=r"\(48, 64\) and w \(96, 64\) do not fit: want \[\.\.\., D\] and \[D, N\]"):
+    with pytest.raises(ValueError, match=r"\(48, 64\) and w \(96, 64\) do not fit: x ends in 64, w begins with 96"):
         fp8.linear(x, w.T)
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
         fp8.linear(x, w, implementation="hopper")

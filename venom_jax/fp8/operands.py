@@ -46,11 +46,10 @@ from pallas_kernels.array_types import Array, Float
 from pallas_kernels.cast8 import api as cast8
 from pallas_kernels.cast8.api import Cast
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.pack.api import pack_thresholded
+from pallas_kernels.pack.api import pack_thresholded8
 from venom_jax.formats import Sparse24
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe, WeightGemm
 
-E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of e4m3."""
 SMALLEST = 2.0**-60
@@ -88,8 +87,9 @@ def pack_weights(
         if gemm not in recipe.weights:
             return None
         scale = beta[WEIGHT_GEMMS.index(gemm)]
-        found, scales = pack_thresholded(w, scale, axis=axis, dtype=E4M3, implementation=implementation)
-        return Cast(Sparse24(found.values, found.metadata, (w.shape[0], w.shape[1]), axis), scales)
+        found, scales = pack_thresholded8(w, scale, axis=axis, implementation=implementation)
+        packed = Sparse24(found.values, found.metadata, (w.shape[0], w.shape[1]), axis)
+        return Cast(packed, scales[: w.shape[1 - axis]])
 
     dense = [cast8.weights(w, axis=axis, implementation=implementation) for w, axis in ((w1, 1), (w2, 0))]
     sparse = [thresholded("y1", w1, 0), thresholded("dy2", w2, 1)]

@@ -16,13 +16,14 @@ from pallas_kernels.cast8.api import Cast
 from pallas_kernels.cast8.reference import root
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.grouped24 import api as grouped
+from pallas_kernels.grouped24 import reference as dense_groups
 from pallas_kernels.pack import activations, api
 from pallas_kernels.pack.activations import Packed
 from pallas_kernels.sparse24.api import sparse24
 from pallas_kernels.tiles import PROMOTE
 from venom_jax.formats import Sparse24
 from venom_jax.fp8 import operands, products
-from venom_jax.fp8.operands import E4M3
 from venom_jax.masked import sampled_density
 from venom_jax.packed_ffn import FFN_RESIDUALS, TokenRows
 from venom_jax.pattern import Recipe
@@ -66,8 +67,8 @@ def forward(
         y3 = _dense_back(rows_y2, weight, t, x.dtype, implementation)
     else:
         y2, along = None, {"features": True, "tokens": recipe.token_copy == "kept"}
-        scales = {"row_scale": first.scale, "column_scale": tokens.scale, "scale": scale}
-        packed = order.pack_hidden(tokens.values, *_forms(first), by_neuron=True, **along, **scales)
+        y1 = _hidden(tokens, first, order)
+        packed = api.pack_activations(y1, **along, scale=scale, **_packing(order))
         density = packed.positives / (x.shape[0] * recipe.top_k * (scale.shape[0] // recipe.experts))
         packed_features, packed_tokens = packed.squared, packed.tokens
         y3 = order.back(packed_features, None, weight, k_major=True, **_times(t, weight, x.dtype))
@@ -106,8 +107,8 @@ def backward(
     assert packed_features is not None
     if packed_tokens is None:
         packed_tokens = _rebuilt(order, packed_features, scale)
-    scales = {"row_scale": second.scale, "column_scale": tokens.scale, "scale": scale, "dy1_scale": gradient_scale}
-    taken = order.take_hidden(tokens.values, *_forms(second), packed_features, packed_tokens, **scales)
+    dy2, scales = _hidden(tokens, second, order), {"squared_scale": scale, "scale": gradient_scale}
+    taken = api.take_activations(dy2, packed_features, packed_tokens, **scales, **_packing(order))
     dx = order.back(taken.features, None, weight, k_major=True, **_times(t, weight, dy3.dtype))
     # Sums over tokens may have a mean, which the tensor core's 14 bits would bias: they go to f32 on the way.
     options = {"ordered": True, "promote": PROMOTE, "epilogue": _BOTH_SCALES}
@@ -125,34 +126,43 @@ def _both_casts(rows: Array, order: TokenRows) -> tuple[Cast, Cast]:
     return cast8.by_row(rows, **options), cast8.by_column(rows, interleaved=interleaved, **options)
 
 
-def _forms(weight: Cast) -> tuple[Sparse24 | None, Array | None]:
-    """The weight as 2:4, and as a dense array [F, D]; one of them."""
-    return (weight.values, None) if isinstance(weight.values, Sparse24) else (None, weight.values)
-
-
 def _times(t: Array, weight: Array, dtype: jax.typing.DTypeLike) -> dict:
     scales = jnp.broadcast_to(t, weight.shape[:1])
     return {"epilogue": Epilogue(column_scale=True), "column_scale": scales, "out_dtype": dtype}
 
 
+def _packing(order: TokenRows) -> dict:
+    return {"interleaved": order.interleaved, "group_sizes": order.sizes, "implementation": order.implementation}
+
+
 def _of_sample(x: Array, weight: Cast, implementation: Implementation) -> Array:
     """bf16 [S, F], the products of the sampled tokens with all neurons, also where tokens are routed."""
     rows = operands.sampled_rows(x)
-    tokens = cast8.by_row(jnp.pad(rows, ((0, -rows.shape[0] % products.GRANULE), (0, 0))), implementation="reference")
-    sparse, _ = _forms(weight)
-    if sparse is None:
-        return _dense_hidden(tokens, weight, implementation)
-    return sparse24(
-        sparse.values,
-        sparse.metadata,
-        tokens.values,
-        b_k_major=True,
-        transpose_out=True,
-        epilogue=_BOTH_SCALES,
-        row_scale=weight.scale,
-        column_scale=tokens.scale,
-        implementation=implementation,
-    )
+    tokens = cast8.by_row(jnp.pad(rows, ((0, -rows.shape[0] % products.GRANULE), (0, 0))))
+    if isinstance(weight.values, Sparse24):
+        return _sparse_hidden(tokens, weight, None, implementation)
+    return _dense_hidden(tokens, weight, implementation)
+
+
+def _hidden(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
+    """bf16 [R, Fe]: rows times the weight of each row's expert."""
+    if isinstance(weight.values, Sparse24):
+        return _sparse_hidden(tokens, weight, order.sizes, order.implementation)
+    if order.grouping is None:
+        return _dense_hidden(tokens, weight, order.implementation)
+    by_expert = jnp.moveaxis(weight.values.T.reshape(tokens.values.shape[1], order.recipe.experts, -1), 1, 0)
+    a, b = (t.astype(jnp.bfloat16) for t in (tokens.values, by_expert))
+    product = dense_groups.rows(a, b, order.grouping.expert_sizes, align=order.grouping.align)
+    return (product * tokens.scale[:, None] * order.of_rows(weight.scale)).astype(jnp.bfloat16)
+
+
+def _sparse_hidden(tokens: Cast, weight: Cast, group_sizes: Array | None, implementation: Implementation) -> Array:
+    packed = (weight.values.values, weight.values.metadata)
+    scales = {"epilogue": _BOTH_SCALES, "row_scale": weight.scale, "column_scale": tokens.scale}
+    options = {"b_k_major": True, "transpose_out": True, "implementation": implementation, **scales}
+    if group_sizes is None:
+        return sparse24(*packed, tokens.values, **options)
+    return grouped.columns(*packed, tokens.values, group_sizes, **options)
 
 
 def _dense_hidden(tokens: Cast, weight: Cast, implementation: Implementation) -> Array:
@@ -174,8 +184,6 @@ def _dense_over_tokens(a: Cast, b: Cast, dtype: jax.typing.DTypeLike, implementa
 def _rebuilt(order: TokenRows, features: Packed, scale: Array) -> Packed:
     """y2 along tokens, from what is left of it along features; tokens are ranked by the root of the stored 8 bits."""
     rows = (root(activations.unpack(features)) * jnp.sqrt(order.of_rows(scale))).astype(jnp.bfloat16)
-    along = {"features": False, "tokens": True, "interleaved": order.interleaved}
-    options = {"scale": scale, "group_sizes": order.sizes, "dtype": E4M3, "implementation": order.implementation}
-    found = api.pack_activations(rows, **along, **options).tokens
+    found = api.pack_activations(rows, features=False, tokens=True, scale=scale, **_packing(order)).tokens
     assert found is not None
     return found
