@@ -46,12 +46,6 @@ def problems(*, small: bool = False) -> dict[str, tuple[Problem, Sizes]]:
     return found | {name: (case.problem, case.group_sizes) for name, case in grouped_shapes.cases().items()}
 
 
-def sizes_of(problem: Problem) -> dict:
-    """The fields of a problem that a table of tiles is looked up by."""
-    fields = dataclasses.asdict(problem)
-    return {name: fields[name] for name in ("m", "n", "k", "mode", "groups", "b_k_major", "transpose_out")}
-
-
 def argument_sets(problem: Problem) -> list[tuple]:
     """Several random operands of a problem: enough calls in a row that Python's launches do not show."""
     split = problem.groups if problem.mode == "columns" else 1

@@ -111,7 +111,9 @@ def check_fp8(dtype, promote: int | None, *, b_k_major: bool, k: int, **sizes: i
     """Raise ValueError for what products of 8-bit operands do not take, or what those of 16 bits do not."""
     if not is_fp8(dtype):
         if promote:
-            raise ValueError(f"{promote=}: sums of operands in {jnp.dtype(dtype).name} are f32 from the first product on")
+            raise ValueError(
+                f"{promote=}: sums of operands in {jnp.dtype(dtype).name} are f32 from the first product on"
+            )
         return
     if not b_k_major:
         raise ValueError(

@@ -70,10 +70,10 @@ def apply(
     row_scale: [m], or of the output's shape where groups of columns have scales of their own.
     """
     acc = acc * epilogue.alpha
-    if column_scale is not None:
-        acc = acc * jnp.expand_dims(column_scale, row_axis)
     if row_scale is not None:
         acc = acc * (row_scale if row_scale.ndim == acc.ndim else jnp.expand_dims(row_scale, 1 - row_axis))
+    if column_scale is not None:
+        acc = acc * jnp.expand_dims(column_scale, row_axis)
     if epilogue.activation is not None:
         acc = jnp.maximum(acc, 0)
     if epilogue.activation == "relu2":

@@ -81,7 +81,7 @@ def main() -> None:
         best = min(times, key=times.__getitem__)
         listed = "  ".join(f"{label(c)} {1e3 * t:.1f}" for c, t in sorted(times.items(), key=lambda item: item[1]))
         print(f"{name}: {listed} us", flush=True)
-        sizes = bench.sizes_of(problem)
+        sizes = tuned.sizes_of(problem)
         found = {"problem": sizes, "config": dataclasses.asdict(best), "ms": round(times[best], 5)}
         entries[json.dumps(sizes)] = found
         # After each problem, so that a search cut short keeps what it found.

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.array_types import Array, Float
-from pallas_kernels.pack.reference import contraction_order
+from pallas_kernels.pack.reference import contraction_order, magnitude_key
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 MAX_EXPONENT = 60
 """Scales lie between 2^-60 and 2^60: a product of two of them, and its inverse, are normal numbers of f32."""
-_BIAS, _MANTISSA_BITS = 127, 23
+_BIAS, _MANTISSA_BITS, _INFINITY = 127, 23, 0x7F800000
 
 
 class Cast(NamedTuple):
@@ -47,12 +47,12 @@ def scale_of(amax: Float[Array, "..."], power: int = 1, dtype: jax.typing.DTypeL
       f32, at least 2^-60 and at most 2^60; NaN where amax is not finite.
     """
     largest = jax.lax.bitcast_convert_type(jnp.float32(jnp.finfo(dtype).max), jnp.int32)
-    bits = jax.lax.bitcast_convert_type(amax.astype(jnp.float32), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(amax.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
     # One more in the exponent where the mantissa exceeds that of the largest number.
     exponent = (bits - largest + (1 << _MANTISSA_BITS) - 1) >> _MANTISSA_BITS
     exponent = jnp.clip(-(-exponent // power) * power, -MAX_EXPONENT, MAX_EXPONENT)
     scale = jax.lax.bitcast_convert_type((exponent + _BIAS) << _MANTISSA_BITS, jnp.float32)
-    return jnp.where(jnp.isfinite(amax), scale, jnp.nan)
+    return jnp.where(bits < _INFINITY, scale, jnp.nan)
 
 
 def narrow(v: Float[Array, "..."], dtype: jax.typing.DTypeLike = E4M3) -> Float[Array, "..."]:
@@ -68,9 +68,9 @@ def cast(v: Float[Array, "..."], scale: Float[Array, "..."], dtype: jax.typing.D
 
 def inverse(scale: Float[Array, "..."]) -> Float[Array, "..."]:
     """1 / scale of powers of two, from the bits: a GPU's division is not exact. 2^127 for zero, NaN for NaN."""
-    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32) & 0x7FFFFFFF
     exact = jax.lax.bitcast_convert_type((2 * _BIAS << _MANTISSA_BITS) - bits, jnp.float32)
-    return jnp.where(jnp.isfinite(scale), exact, jnp.nan)
+    return jnp.where(bits < _INFINITY, exact, jnp.nan)
 
 
 def widen(cast: Cast) -> Float[Array, "R C"]:
@@ -78,9 +78,10 @@ def widen(cast: Cast) -> Float[Array, "R C"]:
     return cast.values.astype(jnp.float32) * (cast.scale[:, None] if cast.scale.ndim else cast.scale)
 
 
-def largest(x: Float[Array, "R C"], axis: int) -> Float[Array, "_"]:
-    """max |x| along an axis in f32; NaN where there is one."""
-    return jnp.max(jnp.abs(x), axis, initial=0).astype(jnp.float32)
+def largest(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """max |x| along an axis in f32, by its bits: NaN where there is one, which a maximum of floats may lose."""
+    key = jnp.max(magnitude_key(x), axis, initial=0)
+    return jax.lax.bitcast_convert_type(key, x.dtype).astype(jnp.float32)
 
 
 def by_row(x: Float[Array, "R C"], dtype: jax.typing.DTypeLike = E4M3) -> Cast:
@@ -107,7 +108,7 @@ def fold(a: Cast, factor: Float[Array, "R"]) -> Cast:
     factor: f32 powers of two.
     """
     scales = factor * a.scale
-    scale = jnp.max(scales)
+    scale = largest(scales, 0)
     share = (scales * inverse(scale))[:, None]
     return Cast(narrow(a.values.astype(jnp.float32) * share).T, scale)
 
@@ -120,9 +121,9 @@ def root(squared: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def gradient_factor(squared_scale: Float[Array, "_"], scale: Float[Array, "_"]) -> Float[Array, "_"]:
     """What dy2 root(y2) is multiplied by to give dy1 = 2 dy2 a over its scale: 2 sqrt(s) / q, s a power of four."""
-    bits = jax.lax.bitcast_convert_type(squared_scale, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(squared_scale, jnp.int32) & 0x7FFFFFFF
     exact = jax.lax.bitcast_convert_type((bits >> 1) + (_BIAS << _MANTISSA_BITS - 1), jnp.float32)
-    return jnp.where(jnp.isfinite(squared_scale), 2 * exact, jnp.nan) * inverse(scale)
+    return jnp.where(bits < _INFINITY, 2 * exact, jnp.nan) * inverse(scale)
 
 
 def activate(y: Float[Array, "R C"], scale: Float[Array, "C"]) -> Both:

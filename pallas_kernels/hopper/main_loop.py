@@ -454,7 +454,9 @@ def _describe_b(stages_b, n: int, k_major: bool, k_step: int):
     if strides[0]:
         raise NotImplementedError("B must be tiled like its swizzle")
     (stride,) = strides[1]
-    offsets = [row // tile * tile_stride + row % tile // (_MMA_BYTES // _bytes_of(b)) * stride for row in range(0, k, k_step)]
+    offsets = [
+        row // tile * tile_stride + row % tile // (_MMA_BYTES // _bytes_of(b)) * stride for row in range(0, k, k_step)
+    ]
     return base, offsets, fastest != mma_utils.Dim.K
 
 

@@ -64,8 +64,9 @@ def pack_activations(
     chosen, along = _choose(implementation, y), Directions(features, tokens)
     if scale is not None:
         eight_bits.check(y, features, tokens, group_sizes, scale=scale)
+        first = eight_bits.first_neurons(group_sizes, y)
         if chosen == "hopper" and (features or tokens):
-            return packed_of(hopper.pack_scaled(y, along, scale, group_sizes, interleaved=interleaved))
+            return packed_of(hopper.pack_scaled(y, along, scale, first, interleaved=interleaved))
         a, options = jax.nn.relu(y), {"interleaved": interleaved, "group_sizes": group_sizes}
         squared, over_tokens = eight_bits.pack(a, scale, features=features, tokens=tokens, **options)
         return PackedActivations(None, squared, over_tokens, jnp.sum(a > 0, dtype=jnp.float32))
@@ -109,9 +110,10 @@ def take_activations(
     if scale is not None or squared_scale is not None:
         there = (features is not None, tokens is not None)
         eight_bits.check(dy2, *there, group_sizes, squared_scale=squared_scale, scale=scale)
+        first = eight_bits.first_neurons(group_sizes, dy2)
         given, options = (features, tokens, squared_scale, scale), {"interleaved": interleaved}
         if chosen == "hopper":
-            return taken_of(hopper.take_scaled(dy2, *given, group_sizes, **options), features, tokens)
+            return taken_of(hopper.take_scaled(dy2, *given, first, **options), features, tokens)
         return TakenActivations(*eight_bits.take(dy2, *given, group_sizes=group_sizes, **options), tokens)
     if chosen == "hopper":
         found = hopper.take_activations(dy2, features, tokens, interleaved=interleaved)

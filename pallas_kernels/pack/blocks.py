@@ -11,6 +11,7 @@ along features it writes whole runs of a tile, and row j of the four quarters is
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels.pack import words
@@ -48,7 +49,7 @@ class Thread:
             first_row = self.warp * (matrix.rows // 4) + row_block * 16
         else:
             first_row = row_block * GRANULE + self.warp * 16
-        self.row = first_row + self.g
+        self.row, self.row_block, self.first_row = first_row + self.g, row_block, first_row
         piece = self.t ^ (self.g >> 1)
         tile, in_tile = (first_row >> 6) * column_tiles + self.column_tile, first_row & (GRANULE - 1)
         self.feature_piece = tile * _TILE_PIECES + (in_tile + self.g) * 4 + piece
@@ -209,8 +210,11 @@ def take(thread: Thread, along: Directions, loaded: list[Word]) -> None:
         thread.store_pieces("token_dy1", thread.token_piece, *_dy1(m, taken, a))
 
 
-def pack_thresholded(m: Machine, matrix: Matrix, *, along_rows: bool) -> None:
-    """w -> packed round(beta S(w)), S along the columns or, `along_rows`, along the rows and transposed."""
+def pack_thresholded(m: Machine, matrix: Matrix, *, along_rows: bool, store: "Store | None" = None) -> None:
+    """w -> packed round(beta S(w)), S along the columns or, `along_rows`, along the rows and transposed.
+
+    store: how, other than as it is.
+    """
     thread = Thread(m, matrix)
     beta = m.load_word("beta", m.thread * 0)
     rows = thread.load_rows("w")
@@ -226,13 +230,16 @@ def pack_thresholded(m: Machine, matrix: Matrix, *, along_rows: bool) -> None:
         rows = [[f32 for pair in row for f32 in (pair << 16, pair & 0xFFFF0000)] for row in rows]
     rows = [[w for i in range(0, 16, 4) for w in words.thresholded(m, row[i : i + 4], beta)] for row in rows]
     packed, *_ = words.pack_rows(m, *rows)
+    (store or _store_packed)(thread, packed, along_rows)
+
+
+type Store = Callable[[Thread, PackedRows, bool], None]
+
+
+def _store_packed(thread: Thread, packed: PackedRows, along_rows: bool) -> None:
+    piece, word = thread.feature_piece, thread.feature_word
     if along_rows:
-        _store_packed(thread, packed, thread.token_piece, thread.token_word)
-    else:
-        _store_packed(thread, packed, thread.feature_piece, thread.feature_word)
-
-
-def _store_packed(thread: Thread, packed: PackedRows, piece: Word, word: Word) -> None:
+        piece, word = thread.token_piece, thread.token_word
     thread.store_pieces("values", piece, packed.first, packed.second)
     thread.m.store_word("metadata", word, packed.metadata)
 

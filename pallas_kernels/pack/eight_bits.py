@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.array_types import Array, Float, Int
+from pallas_kernels.cast8.reference import E4M3 as DTYPE
 from pallas_kernels.cast8.reference import gradient_factor, inverse, largest, narrow, root, scale_of
 from pallas_kernels.dispatch import check_multiple
 from pallas_kernels.grouped24.reference import tile_groups
@@ -18,7 +19,6 @@ from pallas_kernels.pack.activations import Packed
 from pallas_kernels.tile_order import columns
 from pallas_kernels.tiles import GRANULE
 
-DTYPE = jnp.dtype(jnp.float8_e4m3fn)
 COLUMNS = columns(DTYPE)
 """The contraction is a multiple of this, and groups of tokens start at multiples of it."""
 
@@ -40,6 +40,11 @@ def group_of_rows(group_sizes: Int[Array, "G"], rows: int, unit: int) -> Int[Arr
     padded = -(-jnp.clip(group_sizes, 0, rows) // COLUMNS) * COLUMNS
     sizes = jnp.diff(jnp.minimum(jnp.cumsum(padded), rows), prepend=0)
     return jnp.minimum(tile_groups(sizes, rows // unit, unit), group_sizes.shape[0] - 1)
+
+
+def first_neurons(group_sizes: Int[Array, "G"] | None, y: Float[Array, "R C"]) -> Int[Array, "_"] | None:
+    """The first neuron of the group of each 64 rows."""
+    return None if group_sizes is None else group_of_rows(group_sizes, y.shape[0], GRANULE) * y.shape[1]
 
 
 def _of_each(factor: Array, like: Array, group_sizes: Array | None) -> Array:
@@ -64,13 +69,14 @@ def pack(
     group_sizes: Int[Array, "G"] | None,
 ) -> tuple[Packed | None, Packed | None]:
     """a^2 / scale in e4m3 along features and along tokens: with both, there what is left of a along features."""
-    squared = narrow(jnp.square(a.astype(jnp.float32)) * _of_each(inverse(scale), a, group_sizes))
+    factor = _of_each(inverse(scale), a, group_sizes)
+    squared = narrow(jnp.square(a.astype(jnp.float32)) * factor)
     along_features = activations.pack_features(a, squared) if features else None
     if not tokens:
         return along_features, None
     if features:
-        mask = reference.select24(a)
-        a, squared = jnp.where(mask, a, jnp.zeros((), a.dtype)), jnp.where(mask, squared, jnp.zeros((), DTYPE))
+        a = jnp.where(reference.select24(a), a, jnp.zeros((), a.dtype))
+        squared = narrow(jnp.square(a.astype(jnp.float32)) * factor)
     return along_features, activations.pack_features(*(_over_tokens(v, interleaved) for v in (a, squared)))
 
 

@@ -34,10 +34,9 @@ def sparse24(
     if values.ndim == 2:
         values = _pad(values, values.shape[1], columns // 2)
     b = _pad(b, b.shape[1], GRANULE)
-    last = m if transpose_out else n
-    if last % GRANULE and operand is not None:
-        operand = _pad(operand, last, GRANULE)
-    padded_m, padded_n = (-(-m // GRANULE) * GRANULE, n) if transpose_out else (m, -(-n // GRANULE) * GRANULE)
+    if operand is not None:
+        operand = _pad(operand, operand.shape[1], GRANULE)
+    padded_m, padded_n = padded(m, n, transpose_out)
     problem = Problem(
         m=padded_m,
         n=padded_n,
@@ -63,6 +62,11 @@ def sparse24(
         column_scale=column_scale,
     )
     return out[:n, :m] if transpose_out else out[:m, :n]
+
+
+def padded(m: int, n: int, transpose_out: bool) -> tuple[int, int]:
+    """Sizes of the kernel's problem: what is last in the output is a multiple of 64."""
+    return (-(-m // GRANULE) * GRANULE, n) if transpose_out else (m, -(-n // GRANULE) * GRANULE)
 
 
 def _pad(array, size: int, multiple: int):
