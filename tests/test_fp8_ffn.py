@@ -74,6 +74,7 @@ def of_unlike_sizes(x, w1, w2, dy):
     w1 = w1.at[:, 3].multiply(1e4).at[0, 5].set(-1e3).at[:, 6].set(0).at[0, 7:].multiply(0.1)
     w2 = w2.at[9].multiply(1e-3).at[10].set(0)
     x = x * jnp.exp2(jnp.arange(x.shape[0], dtype=x.dtype) % 7)[:, None]
+    x = x.at[1].multiply(64)  # not in the sample
     return x.at[4].set(0).at[:, 2].set(0), w1, w2, (dy * 1e-6).at[8].set(0)
 
 
@@ -103,7 +104,8 @@ def test_a_sample_without_gradients_is_guessed():
 def test_tokens_beyond_the_sample_decide_the_scales_too():
     x = jnp.ones((TOKENS, 1)).at[1].set(32)  # token 1 is not in the sample
     scale = operands.cast8.by_row(x).scale
-    found = operands.peaks(jnp.ones((150, 4), jnp.bfloat16), scale, jnp.ones(4), 1)
+    sampled = scale[operands.sample(TOKENS)]
+    found = operands.peaks(jnp.ones((150, 4), jnp.bfloat16), sampled, scale, jnp.ones(4), 1)
     np.testing.assert_array_equal(found, 32)
 
 

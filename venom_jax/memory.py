@@ -1,9 +1,10 @@
 """What a layer keeps between its two passes: python -m venom_jax.memory [--tokens T --d_model D --d_ffn F --dtype NAME]
 
 Beside its inputs, which the model keeps anyway, the dense layer keeps y1 (y2 = relu(y1)^2 is made again, if the
-compiler or `jax.checkpoint` says so) or y1 and y2; the packed form keeps what `packed_ffn.Residuals` holds, in eight bits
-`fp8.packed.Residuals`: y2 in a byte an entry, and, in place of its input, that in a byte an entry. Bytes are those of the arrays that JAX hands from the forward to the backward, found by tracing, without running anything. Arrays
-of a routed layer have the size of the fullest case, all groups padded.
+compiler or `jax.checkpoint` says so) or y1 and y2; the packed form keeps what `packed_ffn.Residuals` holds, in eight
+bits `fp8.packed.Residuals`: y2 in place of a, and x cast, a byte an entry. Bytes are those of the arrays that JAX hands
+from the forward to the backward, found by tracing, without running anything. Arrays of a routed layer have the size of
+the fullest case, all groups padded.
 """
 
 import argparse

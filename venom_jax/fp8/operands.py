@@ -117,13 +117,17 @@ def check_packed(recipe: Recipe, packed: Any) -> None:
         )
 
 
-def sampled_rows(x: Float[Array, "T D"]) -> Float[Array, "S D"]:
-    """At most 256 tokens, evenly spaced."""
-    return x[:: max(1, -(-x.shape[0] // SAMPLE))]
+def sample(tokens: int) -> slice:
+    """At most 256 of so many tokens, evenly spaced."""
+    return slice(None, None, max(1, -(-tokens // SAMPLE)))
 
 
 def peaks(
-    sampled: Float[Array, "S F"], tokens: Float[Array, "T"], weight: Float[Array, "F"], width: int
+    products: Float[Array, "S F"],
+    sampled: Float[Array, "S"],
+    tokens: Float[Array, "_"],
+    weight: Float[Array, "F"],
+    width: int,
 ) -> Float[Array, "F"]:
     """How large a neuron's products are to be expected: m_f or n_f of the module's docstring.
 
@@ -131,13 +135,14 @@ def peaks(
     gradient, is guessed from the scales as if both factors were normal.
 
     Args:
-      sampled: the products of `sampled_rows`.
+      products: of the sampled tokens.
+      sampled: the scales of these tokens.
       tokens: the scales of all tokens.
       weight: the scales of the weight's neurons.
       width: D.
     """
-    largest, seen = (jnp.nanmax(t, initial=SMALLEST) for t in (tokens, sampled_rows(tokens)))
-    found = jnp.max(jnp.where(jnp.isnan(sampled), 0, jnp.abs(sampled)), axis=0, initial=0).astype(jnp.float32)
+    largest, seen = (jnp.nanmax(t, initial=SMALLEST) for t in (tokens, sampled))
+    found = jnp.max(jnp.where(jnp.isnan(products), 0, jnp.abs(products)), axis=0, initial=0).astype(jnp.float32)
     grown = found * (largest / seen)
     # The largest of many normal numbers is about 4 sigma: of x, of w, and of their product, sigma sigma sqrt(D).
     guess = largest * weight * (LARGEST**2 / 4 * math.sqrt(width))

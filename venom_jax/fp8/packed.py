@@ -4,7 +4,7 @@ Of the activations y2 alone is kept for the backward, in e4m3 along neurons and 
 from it; of x its transposed cast, which dW1 reads. The dense recipe keeps y2^T.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def forward(
     order = TokenRows(recipe, grouping, x.shape[0], implementation)
     rows = order.enter(x)
     tokens, features = _both_casts(rows, order)
-    peak = operands.peaks(_of_sample(x, first, implementation), tokens.scale, first.scale, x.shape[1])
+    peak = _peaks(tokens, first, order)
     scale = operands.y2_scale(peak)
     weight, t = cast8.fold(second, scale, implementation=implementation)
     if recipe.is_dense:
@@ -91,8 +91,7 @@ def backward(
     grouping, x, y2, packed_features, packed_tokens, scale, peak = residuals
     order = TokenRows(recipe, grouping, dy3.shape[0], implementation)
     tokens, features = _both_casts(order.enter(dy3), order)
-    sampled = _of_sample(dy3, second, implementation)
-    gradient_peak = operands.peaks(sampled, tokens.scale, second.scale, dy3.shape[1])
+    gradient_peak = _peaks(tokens, second, order)
     gradient_scale = operands.dy1_scale(peak, gradient_peak)
     weight, t = cast8.fold(first, gradient_scale, implementation=implementation)
     if recipe.is_dense:
@@ -135,19 +134,23 @@ def _packing(order: TokenRows) -> dict:
     return {"interleaved": order.interleaved, "group_sizes": order.sizes, "implementation": order.implementation}
 
 
-def _of_sample(x: Array, weight: Cast, implementation: Implementation) -> Array:
-    """bf16 [S, F], the products of the sampled tokens with all neurons, also where tokens are routed."""
-    rows = operands.sampled_rows(x)
-    tokens = cast8.by_row(jnp.pad(rows, ((0, -rows.shape[0] % products.GRANULE), (0, 0))))
-    if isinstance(weight.values, Sparse24):
-        return _sparse_hidden(tokens, weight, None, implementation)
-    return _dense_hidden(tokens, weight, implementation)
+def _peaks(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
+    """`operands.peaks` of rows times a weight: of all neurons, also where tokens are routed."""
+    place: Any = operands.sample(order.tokens)
+    if order.grouping is not None:
+        place = order.grouping.row_of_slot[place, 0]
+    rows, scale = (t[: order.tokens][place] if order.grouping is None else t[place] for t in tokens)
+    padding = -rows.shape[0] % products.GRANULE
+    sampled = Cast(jnp.pad(rows, ((0, padding), (0, 0))), jnp.pad(scale, (0, padding), constant_values=1))
+    of_sample = _sparse_hidden if isinstance(weight.values, Sparse24) else _dense_hidden
+    found = of_sample(sampled, weight, order.implementation)
+    return operands.peaks(found, scale, tokens.scale, weight.scale, rows.shape[1])
 
 
 def _hidden(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
     """bf16 [R, Fe]: rows times the weight of each row's expert."""
     if isinstance(weight.values, Sparse24):
-        return _sparse_hidden(tokens, weight, order.sizes, order.implementation)
+        return _sparse_hidden(tokens, weight, order.implementation, order.sizes)
     if order.grouping is None:
         return _dense_hidden(tokens, weight, order.implementation)
     by_expert = jnp.moveaxis(weight.values.T.reshape(tokens.values.shape[1], order.recipe.experts, -1), 1, 0)
@@ -156,7 +159,9 @@ def _hidden(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
     return (product * tokens.scale[:, None] * order.of_rows(weight.scale)).astype(jnp.bfloat16)
 
 
-def _sparse_hidden(tokens: Cast, weight: Cast, group_sizes: Array | None, implementation: Implementation) -> Array:
+def _sparse_hidden(
+    tokens: Cast, weight: Cast, implementation: Implementation, group_sizes: Array | None = None
+) -> Array:
     packed = (weight.values.values, weight.values.metadata)
     scales = {"epilogue": _BOTH_SCALES, "row_scale": weight.scale, "column_scale": tokens.scale}
     options = {"b_k_major": True, "transpose_out": True, "implementation": implementation, **scales}

@@ -49,8 +49,7 @@ def forward(
     """
     tokens, w1 = cast8.by_row(x), dense(first)
     d_ffn = w1.shape[0]
-    sampled = _hidden_of_sample(x, w1)
-    peak = operands.peaks(sampled, tokens.scale, first.scale, x.shape[1])
+    peak = _peaks(tokens, w1, first.scale)
     a = jax.nn.relu(masked.hidden(recipe, grouping, back(tokens.values, tokens.scale[:, None]), w1.T))
     density = jnp.sum(a > 0, dtype=jnp.float32) / (x.shape[0] * recipe.top_k * (d_ffn // recipe.experts))
     density = masked.sampled_density(a) if recipe.is_dense else density
@@ -83,7 +82,7 @@ def backward(
     grouping, x, a, peak = residuals
     tokens, w2 = cast8.by_row(dy3), dense(second)
     d_ffn, d_model = w2.shape
-    gradient_peak = operands.peaks(_hidden_of_sample(dy3, w2), tokens.scale, second.scale, d_model)
+    gradient_peak = _peaks(tokens, w2, second.scale)
     scale, gradient_scale = operands.y2_scale(peak), operands.dy1_scale(peak, gradient_peak)
     of_rows = masked.of_rows(scale, recipe, grouping)
     y2 = _cast_and_back(_squared(a), of_rows)
@@ -137,7 +136,8 @@ def _folded(weight: Cast, scale: Array) -> Array:
     return back(values, t / scale)
 
 
-def _hidden_of_sample(x: Array, w: Array) -> Array:
-    """[S, D] x [F, D] -> [S, F] for all neurons, also where tokens are routed."""
-    tokens = cast8.by_row(operands.sampled_rows(x))
-    return masked.dot(back(tokens.values, tokens.scale[:, None]), w.T).astype(jnp.bfloat16)
+def _peaks(tokens: Cast, w: Array, w_scale: Array) -> Array:
+    """`operands.peaks` of tokens times w [F, D]: of all neurons, also where tokens are routed."""
+    rows, scale = (t[operands.sample(t.shape[0])] for t in tokens)
+    products = masked.dot(back(rows, scale[:, None]), w.T).astype(jnp.bfloat16)
+    return operands.peaks(products, scale, tokens.scale, w_scale, w.shape[1])
