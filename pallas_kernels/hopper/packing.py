@@ -132,7 +132,7 @@ def pack(gmem: dict, chunks_smem, problem: Problem, config: TileConfig, tile, pa
             scf.yield_(following)
 
     first_m, first_n = tile.out_m + part_m * config.warpgroup_m, tile.out_n + part_n * config.warpgroup_n
-    # Column c of the result is neuron c of the tile's group, row a_row of A is column out_m; rows of no group come last.
+    # Column c of the result is neuron c of the tile's group: row a_row of A is column out_m. Rows of no group are last.
     neuron = jnp.minimum(tile.a_row - tile.out_m, problem.m - matrix.columns)
     scalars = (jnp.int32(scalar) for scalar in (first_m, first_n, tile.m_end, tile.n_end, neuron))
     run(chunks_smem, *(gmem[name] for name in names), *scalars)

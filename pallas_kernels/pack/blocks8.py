@@ -59,7 +59,7 @@ class Place:
 
 def load_pair(thread: Thread, index: Word) -> list[Word]:
     """The factors of a row and of that eight rows below it, f32."""
-    shift = 16 - (index & 1) * 16
+    shift = (index & 1 ^ 1) << 4
     found = [thread.m.load_word("factor", (index >> 1) + 4 * i) for i in range(2)]
     return [(word << shift) & 0xFFFF0000 for word in found]
 

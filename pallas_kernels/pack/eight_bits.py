@@ -6,6 +6,8 @@ to bf16, times the scale's. Scales are powers of two (of y2 powers of four), so 
 matters and each entry is rounded once.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +25,7 @@ COLUMNS = columns(DTYPE)
 """The contraction is a multiple of this, and groups of tokens start at multiples of it."""
 
 
-def check(y: Array, features: bool, tokens: bool, group_sizes: Array | None, **scales: Array | None) -> None:
+def check(y: Any, features: bool, tokens: bool, group_sizes: Array | None, **scales: Array | None) -> None:
     """Raise ValueError for sizes and scales that do not belong to y [R, C]."""
     rows, neurons = y.shape
     check_multiple(COLUMNS if tokens or group_sizes is not None else GRANULE, rows=rows)
@@ -47,7 +49,7 @@ def first_neurons(group_sizes: Int[Array, "G"] | None, y: Float[Array, "R C"]) -
     return None if group_sizes is None else group_of_rows(group_sizes, y.shape[0], GRANULE) * y.shape[1]
 
 
-def _of_each(factor: Array, like: Array, group_sizes: Array | None) -> Array:
+def of_each(factor: Array, like: Array, group_sizes: Array | None) -> Array:
     """Factors [C], or [G C], of neurons for each entry of an array [R, C]."""
     if group_sizes is not None:
         factor = factor.reshape(group_sizes.shape[0], -1)[group_of_rows(group_sizes, like.shape[0], 1)]
@@ -69,7 +71,7 @@ def pack(
     group_sizes: Int[Array, "G"] | None,
 ) -> tuple[Packed | None, Packed | None]:
     """a^2 / scale in e4m3 along features and along tokens: with both, there what is left of a along features."""
-    factor = _of_each(inverse(scale), a, group_sizes)
+    factor = of_each(inverse(scale), a, group_sizes)
     squared = narrow(jnp.square(a.astype(jnp.float32)) * factor)
     along_features = activations.pack_features(a, squared) if features else None
     if not tokens:
@@ -91,7 +93,7 @@ def take(
     group_sizes: Int[Array, "G"] | None,
 ) -> tuple[Packed | None, Packed | None]:
     """dy1 = 2 dy2 a over `scale` in e4m3 where the squares `features` and `tokens` of a are stored."""
-    factor = _of_each(gradient_factor(squared_scale, scale), dy2, group_sizes)
+    factor = of_each(gradient_factor(squared_scale, scale), dy2, group_sizes)
 
     def at(packed: Packed | None, dy2: Array, factor: Array) -> Packed | None:
         if packed is None:
