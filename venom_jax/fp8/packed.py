@@ -16,8 +16,6 @@ from pallas_kernels.cast8.api import Cast
 from pallas_kernels.cast8.reference import root
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.epilogue import Epilogue
-from pallas_kernels.grouped24 import api as grouped
-from pallas_kernels.grouped24 import reference as dense_groups
 from pallas_kernels.pack import activations, api
 from pallas_kernels.pack.activations import Packed
 from pallas_kernels.sparse24.api import sparse24
@@ -67,8 +65,8 @@ def forward(
         y3 = _dense_back(rows_y2, weight, t, x.dtype, implementation)
     else:
         y2, along = None, {"features": True, "tokens": recipe.token_copy == "kept"}
-        y1 = _hidden(tokens, first, order)
-        packed = api.pack_activations(y1, **along, scale=scale, **_packing(order))
+        scales = {"row_scale": first.scale, "column_scale": tokens.scale, "scale": scale}
+        packed = order.pack_hidden(tokens.values, *_forms(first), by_neuron=True, **along, **scales)
         density = packed.positives / (x.shape[0] * recipe.top_k * (scale.shape[0] // recipe.experts))
         packed_features, packed_tokens = packed.squared, packed.tokens
         y3 = order.back(packed_features, None, weight, k_major=True, **_times(t, weight, x.dtype))
@@ -106,8 +104,8 @@ def backward(
     assert packed_features is not None
     if packed_tokens is None:
         packed_tokens = _rebuilt(order, packed_features, scale)
-    dy2, scales = _hidden(tokens, second, order), {"squared_scale": scale, "scale": gradient_scale}
-    taken = api.take_activations(dy2, packed_features, packed_tokens, **scales, **_packing(order))
+    scales = {"row_scale": second.scale, "column_scale": tokens.scale, "squared_scale": scale, "scale": gradient_scale}
+    taken = order.take_hidden(tokens.values, *_forms(second), packed_features, packed_tokens, **scales)
     dx = order.back(taken.features, None, weight, k_major=True, **_times(t, weight, dy3.dtype))
     # Sums over tokens may have a mean, which the tensor core's 14 bits would bias: they go to f32 on the way.
     options = {"ordered": True, "promote": PROMOTE, "epilogue": _BOTH_SCALES}
@@ -130,8 +128,9 @@ def _times(t: Array, weight: Array, dtype: jax.typing.DTypeLike) -> dict:
     return {"epilogue": Epilogue(column_scale=True), "column_scale": scales, "out_dtype": dtype}
 
 
-def _packing(order: TokenRows) -> dict:
-    return {"interleaved": order.interleaved, "group_sizes": order.sizes, "implementation": order.implementation}
+def _forms(weight: Cast) -> tuple[Sparse24 | None, Array | None]:
+    """The weight as 2:4, and as a dense array [F, D]; one of them."""
+    return (weight.values, None) if isinstance(weight.values, Sparse24) else (None, weight.values)
 
 
 def _peaks(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
@@ -147,27 +146,19 @@ def _peaks(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
     return operands.peaks(found, scale, tokens.scale, weight.scale, rows.shape[1])
 
 
-def _hidden(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
-    """bf16 [R, Fe]: rows times the weight of each row's expert."""
-    if isinstance(weight.values, Sparse24):
-        return _sparse_hidden(tokens, weight, order.implementation, order.sizes)
-    if order.grouping is None:
-        return _dense_hidden(tokens, weight, order.implementation)
-    by_expert = jnp.moveaxis(weight.values.T.reshape(tokens.values.shape[1], order.recipe.experts, -1), 1, 0)
-    a, b = (t.astype(jnp.bfloat16) for t in (tokens.values, by_expert))
-    product = dense_groups.rows(a, b, order.grouping.expert_sizes, align=order.grouping.align)
-    return (product * tokens.scale[:, None] * order.of_rows(weight.scale)).astype(jnp.bfloat16)
-
-
-def _sparse_hidden(
-    tokens: Cast, weight: Cast, implementation: Implementation, group_sizes: Array | None = None
-) -> Array:
-    packed = (weight.values.values, weight.values.metadata)
-    scales = {"epilogue": _BOTH_SCALES, "row_scale": weight.scale, "column_scale": tokens.scale}
-    options = {"b_k_major": True, "transpose_out": True, "implementation": implementation, **scales}
-    if group_sizes is None:
-        return sparse24(*packed, tokens.values, **options)
-    return grouped.columns(*packed, tokens.values, group_sizes, **options)
+def _sparse_hidden(tokens: Cast, weight: Cast, implementation: Implementation) -> Array:
+    """bf16 [R, F]."""
+    return sparse24(
+        weight.values.values,
+        weight.values.metadata,
+        tokens.values,
+        b_k_major=True,
+        transpose_out=True,
+        epilogue=_BOTH_SCALES,
+        row_scale=weight.scale,
+        column_scale=tokens.scale,
+        implementation=implementation,
+    )
 
 
 def _dense_hidden(tokens: Cast, weight: Cast, implementation: Implementation) -> Array:
@@ -189,6 +180,7 @@ def _dense_over_tokens(a: Cast, b: Cast, dtype: jax.typing.DTypeLike, implementa
 def _rebuilt(order: TokenRows, features: Packed, scale: Array) -> Packed:
     """y2 along tokens, from what is left of it along features; tokens are ranked by the root of the stored 8 bits."""
     rows = (root(activations.unpack(features)) * jnp.sqrt(order.of_rows(scale))).astype(jnp.bfloat16)
-    found = api.pack_activations(rows, features=False, tokens=True, scale=scale, **_packing(order)).tokens
+    how = {"interleaved": order.interleaved, "group_sizes": order.sizes, "implementation": order.implementation}
+    found = api.pack_activations(rows, features=False, tokens=True, scale=scale, **how).tokens
     assert found is not None
     return found
