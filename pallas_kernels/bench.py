@@ -9,7 +9,6 @@ rivals of a case take turns. For grouped problems the dense rival is the full pr
 """
 
 import argparse
-import dataclasses
 import datetime
 import functools
 import itertools
@@ -19,13 +18,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import device, rivals, timing
+from pallas_kernels import device, rivals, tile_order, timing
 from pallas_kernels.grouped24 import bench_shapes as grouped_shapes
 from pallas_kernels.hopper import kernel
 from pallas_kernels.metadata import pack_positions, unpack_positions
 from pallas_kernels.pack.reference import decompress24
 from pallas_kernels.sparse24 import bench_shapes as sparse_shapes
-from pallas_kernels.tile_order import SHAPE, TILE, from_tiles
 from pallas_kernels.tiles import Problem, TileConfig
 from pallas_kernels.tuned import choose
 
@@ -60,13 +58,14 @@ def operands(problem: Problem, seed: int | jax.Array) -> tuple[jax.Array, jax.Ar
     p = problem
     keys = jax.random.split(jax.random.key(seed), 3)
 
-    def normal(key, *shape):
-        return jax.random.normal(key, shape, jnp.float32).astype(p.dtype)
+    def normal(key, dtype, *shape):
+        return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
     positions = PAIRS[jax.random.randint(keys[0], (p.m, p.k // 4), 0, len(PAIRS))]
     rows = p.k * (p.groups if p.mode == "rows" else 1)
-    b = normal(keys[2], *((p.n, rows) if p.b_k_major else (rows, p.n)))
-    return normal(keys[1], p.m // TILE, p.k // TILE, *SHAPE), pack_positions(positions), b
+    b = normal(keys[2], p.b_dtype, *((p.n, rows) if p.b_k_major else (rows, p.n)))
+    tiles = (p.m // tile_order.TILE, p.k // p.tile_k, *tile_order.shape(p.dtype))
+    return normal(keys[1], p.dtype, *tiles), pack_positions(positions, p.dtype), b
 
 
 def group_array(problem: Problem, group_sizes: Sizes) -> jax.Array | None:
@@ -82,7 +81,7 @@ def relative_error(problem: Problem, groups: jax.Array | None, arguments: tuple,
 @functools.partial(jax.jit, static_argnums=0)
 def _relative_error(problem: Problem, groups, values, metadata, b, out):
     p = problem
-    a = decompress24(from_tiles(values), unpack_positions(metadata)).astype(jnp.float64)
+    a = decompress24(tile_order.from_tiles(values), unpack_positions(metadata, p.dtype)).astype(jnp.float64)
     b = (b.T if p.b_k_major else b).astype(jnp.float64)
     if groups is None:
         wanted = a @ b

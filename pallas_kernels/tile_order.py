@@ -70,7 +70,7 @@ def _pieces(tiles: Array, row_tiles: int, column_tiles: int, stored: int) -> Arr
 
 
 def _swizzle(tiles: Array) -> Array:
-    """Exchange piece c of row r with piece c xor (r / 2 mod 4): [..., octets, pairs of rows, 2, c / 2, c % 2, piece]."""
+    """Exchange piece c of row r with piece c xor (r / 2 mod 4): [..., octets, pairs, 2, c / 2, c % 2, piece]."""
     pairs = [tiles[..., pair, :, :, :, :] for pair in range(4)]
     flips = [[axis for bit, axis in ((2, -3), (1, -2)) if pair & bit] for pair in range(4)]
     return jnp.stack([jnp.flip(t, axis) if axis else t for t, axis in zip(pairs, flips, strict=True)], axis=-5)

@@ -1,5 +1,7 @@
 """Casts to eight bits against ml_dtypes at every boundary, and scales against logarithms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -7,7 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cast8 import api, reference
+from pallas_kernels.pack import hopper
 from pallas_kernels.pack.reference import contraction_order
+from tests import word_machine
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -158,6 +162,111 @@ def test_dense_activations_and_their_gradient():
     assert_same_eight_bits(taken.columns, np.asarray(taken.rows).T)
 
 
+@pytest.fixture
+def emulated(monkeypatch):
+    """implementation="hopper" runs the kernels' threads in numpy."""
+
+    def launch(body, blocks, dtype, arrays, out, *, shared):
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        machine = word_machine.NumpyPermuteMachine
+        name = jnp.dtype(dtype).name
+        found = word_machine.run_blocks(body, blocks, name, arrays, out, shared=shared, machine=machine)
+        return {name: jnp.asarray(array) for name, array in found.items()}
+
+    monkeypatch.setattr(hopper, "launch", launch)
+    monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
+
+
+def every_value(rows: int, columns: int, dtype="bfloat16") -> jax.Array:
+    """`matrix` with ties between e4m3 values, inf, NaN, and what is subnormal in e4m3 under its row's scale."""
+    rng = np.random.default_rng(columns)
+    x = np.array(matrix(rows, columns, "float32"))
+    ties = boundaries(ml_dtypes.float8_e4m3fn)
+    x = np.where(rng.random(x.shape) < 0.3, rng.choice(ties, x.shape), x)
+    x[13, 21], x[23, 29], x[31, 3] = np.inf, np.nan, -np.inf
+    x[1], x[:, 2], x[40], x[45, 45] = 0, -0.0, 1e-30, 2.0**100
+    return jnp.asarray(x, dtype)
+
+
+def agree(function, *arguments):
+    """The kernel against the reference, jitted: to the bit, but for the sign of NaN."""
+    found = function(*arguments, implementation="hopper")
+    expected = jax.jit(lambda *given: function(*given, implementation="reference"))(*arguments)
+    for out, ref in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert out.shape == ref.shape
+        if ref.dtype == jnp.float32:
+            np.testing.assert_array_equal(out, ref)
+        else:
+            assert_same_eight_bits(out, ref)
+
+
+def check_casts(rows: int, columns: int, dtype: str):
+    x = every_value(rows, columns, dtype)
+    agree(api.by_row, x)
+    for interleaved in (True, False):
+        agree(functools.partial(api.by_column, interleaved=interleaved), x)
+
+
+def check_folded_and_dense(rows: int, columns: int):
+    rng = np.random.default_rng(0)
+    a = api.by_row(matrix(rows, columns, "float32"), implementation="reference")
+    a = api.Cast(jnp.asarray(rng.integers(0, 256, a.values.shape), "uint8").view(a.values.dtype), a.scale)
+    agree(api.fold, a, jnp.asarray(2.0 ** rng.integers(-30, 30, rows), "float32"))
+    agree(api.fold, a, jnp.ones(rows, "float32").at[5].set(jnp.nan))
+    y, dy2 = every_value(rows, columns), every_value(rows, columns)[::-1]
+    squared = jnp.asarray(4.0 ** rng.integers(-6, 6, columns), "float32").at[3].set(jnp.nan)
+    gradient = jnp.asarray(2.0 ** rng.integers(-20, 6, columns), "float32")
+    agree(api.activate, y, squared)
+    kept = jnp.asarray(rng.integers(0, 256, (columns, rows)), "uint8").view(a.values.dtype)
+    agree(api.differentiate, dy2, kept, squared, gradient)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("rows", "columns", "dtype"), [(128, 192, "bfloat16"), (64, 2112, "float32")])
+def test_emulated_casts(rows, columns, dtype):
+    check_casts(rows, columns, dtype)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_fold_and_dense_activations():
+    check_folded_and_dense(128, 192)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (192, 320), (4096, 2048), (16448, 4096), (64, 8192)])
+def test_hopper_casts(rows, columns, dtype):
+    check_casts(rows, columns, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (192, 320), (4160, 2048)])
+def test_hopper_fold_and_dense_activations(rows, columns):
+    check_folded_and_dense(rows, columns)
+
+
+@pytest.mark.gpu
+def test_hopper_casts_by_xla():
+    """XLA's own conversion on a GPU, which runs where no kernel does, rounds once too."""
+    for dtype in EIGHT_BITS:
+        v = boundaries(dtype)
+        assert_same_eight_bits(jax.jit(reference.narrow, static_argnums=1)(v, dtype), v.astype(dtype))
+
+
+def test_kernels_lower(monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
+    monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
+
+    def everything(x, y, scale):
+        rows, columns = api.by_row(x), api.by_column(x, interleaved=True)
+        both = api.activate(y, scale)
+        return columns, api.fold(rows, scale), api.differentiate(y, both.columns, scale, scale)
+
+    x, y = (jax.ShapeDtypeStruct((256, 256), dtype) for dtype in ("float32", "bfloat16"))
+    traced = jax.jit(everything).trace(x, y, jax.ShapeDtypeStruct((256,), jnp.float32))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 5
+
+
 def test_no_root_lies_near_a_tie_of_bf16():
     """So that an approximate root, within 2^-22 of the exact one, rounds to the same bf16."""
     values = all_values(ml_dtypes.float8_e4m3fn)
@@ -170,3 +279,13 @@ def test_no_root_lies_near_a_tie_of_bf16():
 def test_rows_that_are_no_quarters_are_refused():
     with pytest.raises(ValueError, match="6 rows are no four quarters"):
         api.by_column(jnp.zeros((6, 16), jnp.bfloat16), interleaved=True)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_sizes_and_types_that_the_kernels_do_not_take():
+    for x in (jnp.zeros((64, 72), jnp.bfloat16), jnp.zeros((64, 64), jnp.float16)):
+        with pytest.raises(NotImplementedError, match=rf"does not take {x.dtype}\[64, {x.shape[1]}\]"):
+            api.by_column(x, interleaved=False, implementation="hopper")
+        assert api.by_column(x, interleaved=False).values.shape == x.shape[::-1], "None takes what runs"
+    with pytest.raises(NotImplementedError, match=r"does not take float32\[2, 8208\]"):
+        api.by_row(jnp.zeros((2, 8208), jnp.float32), implementation="hopper")

@@ -3,9 +3,12 @@
 Nothing here has a derivative: it runs inside the `custom_vjp` of the layer.
 """
 
-from pallas_kernels import dispatch
+import jax.numpy as jnp
+
+from pallas_kernels import device, dispatch
 from pallas_kernels.array_types import Array, Float
-from pallas_kernels.cast8 import reference
+from pallas_kernels.cast8 import hopper, reference
+from pallas_kernels.cast8.blocks import MAX_COLUMNS
 from pallas_kernels.cast8.reference import E4M3, MAX_EXPONENT, Both, Cast, cast, largest, scale_of, widen
 
 __all__ = [
@@ -29,10 +32,15 @@ __all__ = [
 def by_row(x: Float[Array, "R C"], *, implementation: dispatch.Implementation | None = None) -> Cast:
     """e4m3 with one scale for each row, its current amax: values [R, C], scale [R].
 
+    Args:
+      implementation: None takes the kernel where device, sizes and dtype allow it and XLA has nothing to split
+        (`device.arrays_lie_on_one_device`); so in every function here.
+
     Raises:
-      NotImplementedError: the named implementation does not take this device.
+      NotImplementedError: the named implementation does not take this device, dtype or size.
     """
-    dispatch.resolve(implementation)
+    if _choose(implementation, x, hopper.takes_rows(x)) == "hopper":
+        return hopper.by_row(x)
     return reference.by_row(x)
 
 
@@ -48,11 +56,12 @@ def by_column(
 
     Raises:
       ValueError: interleaved, and R is no multiple of 4.
-      NotImplementedError: the named implementation does not take this device.
+      NotImplementedError: the named implementation does not take this device, dtype or size.
     """
     if interleaved and x.shape[0] % 4:
         raise ValueError(f"{x.shape[0]} rows are no four quarters: interleaved rows come in multiples of 4. Pad them.")
-    dispatch.resolve(implementation)
+    if _choose(implementation, x, hopper.takes_blocks(x, jnp.bfloat16, jnp.float32)) == "hopper":
+        return hopper.by_column(x, interleaved=interleaved)
     return reference.by_column(x, interleaved=interleaved)
 
 
@@ -77,7 +86,8 @@ def fold(a: Cast, factor: Float[Array, "R"], *, implementation: dispatch.Impleme
       a: weights [F, D] with row scales (`weights`).
       factor: f32 powers of two [F].
     """
-    dispatch.resolve(implementation)
+    if _choose(implementation, a.values, hopper.takes_blocks(a.values, E4M3)) == "hopper":
+        return hopper.fold(a, factor)
     return reference.fold(a, factor)
 
 
@@ -89,7 +99,8 @@ def activate(
     Args:
       scale: f32 powers of four, of each neuron.
     """
-    dispatch.resolve(implementation)
+    if _choose(implementation, y, hopper.takes_blocks(y, jnp.bfloat16)) == "hopper":
+        return hopper.activate(y, scale)
     return reference.activate(y, scale)
 
 
@@ -107,5 +118,19 @@ def differentiate(
       squared, squared_scale: `columns` of `activate`, and its scale: all that the backward pass keeps of y.
       scale: f32 powers of two, of each neuron.
     """
-    dispatch.resolve(implementation)
+    if _choose(implementation, dy2, hopper.takes_blocks(dy2, jnp.bfloat16)) == "hopper":
+        return hopper.differentiate(dy2, squared, squared_scale, scale)
     return reference.differentiate(dy2, squared, squared_scale, scale)
+
+
+def _choose(implementation: dispatch.Implementation | None, x: Array, takes: bool) -> dispatch.Implementation:
+    if implementation is None and not (takes and device.arrays_lie_on_one_device()):
+        implementation = "reference"
+    chosen = dispatch.resolve(implementation)
+    if chosen == "hopper" and not takes:
+        raise NotImplementedError(
+            f"the kernel does not take {x.dtype}{list(x.shape)}: rows and columns are multiples of 64, of bfloat16 or, "
+            f"to be cast by row or by column, float32; a row has at most {MAX_COLUMNS} entries. Use "
+            "implementation='reference'."
+        )
+    return chosen

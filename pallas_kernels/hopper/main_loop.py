@@ -42,7 +42,7 @@ class Stages(NamedTuple):
     """[S, m / 64, 8, 256] stored values tile by tile (tile_order.py), or the same bytes as [S, m, 32]; or a dense A,
     [S, m, 64] or [S, 64, m] as `Problem.a` says, tiled and swizzled as B. Of 8 bits rows have twice the entries."""
     b: Any
-    """[S, 64, n], or [S, n, 64] where B is k-major, tiled (8, 64) and swizzled over 128 bytes; of 8 bits [S, n, 128]."""
+    """[S, 64, n], or [S, n, 64] where B is k-major, tiled (8, 64) and swizzled over 128 bytes."""
     barriers: Any
     """`ring.barriers`."""
     metadata: Any = None

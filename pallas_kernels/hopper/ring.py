@@ -1,8 +1,9 @@
 """The ring of stages in shared memory: one thread fills it, the computing warpgroups empty it.
 
-A stage is one step of 64 columns of A (128 of 8 bits) with their metadata and as many rows of B. Each stage has two barriers in shared
-memory, `filled` and `emptied`. Pallas's own barriers count every thread of a warpgroup, 128 arrivals for each copy and
-each release; these count one, the thread that acts for all, as the tensor core's own completion orders the rest.
+A stage is one step of 64 columns of A (128 of 8 bits) with their metadata and as many rows of B. Each stage has two
+barriers in shared memory, `filled` and `emptied`. Pallas's own barriers count every thread of a warpgroup, 128 arrivals
+for each copy and each release; these count one, the thread that acts for all, as the tensor core's own completion
+orders the rest.
 
 Steps are counted over all tiles of a block: step s uses stage s mod S for the (s div S)-th time.
 """

@@ -220,12 +220,12 @@ def pack_thresholded(m: Machine, matrix: Matrix, *, along_rows: bool, store: "St
     rows = thread.load_rows("w")
     if along_rows:
         # ldmatrix moves 16 bits at a time: f32 goes through shared memory as high and low halves.
-        parts = [rows] if matrix.itemsize == 2 else [[_halves(m, row, high) for row in rows] for high in (True, False)]
+        parts = [rows] if matrix.itemsize == 2 else [[halves(m, row, high) for row in rows] for high in (True, False)]
         for i, part in enumerate(parts):
             thread.to_tokens(part, i)
         m.barrier()
         parts = [thread.from_tokens(i) for i in range(len(parts))]
-        rows = parts[0] if len(parts) == 1 else [_join(m, *halves) for halves in zip(*parts, strict=True)]
+        rows = parts[0] if len(parts) == 1 else [join(m, *halves) for halves in zip(*parts, strict=True)]
     if matrix.itemsize == 2:
         rows = [[f32 for pair in row for f32 in (pair << 16, pair & 0xFFFF0000)] for row in rows]
     rows = [[w for i in range(0, 16, 4) for w in words.thresholded(m, row[i : i + 4], beta)] for row in rows]
@@ -261,12 +261,12 @@ def _dy1(m: Machine, taken: Any, a: list[list[Word]]) -> list[list[Word]]:
     ]
 
 
-def _halves(m: Machine, row: list[Word], high: bool) -> list[Word]:
+def halves(m: Machine, row: list[Word], high: bool) -> list[Word]:
     """16 f32 -> 8 pairs of their high, or low, 16 bits."""
     selector = 0x7632 if high else 0x5410
     return [m.permute(row[i], row[i + 1], selector) for i in range(0, 16, 2)]
 
 
-def _join(m: Machine, high: list[Word], low: list[Word]) -> list[Word]:
-    """The inverse of `_halves`."""
+def join(m: Machine, high: list[Word], low: list[Word]) -> list[Word]:
+    """The inverse of `halves`."""
     return [m.permute(a, b, selector) for a, b in zip(low, high, strict=True) for selector in (0x5410, 0x7632)]

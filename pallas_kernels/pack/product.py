@@ -158,7 +158,7 @@ class Operands(NamedTuple):
             raise ValueError("transposed=True: of 8 bits the tensor core reads weights [neurons, k] along k only")
         dispatch.check_multiple(eight_bits.COLUMNS, k=k)
         self.epilogue.check(
-            None, self.row_scale, self.column_scale, out_shape=(), rows=m, columns=n, out_dtype=jnp.bfloat16
+            None, self.row_scale, self.column_scale, out_shape=(n, m), rows=m, columns=n, out_dtype=jnp.bfloat16
         )
         y = jax.ShapeDtypeStruct((n, m // self.groups), jnp.bfloat16)
         eight_bits.check(y, features, tokens, self.group_sizes, **scales)

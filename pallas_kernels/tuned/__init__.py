@@ -5,6 +5,7 @@ logarithms of the sizes) that fits. Where a GPU has no file, or its file no prob
 serve, then those of the H100: all Hopper GPUs have the same multiprocessors.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -61,8 +62,10 @@ def _choose(problem: Problem, names: tuple[str, ...]) -> TileConfig:
     tiles = [TileConfig(**entry["config"]) for name in names for entry in _of_kind(name, problem)]
     defaults = _FALLBACK_FP8 if problem.is_fp8 else _FALLBACK
     for config in (*tiles, *defaults) if problem.packing is None else _PACKING:
-        # Promotion costs time: no tile does it that need not.
-        if config.violation(problem) is None and bool(config.promote) == bool(problem.promote):
+        if bool(config.promote) != bool(problem.promote):
+            continue  # promotion costs time: no tile does it that need not
+        config = dataclasses.replace(config, promote=min(config.promote, problem.promote))
+        if config.violation(problem) is None:
             return config
     raise ValueError(f"no tile fits {problem}: {defaults[0].violation(problem)}")
 
