@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, dispatch
-from pallas_kernels.array_types import Float
+from pallas_kernels.array_types import Array, Float
 from pallas_kernels.cast8 import api as cast8
 from pallas_kernels.cast8.api import Cast
 from pallas_kernels.dispatch import Implementation
