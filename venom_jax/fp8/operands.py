@@ -132,8 +132,8 @@ def check_packed(recipe: Recipe, packed: Any) -> None:
     for gemm, weight in (("y1", packed.sparse_w1), ("dy2", packed.sparse_w2)):
         if weight is None and gemm in recipe.weights:
             raise ValueError(
-                f"packed weights have no 2:4 weight for {gemm}, the recipe's weights = {recipe.weights}; make them with "
-                "pack_weights(..., recipe=recipe)."
+                f"packed weights have no 2:4 weight for {gemm}, the recipe's weights = {recipe.weights}; make them "
+                "with pack_weights(..., recipe=recipe)."
             )
 
 
