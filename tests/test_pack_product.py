@@ -186,6 +186,7 @@ def test_reference_in_eight_bits(group_sizes, rows_of_groups, form):
     squared = squared.astype(jnp.float8_e4m3fn)
     weights = packed if form == "sparse" else weights
     found = pack_product(weights, x, sizes, features=True, tokens=True, scale=squared_scale, **how)
+    assert found.squared is not None
     np.testing.assert_array_equal(unpack(found.squared), squared)
     assert float(found.positives) == (a > 0).sum()
     root = np.asarray(jnp.asarray(np.sqrt(squared.astype(np.float64)), "bfloat16"), np.float64)
@@ -195,6 +196,7 @@ def test_reference_in_eight_bits(group_sizes, rows_of_groups, form):
     taken = take_product(
         weights, dy, found.squared, found.tokens, sizes, squared_scale=squared_scale, scale=scale, **how
     )
+    assert taken.features is not None
     np.testing.assert_array_equal(np.asarray(unpack(taken.features), np.float32), dy1.astype(np.float32))
     assert taken.squared is found.tokens
 
@@ -297,7 +299,7 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="differ in k"):
         pack_product(a, x, features=True, tokens=False, interleaved=True, implementation="reference")
     a, x, one = integers(0, 128, 128), integers(1, 128, 128), jnp.ones(128)
-    along = {"features": True, "tokens": True, "interleaved": True, "implementation": "reference"}
+    along: dict[str, Any] = {"features": True, "tokens": True, "interleaved": True, "implementation": "reference"}
     with pytest.raises(ValueError, match=r"scale is None; want float32\[128\]"):
         pack_product(a, x, **along)
     with pytest.raises(ValueError, match=r"row_scale is float32\[64\]"):

@@ -110,6 +110,8 @@ def take_activations(
     if scale is not None or squared_scale is not None:
         there = (features is not None, tokens is not None)
         eight_bits.check(dy2, *there, group_sizes, squared_scale=squared_scale, scale=scale)
+        assert squared_scale is not None  # checked
+        assert scale is not None
         first = eight_bits.first_neurons(group_sizes, dy2)
         given, options = (features, tokens, squared_scale, scale), {"interleaved": interleaved}
         if chosen == "hopper":
