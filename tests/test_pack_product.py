@@ -17,7 +17,7 @@ from pallas_kernels.sparse24.api import sparse24
 from pallas_kernels.tiles import TileConfig
 from tests import word_machine
 from tests.kernels import normal
-from tests.test_pack_kernels import ALONG, assert_same_bits, entries
+from tests.test_pack_kernels import ALONG, assert_same_bits, check_scaled_activations, entries
 
 TILES = [
     TileConfig(warpgroup_m=128, warpgroup_n=128, stages=4),
@@ -71,6 +71,7 @@ def test_emulated_chunks(interleaved, monkeypatch):
     given = (dy2, expected.features, expected.tokens)
     taken = api.take_activations(*given, interleaved=interleaved, implementation="hopper")
     assert_same_bits(taken, api.take_activations(*given, interleaved=interleaved, implementation="reference"))
+    check_scaled_activations(256, 128, (True, True), interleaved)
 
 
 def check(rows, features, k, along, group_sizes, dtype="bfloat16", config=None, implementation="hopper", form="sparse"):
@@ -153,9 +154,9 @@ def test_reference(group_sizes, form):
     check(192, 64, 64, (True, True), group_sizes, implementation="reference", form=form)
 
 
-@pytest.mark.parametrize("form", ["sparse", "k_major"])
 @pytest.mark.parametrize(
-    ("group_sizes", "rows_of_groups"), [(None, (384,)), ((128, 0, 65), (128, 0, 128)), ((130, 1), (256, 128))]
+    ("group_sizes", "rows_of_groups", "form"),
+    [(None, (384,), "sparse"), ((128, 0, 65), (128, 0, 128), "sparse"), ((130, 1), (256, 128), "k_major")],
 )
 def test_reference_in_eight_bits(group_sizes, rows_of_groups, form):
     """Against numpy, along features; rows of no group give zeros."""
@@ -288,6 +289,31 @@ def test_lowers(along, group_sizes, form, monkeypatch):
         return take_product(a, x, packed.features, packed.tokens, sizes, **options)
 
     assert jax.jit(both).trace(weights, x).lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
+
+
+@pytest.mark.parametrize(
+    ("along", "groups", "form"),
+    [((True, True), 1, "sparse"), ((True, True), 3, "k_major"), ((False, True), 3, "sparse")],
+)
+def test_eight_bits_lower(along, groups, form, monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
+    monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
+    sizes = None if groups == 1 else jnp.full(groups, 256, jnp.int32)
+    array, neurons = jax.ShapeDtypeStruct, 128 * groups
+    weights = array((neurons, 256), "float8_e4m3fn")
+    if form == "sparse":
+        weights = jax.eval_shape(lambda: pack_features(integers(0, neurons, 256)))
+    options: dict[str, Any] = {"interleaved": sizes is None, "implementation": "hopper"}
+
+    def both(a, x, of_neurons, of_tokens):
+        scales = {"row_scale": of_neurons, "column_scale": of_tokens, "scale": of_neurons}
+        packed = pack_product(a, x, sizes, features=along[0], tokens=along[1], **options, **scales)
+        scales["squared_scale"] = of_neurons
+        return take_product(a, x, packed.squared, packed.tokens, sizes, **options, **scales)
+
+    arguments = array((1024, 256), "float8_e4m3fn"), array((neurons,), "float32"), array((1024,), "float32")
+    text = jax.jit(both).trace(weights, *arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 2
 
 
 def test_wrong_shapes_are_named():
