@@ -206,6 +206,7 @@ def check_casts(rows: int, columns: int, dtype: str):
     agree(api.by_row, x)
     for interleaved in (True, False):
         agree(functools.partial(api.by_column, interleaved=interleaved), x)
+        agree(functools.partial(api.both_ways, interleaved=interleaved), x)
 
 
 def check_folded_and_dense(rows: int, columns: int):
