@@ -122,11 +122,11 @@ def backward(
 def _both_casts(rows: Array, order: TokenRows) -> tuple[Cast, Cast]:
     """Rows in e4m3 per row [R, D], and per feature [D, R] in the order of the products over tokens."""
     interleaved = order.interleaved and not order.recipe.is_dense
-    options = {"implementation": products.casting(order.implementation)}
-    return cast8.by_row(rows, **options), cast8.by_column(rows, interleaved=interleaved, **options)
+    return cast8.both_ways(rows, interleaved=interleaved, implementation=products.casting(order.implementation))
 
 
-def _times(t: Array, weight: Array, dtype: jax.typing.DTypeLike) -> dict:
+def _times(t: Array, weight: Array, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
+    """How a product of a weight [D, F] over one scale is asked for."""
     scales = jnp.broadcast_to(t, weight.shape[:1])
     return {"epilogue": Epilogue(column_scale=True), "column_scale": scales, "out_dtype": dtype}
 
