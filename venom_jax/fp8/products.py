@@ -37,7 +37,8 @@ def dot(
     if implementation == "hopper":
         preset = _PRESETS.ANY_F8_ANY_F8_F32 if exact else _PRESETS.ANY_F8_ANY_F8_F32_FAST_ACCUM
         return jax.lax.dot_general(a, b, contraction, precision=preset, preferred_element_type=out_dtype)
-    a, b = (t.astype(jnp.bfloat16) for t in (a, b))
+    # Behind a barrier, or XLA would drop the casts to e4m3, which these take back.
+    a, b = (t.astype(jnp.bfloat16) for t in jax.lax.optimization_barrier((a, b)))
     return jax.lax.dot_general(a, b, contraction, preferred_element_type=jnp.float32).astype(out_dtype)
 
 
