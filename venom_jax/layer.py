@@ -16,6 +16,7 @@ from venom_jax import dispatch, ffn, placement, router
 from venom_jax.calibrate import Layer
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import PackedWeights
+from venom_jax.fp8 import EightBitWeights
 from venom_jax.pattern import Recipe
 from venom_jax.placement import Hints, Names, Placement
 from venom_jax.router import Axis
@@ -33,7 +34,7 @@ def sparse_ffn(
     beta: Float[Array, "4"] | None = None,
     *,
     recipe: Recipe,
-    packed: PackedWeights | None = None,
+    packed: PackedWeights | EightBitWeights | None = None,
     implementation: Implementation | None = None,
     return_density: bool = False,
     mesh: placement.Mesh | None = None,
@@ -101,7 +102,7 @@ def run(
     recipe: Any,
     *,
     max_experts: int,
-    packed: PackedWeights | None = None,
+    packed: PackedWeights | EightBitWeights | None = None,
     key: Array | None = None,
     implementation: Implementation | None = None,
     axis: Axis | None = None,
@@ -168,7 +169,7 @@ def _one(
     axis: Axis | None,
     x: Array,
     layer: Layer,
-    packed: PackedWeights | None,
+    packed: PackedWeights | EightBitWeights | None,
     key: Array | None,
     *,
     max_experts: int,
@@ -212,7 +213,7 @@ def _apply(tokens, w1, w2, route, beta, recipe, packed, implementation, axis) ->
 
 def _leave_to_xla(found: Placement, recipe: Recipe) -> bool:
     """XLA splits dense products by itself, but not those of arrays whose types name their shardings."""
-    return recipe.is_dense and not found.explicit
+    return recipe.is_dense and not recipe.in_fp8 and not found.explicit
 
 
 def _mean(density: Array, found: Placement) -> Array:

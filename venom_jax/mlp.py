@@ -14,6 +14,7 @@ from venom_jax import layer, memory_of_phase
 from venom_jax.calibrate import Layer
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import PackedWeights
+from venom_jax.fp8 import EightBitWeights
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 from venom_jax.placement import Hints, Mesh, Names
 from venom_jax.router import Axis
@@ -104,7 +105,7 @@ class SparseMLP(nnx.Module):
         x: Float[Array, "*batch D"],
         *,
         recipe: Recipe | None = None,
-        packed: PackedWeights | None = None,
+        packed: PackedWeights | EightBitWeights | None = None,
         key: Array | None = None,
         return_stats: bool = False,
         implementation: Implementation | None = None,
@@ -116,7 +117,7 @@ class SparseMLP(nnx.Module):
         Args:
           x: [..., D]; all leading axes together are the batch whose tokens are routed and pruned.
           recipe: what is sparse in this call, forward and backward; None is the attribute's.
-          packed: `venom_jax.pack_weights` of this layer, to threshold the weights once for several calls.
+          packed: `venom_jax.pack_weights` of this layer, to threshold or cast the weights once for several calls.
           key: for the random router.
           return_stats: return (y, FFNStats) instead of y.
           implementation: "reference", "hopper", or None to choose by device; see `venom_jax.sparse_ffn`.
