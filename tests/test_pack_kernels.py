@@ -245,7 +245,9 @@ def test_sizes_and_types_that_the_kernels_do_not_take(monkeypatch):
     with pytest.raises(ValueError, match="columns=192 must be a positive multiple of 128"):
         api.pack_activations(y, **options, scale=scale)
     with pytest.raises(ValueError, match=r"scale is float32\[192\]; want float32\[384\]"):
-        api.pack_activations(y, **options | {"features": False}, scale=scale, group_sizes=jnp.array([1, 2]))
+        api.pack_activations(
+            y, features=False, tokens=True, interleaved=True, scale=scale, group_sizes=jnp.array([1, 2])
+        )
     with pytest.raises(NotImplementedError, match="got float16"):
         api.pack_activations(y[:, :128].astype(jnp.float16), **options, scale=scale[:128], implementation="hopper")
     with pytest.raises(NotImplementedError, match="packs float32 or bfloat16"):
