@@ -50,6 +50,7 @@ def products(form: str, groups: int):
             "implementation": "hopper",
             "row_scale": scale,
             "column_scale": tokens,
+            "apart": False,
         }
         found = pack_product(weights, x, sizes, features=True, tokens=True, scale=squared_scale, **options)
         given = (squared, over_tokens, sizes)
