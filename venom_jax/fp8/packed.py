@@ -62,6 +62,7 @@ def forward(
     if recipe.is_dense:
         y1 = _dense_hidden(tokens, first, implementation)
         rows_y2, y2 = cast8.activate(y1, scale, implementation=_casting(tokens, first, implementation))
+        y2 = jax.lax.optimization_barrier(y2)  # or XLA, where it casts, takes the root of what was not yet rounded
         density, packed_features, packed_tokens = sampled_density(y1[: x.shape[0]]), None, None
         y3 = products.over_one(rows_y2, weight, t, x.dtype, implementation=implementation)
     else:
