@@ -5,7 +5,7 @@
 #   make audit    known vulnerabilities of what constraints.txt names; without a network it says so and passes
 #   make docs     the documentation with the API reference, into build/site
 #   make aot      what compiles for GPUs that are not there, 150 MB; without it those tests skip
-#   make lint     style and types       make format   apply the style
+#   make lint     style, types, who imports whom       make format   apply the style
 #   make clean    remove caches; runs/ and .venv stay
 
 BIN := .venv/bin
@@ -24,7 +24,7 @@ test: .venv/.installed-test
 
 faults: .venv/.installed-test
 	mkdir -p build
-	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 tests/faults tests/test_guard.py $(PYTEST_ARGS)
+	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 tests/faults tests/test_train_step_guard.py $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -n 2 -m slow --ignore=tests/faults $(PYTEST_ARGS)
 
 # In a folder of their own: jax would look for a GPU with them in every process.
@@ -41,6 +41,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyrefly check
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix

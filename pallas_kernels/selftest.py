@@ -22,6 +22,8 @@ import numpy as np
 from pallas_kernels import device, dispatch
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api as grouped
+from pallas_kernels.measure import issue
+from pallas_kernels.measure import warp as bench
 from pallas_kernels.metadata import pack_positions
 from pallas_kernels.pack import api
 from pallas_kernels.permute import api as permute
@@ -29,7 +31,6 @@ from pallas_kernels.sparse24 import sparse24
 from pallas_kernels.tile_order import to_tiles
 from pallas_kernels.vnm import reference as vnm_reference
 from pallas_kernels.vnm import vnm
-from pallas_kernels.warp import bench, issue
 
 RAGGED = (0, 1, 63, 64, 65, 300)
 """Rows of groups: none, one, and around the granule of 64."""

@@ -33,6 +33,7 @@ _ARRAY_MODULES = [
     "calibrate",
     "ffn",
     "formats",
+    "layer",
     "linen",
     "mlp",
     "mvue",
@@ -43,6 +44,7 @@ _ARRAY_MODULES = [
     "sharded_ffn",
     "stats",
     "threshold",
+    "trees",
     "vnm",
 ]
 install_import_hook(["pallas_kernels", *(f"venom_jax.{name}" for name in _ARRAY_MODULES)], "beartype.beartype")

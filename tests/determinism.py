@@ -27,21 +27,24 @@ from unittest import mock
 import jax
 
 from tests.trainer import final_state, gin_bindings, records
-from train import command, main, model
-from train.config import CONFIG_ROOT
-from train.evaluate import read_config
-from train.metrics import read_metrics
+from train import command, main
+from train.config.settings import CONFIG_ROOT
+from train.evaluation.validation import read_config
+from train.model import decoder
+from train.records.metrics import read_metrics
 
 RATES = ("--deterministic", "default")
 
 
 def _with_cudnn() -> AbstractContextManager:
-    mix = model.Attention.mix
-    return mock.patch.object(model.Attention, "mix", lambda *inputs, deterministic=False: mix(*inputs[:5]))
+    mix = decoder.Attention.mix
+    return mock.patch.object(decoder.Attention, "mix", lambda *inputs, deterministic=False: mix(*inputs[:5]))
 
 
 def _with_a_scatter() -> AbstractContextManager:
-    return mock.patch.object(model, "look_up", lambda table, tokens, dtype, deterministic: table[tokens].astype(dtype))
+    return mock.patch.object(
+        decoder, "look_up", lambda table, tokens, dtype, deterministic: table[tokens].astype(dtype)
+    )
 
 
 def _with_flags(flags: str) -> AbstractContextManager:

@@ -24,9 +24,9 @@ import jax
 
 from pallas_kernels import device
 from tests.trainer import run_config, run_to_end
-from train.checkpoint import Checkpoints
-from train.config import RunConfig
-from train.report import Logger
+from train.config.settings import RunConfig
+from train.records.logger import Logger
+from train.state.checkpoint import Checkpoints
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 SETTLED = 4  # phases: both switches and both kinds of phases have been seen, and checkpoints have been removed

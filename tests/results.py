@@ -73,7 +73,7 @@ JOBS = (
          "--recipes=dense,act24,all24,venom:4:2,venom:16:1,act24:4:2,venom:4:1", _DATA, place="alone"),
     _job("layers", 300, "train.bench --gin_file=configs/size/7b-layers.gin --rounds=3 --json={output}/layers.json",
          "--recipes=dense,act24,all24,venom:4:2,act24:4:2,venom:4:1", _SYNTHETIC, place="alone"),
-    _job("vnm", 300, "pallas_kernels.vnm.bench --json {output}/vnm.json", place="alone"),
+    _job("vnm", 300, "pallas_kernels.measure.vnm --json {output}/vnm.json", place="alone"),
     _job("roofline", 330, "pallas_kernels.roofline --parts counters --json {output}/roofline.json --seconds={seconds}",
          "--table={output}/roofline.md", place="alone"),
     _job("kernels", 400, "pallas_kernels.bench --json {output}/kernels.json --table {output}/kernels.md",

@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 
-from train.config import CONFIG_ROOT
-from train.metrics import read_metrics
+from train.config.settings import CONFIG_ROOT
+from train.records.metrics import read_metrics
 
 LAST = 20  # steps whose mean stands for where a run has come to
 

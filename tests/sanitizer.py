@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests import sanitize
-from train.config import CONFIG_ROOT
+from train.config.settings import CONFIG_ROOT
 
 TOOLS = ("racecheck", "memcheck", "synccheck")  # the slowest first
 SUMMARY = re.compile(r"========= (?:ERROR|RACECHECK) SUMMARY: (.*)")

@@ -13,11 +13,12 @@ import pytest
 from tests import determinism
 from tests.helpers import assert_close
 from tests.trainer import gin_bindings, run_config
-from train import main, model
+from train import main
 from train.command import DETERMINISTIC_FLAGS
-from train.embedding import look_up
-from train.state import abstract_state, initial_state
-from train.step import make_gradients, make_train_step
+from train.model import decoder
+from train.model.embedding import look_up
+from train.state.state import abstract_state, initial_state
+from train.step.step import make_gradients, make_train_step
 
 DENSE = ((0, "dense"),)
 
@@ -47,7 +48,7 @@ def test_gradients_are_those_of_the_default():
     found = []
     for deterministic in (False, True):
         config = run_config(shape={"document_start": 5}, deterministic=deterministic)
-        gradients = make_gradients(model.structure(config.model, config.max_experts), config)
+        gradients = make_gradients(decoder.structure(config.model, config.max_experts), config)
         state = initial_state(config)
         recipe = config.schedule.recipes[0]
         tokens = jax.random.randint(jax.random.key(5), (4, 17), 0, 20)
@@ -68,9 +69,9 @@ SCATTER = re.compile(r'"stablehlo.(?:select_and_)?scatter"\(.*')
 def test_what_adds_in_any_order_is_not_in_a_step(monkeypatch, how, phases, scatters, cudnn):
     """Scatters to places that may be the same, and cuDNN's attention; those that tests/determinism.py leaves in are."""
     asked = []
-    monkeypatch.setattr(model, "attention_implementation", lambda dtype: asked.append(dtype))
+    monkeypatch.setattr(decoder, "attention_implementation", lambda dtype: asked.append(dtype))
     config = run_config(phases=phases, deterministic=how != "default")
-    step: Any = make_train_step(model.structure(config.model, config.max_experts), config)
+    step: Any = make_train_step(decoder.structure(config.model, config.max_experts), config)
     tokens = jax.ShapeDtypeStruct((8, 17), jnp.int32)
     with determinism.OTHERS.get(how, contextlib.nullcontext)():
         text = step.trace(abstract_state(config), tokens).lower(lowering_platforms=("cuda",)).as_text()

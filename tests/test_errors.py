@@ -9,9 +9,9 @@ from orbax.checkpoint import v1 as ocp
 
 from tests.trainer import gin_bindings, run_config, token_folder
 from train import loop
-from train.checkpoint import fingerprint
-from train.data import open_dataset
+from train.data.token_files import open_dataset
 from train.main import run
+from train.state.checkpoint import fingerprint
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The queue that makes all results again, with jobs that only pretend."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,8 +10,9 @@ import time
 import pytest
 
 from tests import results
+from tests.programs import source_of
 from tests.results import Job
-from train.config import CONFIG_ROOT
+from train.config.settings import CONFIG_ROOT
 
 WRITE = "pathlib.Path(sys.argv[1]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
 
@@ -82,6 +82,8 @@ def test_what_has_no_time_left_is_not_begun(program, monkeypatch):
 def test_stopped_it_leaves_nothing_running(program, monkeypatch, tmp_path, sent):
     monkeypatch.setattr(results, "gpus", lambda: [""])
     before = signal.getsignal(signal.SIGTERM)
+    # Started in the background by a shell, a process ignores SIGINT.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     written = tmp_path / "pid"
     code = f"pathlib.Path({str(written)!r}).write_text(str(os.getpid())); time.sleep(60)"
 
@@ -96,6 +98,7 @@ def test_stopped_it_leaves_nothing_running(program, monkeypatch, tmp_path, sent)
             program([("slow", 60, "alone", code), ("next", 60, "alone", WRITE)])
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(int(written.read_text()), 0)
     assert not (tmp_path / "out" / "next").exists()
@@ -106,11 +109,8 @@ def test_every_job_is_a_program_that_takes_these_options(job, tmp_path):
     """Names of options and files that exist: a job that can't be parsed would be found only on the GPU."""
     command = job.command(tmp_path, tmp_path, 100.0)
     assert not any("{" in argument for argument in command)
-    spec = importlib.util.find_spec(command[2])
-    assert spec is not None
-    assert spec.origin is not None
     if command[2] != "pytest":
-        source = results.Path(spec.origin).read_text()
+        source = source_of(command[2])
         for option in (argument.split("=")[0].strip("-") for argument in command[3:] if argument.startswith("--")):
             assert f'"{option}"' in source or f'"--{option}"' in source, option
     for file in (argument.split("=")[1] for argument in command if argument.startswith("--gin_file")):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests import same_loss
-from train.config import load_config
+from train.config.settings import load_config
 
 LOSSES = [[3.0, 2.0, 1.0], [3.0, 2.25, 1.0], [3.0, 2.0, 1.5]]
 

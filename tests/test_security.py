@@ -9,8 +9,8 @@ import pytest
 
 from tests.test_house import PACKAGES, PYTHON, ROOT
 from tests.trainer import gin_bindings, token_folder
-from train.config import load_config
-from train.data import MANIFEST, open_dataset
+from train.config.settings import load_config
+from train.data.token_files import MANIFEST, open_dataset
 from train.main import run
 
 # Modules that execute what they read, and calls that do so or allow others to.

@@ -8,11 +8,11 @@ import pytest
 
 from tests.helpers import relative_error
 from tests.trainer import run_config
-from train import model
-from train.config import Mesh
-from train.mesh import layout_of
-from train.state import initial_state
-from train.step import make_gradients, make_train_step
+from train.config.settings import Mesh
+from train.model import decoder
+from train.model.mesh import layout_of
+from train.state.state import initial_state
+from train.step.step import make_gradients, make_train_step
 from venom_jax import Recipe
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (8, 129), np.int32)
@@ -37,7 +37,7 @@ def test_two_gpus_give_the_gradients_of_one(name, mesh):
     results = []
     for each in (mesh, Mesh(1, 1)):
         config = config_of(RECIPES[name], each)
-        layout, graphdef = layout_of(config), model.structure(config.model, config.max_experts)
+        layout, graphdef = layout_of(config), decoder.structure(config.model, config.max_experts)
         state = initial_state(config, layout)
         gradients = jax.jit(make_gradients(graphdef, config, layout), static_argnames="recipe")
         grads, _, metrics = gradients(
@@ -57,7 +57,7 @@ def test_two_gpus_give_the_gradients_of_one(name, mesh):
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_learn_through_the_switch():
     config = replace(config_of(Recipe.dense(), Mesh(1, 2)), phases=config_of(Recipe.venom(4, 1), Mesh()).phases)
-    layout, graphdef = layout_of(config), model.structure(config.model, config.max_experts)
+    layout, graphdef = layout_of(config), decoder.structure(config.model, config.max_experts)
     step, state, losses = make_train_step(graphdef, config, layout), initial_state(config, layout), []
     for _ in range(12):
         state, metrics = step(state, layout.rows(TOKENS))

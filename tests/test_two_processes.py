@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.trainer import gin_bindings, records, run_to_end
-from train.config import CONFIG_ROOT, load_config
+from train.config.settings import CONFIG_ROOT, load_config
 
 
 def start(bindings, workdir, folder):

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train import evaluate, loop, model
-from train.checkpoint import Checkpoints
-from train.config import Data, LearningRate, Model, Optimizer, Phases, RunConfig, Train, load_config
-from train.metrics import read_metrics
-from train.prepare import prepare
-from train.state import abstract_state
+from train import loop
+from train.config.settings import Data, LearningRate, Model, Optimizer, Phases, RunConfig, Train, load_config
+from train.data.prepare import prepare
+from train.evaluation import validation
+from train.model import decoder
+from train.records.metrics import read_metrics
+from train.state.checkpoint import Checkpoints
+from train.state.state import abstract_state
 
 MODEL = Model(vocab_size=320, d_model=32, d_ffn=64, layers=2, heads=2)
 TRAIN = Train(
@@ -37,7 +39,7 @@ for _module, _maker in (
     (loop, "make_train_step"),
     (loop, "make_diagnosis"),
     (loop, "make_ffn_inputs"),
-    (evaluate, "make_eval_step"),
+    (validation, "make_eval_step"),
 ):
     setattr(_module, _maker, functools.lru_cache(maxsize=8)(getattr(_module, _maker)))
 
@@ -93,8 +95,8 @@ def gin_bindings(**overrides: Any) -> list[str]:
 
 def build(shape: Model, max_experts: int, seed: int) -> tuple[nnx.GraphDef, dict, dict]:
     """Structure, parameters and method's state of a model."""
-    params, method = jax.jit(lambda key: model.initial(shape, max_experts, key))(jax.random.key(seed))
-    return model.structure(shape, max_experts), params, method
+    params, method = jax.jit(lambda key: decoder.initial(shape, max_experts, key))(jax.random.key(seed))
+    return decoder.structure(shape, max_experts), params, method
 
 
 def run_to_end(config: RunConfig, workdir: Path) -> int:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.metrics import read_metrics
+from train.records.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("arc_easy", "arc_challenge", "piqa", "openbookqa", "hellaswag", "winogrande")
@@ -250,15 +250,16 @@ def parity(run: Path, folder: Path) -> dict[str, Any]:
     import torch  # pyrefly: ignore[missing-import]
     import transformers  # pyrefly: ignore[missing-import]
 
-    from train import evaluate, model
+    from train.evaluation import validation
+    from train.model import decoder
     from venom_jax import Recipe
 
-    restored = evaluate.restore(run)
+    restored = validation.restore(run)
     ids = transformers.AutoTokenizer.from_pretrained(folder)(PROMPT).input_ids
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits[0].numpy()
     with jax.default_matmul_precision("highest"):
-        ours_model = model.assemble(restored.graphdef, restored.dense_params(), restored.state.method)
+        ours_model = decoder.assemble(restored.graphdef, restored.dense_params(), restored.state.method)
         ours = np.asarray(ours_model(jnp.asarray([ids]), recipe=Recipe.dense())[0][0])
     return {
         "largest_difference": float(np.abs(ours - theirs).max()),
@@ -413,7 +414,7 @@ def describe(tokens: Path, size: str, bindings: Sequence[str]) -> dict[str, Any]
     """What ``about`` is answered with."""
     import jax
 
-    from train.config import load_config
+    from train.config.settings import load_config
 
     manifest = json.loads((tokens / "manifest.json").read_text())
     train = load_config([f"configs/size/{size}.gin"], [f"Data.folder='{tokens}'", *BINDINGS, *bindings]).train

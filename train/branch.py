@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import Checkpoints
-from train.evaluate import split_source
-from train.metrics import METRICS_FILE, read_metrics
-from train.processes import first_alone
-from train.workdir import CHECKPOINTS, copy_checksums, damage
+from train.evaluation.validation import split_source
+from train.records.metrics import METRICS_FILE, read_metrics
+from train.state.checkpoint import Checkpoints
+from train.state.processes import first_alone
+from train.state.workdir import CHECKPOINTS, copy_checksums, damage
 
 
 def branch(source: str, workdir: Path, wanted: dict[str, Any]) -> None:

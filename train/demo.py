@@ -13,8 +13,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-from train import data, main, prepare
+from train import main
 from train.command import program
+from train.data import prepare, token_files
 
 GIN_FILES = ("configs/size/tiny.gin", "configs/recipe/venom.gin")
 VOCAB_SIZE = 2048
@@ -52,7 +53,7 @@ def run(workdir: str | Path, *, text: str | Path | None = None, gin_bindings: Se
     """
     tokens = Path(workdir) / "data"
     try:
-        if not (tokens / data.MANIFEST).exists():
+        if not (tokens / token_files.MANIFEST).exists():
             source = find_text() if text is None else text
             print(f"preparing the text in {source}")
             prepare.prepare([source], tokens, vocab_size=VOCAB_SIZE, validation_fraction=VALIDATION_FRACTION)

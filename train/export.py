@@ -3,113 +3,19 @@
 The folder holds an `ArceeForCausalLM` with its tokenizer, as `transformers`, vLLM and others load it.
 """
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from absl import app, flags
-from safetensors.numpy import save_file
 
-from train import arcee, evaluate
 from train.command import program
-from train.config import Model
-from train.sources import open_split
-from train.tokenizer import Tokenizer
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def write_folder(
-    output: Path,
-    params: dict,
-    config: Model,
-    *,
-    seq_len: int,
-    tokenizer: Tokenizer,
-    tokenizer_path: Path,
-    dtype: str = "bfloat16",
-) -> None:
-    """Writes model and tokenizer; the weights come last, so that a folder with weights is complete.
-
-    Args:
-      output: folder, made where it does not exist.
-      params: the dense model's parameters.
-      config: its shape.
-      seq_len: the longest context it was trained with.
-      tokenizer: what its vocabulary means.
-      tokenizer_path: the `tokenizer.json` that holds it.
-      dtype: of the stored weights.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tokenizer_path, output / "tokenizer.json")
-    documents: dict[str, dict[str, Any]] = {
-        arcee.CONFIG: arcee.config_json(config, seq_len=seq_len, eos_id=tokenizer.eos_id, dtype=dtype),
-        "generation_config.json": {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.eos_token,
-            "eos_token": tokenizer.eos_token,
-            "model_max_length": seq_len,
-            "clean_up_tokenization_spaces": False,
-        },
-    }
-    for name, content in documents.items():
-        (output / name).write_text(json.dumps(content, indent=2) + "\n")
-    cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-    unfinished = output / f"{arcee.WEIGHTS}.unfinished"
-    save_file(arcee.to_tensors(jax.device_get(cast), config), unfinished, metadata={"format": "pt"})
-    unfinished.rename(output / arcee.WEIGHTS)
-
-
-def export(workdir: str, output: Path, dtype: str, *, ema: bool = False) -> str:
-    """Exports the checkpoint ``workdir`` (or `WORKDIR@STEP`), or its average, and says in a line what was written.
-
-    Raises:
-      ValueError: no such checkpoint, its tokenizer is gone, or ``output`` holds files already.
-    """
-    check_output(output)
-    run = evaluate.restore(workdir, ema=ema)
-    write(run, run.dense_params(), output, dtype)
-    text = f"step {run.step}{', averaged weights,' if ema else ''} as ArceeForCausalLM, {dtype}, in {output}"
-    if not run.phase.recipe.is_dense:
-        baked = ", its thresholded weights baked into it" if run.phase.recipe.weights else ""
-        text += f". The checkpoint stands inside a sparse phase ({run.phase.label}): the exported model is dense{baked}"
-    return text
-
-
-def check_output(output: Path) -> None:
-    """Raise ValueError unless ``output`` is a new or an empty folder."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder; give --output a new one")
-
-
-def write(run: evaluate.Restored, params: dict, output: Path, dtype: str) -> None:
-    """Writes the dense model with these parameters and the run's shape and tokenizer.
-
-    Raises:
-      ValueError: the run's tokenizer is gone, or ``output`` cannot be written.
-    """
-    dataset = open_split(run.config, "train")
-    try:
-        write_folder(
-            output,
-            params,
-            run.config.model,
-            seq_len=run.config.train.seq_len,
-            tokenizer=dataset.tokenizer,
-            tokenizer_path=dataset.tokenizer_path,
-            dtype=dtype,
-        )
-    except OSError as error:
-        raise ValueError(f"{output} cannot be written: {error.strerror}; give --output another folder") from error
+from train.config.settings import trust_imports
+from train.evaluation.export import DTYPES, export
 
 
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
+    trust_imports(values.gin_allow_imports)
     print(export(values.workdir, Path(values.output), values.dtype, ema=values.ema))
 
 
@@ -118,4 +24,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "folder to write", required=True)
     flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
     flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "type of the stored weights")
+    flags.DEFINE_boolean("gin_allow_imports", False, "let the run's configuration import modules: runs their code")
     app.run(main)

@@ -13,30 +13,31 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from train import checkpoint, evaluate
 from train.branch import branch
 from train.command import print_warning
-from train.config import RunConfig, changed_bindings
-from train.data import train_iterator
-from train.generate import sample_text
-from train.guard import Watch
-from train.init_from import foreign_tokenizer, load_params
-from train.memory import check_fits
-from train.mesh import ONE_DEVICE, Layout, layout_of, mesh_shape
-from train.metrics import cut_metrics, read_metrics
-from train.optimizer import decay_mask, learning_rate
-from train.plot import plot_run
-from train.processes import first_alone, is_first
-from train.profiler import Profiler, parse_steps
-from train.remote import Remote
-from train.report import Logger, opening, summary
-from train.run_info import read_starts, record_start
-from train.run_report import write_report
-from train.sources import Dataset, identity, open_data, verify
-from train.state import TrainState, abstract_state, first_average, initial_state, run_structure
-from train.step import make_diagnosis, make_ffn_inputs, make_train_step
-from train.wandb_run import require_wandb
-from train.workdir import VERIFIED, WorkdirLock, claim_workdir, set_aside_damaged
+from train.config.settings import RunConfig, changed_bindings
+from train.data.sources import Dataset, identity, open_data, verify
+from train.data.token_files import train_iterator
+from train.evaluation import validation
+from train.evaluation.init_from import foreign_tokenizer, load_params
+from train.evaluation.sampling import sample_text
+from train.model.mesh import ONE_DEVICE, Layout, layout_of, mesh_shape
+from train.records.logger import Logger, opening, summary
+from train.records.metrics import cut_metrics, read_metrics
+from train.records.plots import plot_run
+from train.records.profiler import Profiler, parse_steps
+from train.records.run_report import write_report
+from train.records.wandb_run import require_wandb
+from train.state import checkpoint
+from train.state.memory import check_fits
+from train.state.optimizer import decay_mask, learning_rate
+from train.state.processes import first_alone, is_first
+from train.state.remote import Remote
+from train.state.run_info import read_starts, record_start
+from train.state.state import TrainState, abstract_state, first_average, initial_state, run_structure
+from train.state.workdir import VERIFIED, WorkdirLock, claim_workdir, set_aside_damaged
+from train.step.guard import Watch
+from train.step.step import make_diagnosis, make_ffn_inputs, make_train_step
 from venom_jax import Recipe, StackRecipe, calibrate, phases
 from venom_jax.dispatch import resolve_implementation
 
@@ -87,11 +88,10 @@ def prepare(
     try:
         train = config.train
         checkpoints = checkpoint.Checkpoints(workdir, train.keep_checkpoints, train.keep_every, remote=remote)
-        fingerprint = checkpoint.fingerprint(config, identity(train_data))
         if init_state and checkpoints.latest is None:
-            branch(str(init_from), workdir, fingerprint)
+            branch(str(init_from), workdir, checkpoint.fingerprint(config, identity(train_data)))
             checkpoints.reload()
-        checkpoints.check(fingerprint)
+        config, fingerprint = _check_continues(config, workdir, checkpoints, train_data)
         read_starts(workdir)  # refuses a damaged record now and not after the first steps
         starting = checkpoints.latest is None
         first_alone(lambda: verify(config, workdir / VERIFIED))
@@ -106,6 +106,39 @@ def prepare(
             lock.release()
         raise
     return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, lock, layout, profiled, params, changed)
+
+
+def rehearse(config: RunConfig, workdir: Path | None) -> int:
+    """Tells why a run would not begin, if so: the data are missing (exit code 0), or not the workdir's (2)."""
+    try:
+        data = open_data(config)[0]
+    except ValueError as error:
+        print(f"note            the run would stop: {error}")
+        return 0
+    if workdir is None or not (workdir / checkpoint.CHECKPOINTS).is_dir():
+        return 0
+    with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, writer=False) as checkpoints:
+        try:
+            _check_continues(config, workdir, checkpoints, data)
+        except ValueError as error:
+            print(f"note            the run would stop: {error}")
+            return 2
+    return 0
+
+
+def _check_continues(
+    config: RunConfig, workdir: Path, checkpoints: checkpoint.Checkpoints, data: Dataset
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration with begun phases where they began, and its fingerprint; ValueError where it does not fit."""
+    config = checkpoint.keep_begun(config, checkpoints.begun_phases())
+    if (done := checkpoints.latest or 0) > config.train.steps:
+        raise ValueError(
+            f"Train.steps={config.train.steps}, but workdir {str(workdir)!r} has {done} steps; give more steps to go "
+            "on, or for a shorter run another --workdir"
+        )
+    fingerprint = checkpoint.fingerprint(config, identity(data))
+    checkpoints.check(fingerprint)
+    return config, fingerprint
 
 
 def lock_workdir(workdir: Path, remote: Remote | None = None) -> WorkdirLock:
@@ -125,7 +158,7 @@ def lock_workdir(workdir: Path, remote: Remote | None = None) -> WorkdirLock:
 
 def save_config(workdir: Path, config: RunConfig) -> tuple[str, ...]:
     """Writes the run's bindings, and gives those that the last start had not."""
-    saved = workdir / evaluate.CONFIG_FILE
+    saved = workdir / validation.CONFIG_FILE
     changed = changed_bindings(saved.read_text(), config.text) if saved.exists() else ()
     saved.write_text(config.text)
     return changed
@@ -156,7 +189,7 @@ def train(run: Run) -> int:
 
     train_step = make_train_step(graphdef, config, layout)
     diagnosis = make_diagnosis(graphdef, config, layout)
-    evaluator = evaluate.Evaluator(graphdef, config, run.val_data, layout)
+    evaluator = validation.Evaluator(graphdef, config, run.val_data, layout)
     logged = [(record["step"], record["loss"]) for record in read_metrics(run.workdir) if record["kind"] == "train"]
     watch = Watch(config, graphdef, logged)
     all_phases, phase_index = config.schedule.phases, int(state.phase)
@@ -294,7 +327,7 @@ def finish(run: Run, logger: Logger, graphdef: nnx.GraphDef, state: TrainState) 
     logger.say(f"report: {write_report(run.workdir)}")
     logger.say(
         f"done: {settings.steps} steps in {values['seconds']:.0f} s, training loss {values['train_loss_last_100']:.4f} "
-        f"(mean of the last 100 steps), {evaluate.describe(values)}"
+        f"(mean of the last 100 steps), {validation.describe(values)}"
     )
 
 
@@ -315,7 +348,9 @@ def sample(run: Run, graphdef: nnx.GraphDef, state: TrainState) -> str:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can save; a second one acts as usual.
+    """Turns the first SIGTERM, SIGINT or SIGHUP into a flag, so that the loop can save; a second one acts as usual.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
 
     With several processes jax.distributed catches SIGTERM in any of them and finds a step at which all can stop.
     """
@@ -324,7 +359,9 @@ class StopRequest:
         self.signal: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        caught = [signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1 else []
+        if caught and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            caught.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._note) for number in caught}
         return self
 
@@ -351,5 +388,5 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """0 on SIGTERM, which asks for just this; 128 + number on SIGINT, as shells expect."""
+        """0 on SIGTERM, which asks for just this; 128 + number on the others, as shells expect."""
         return 0 if self.signal in (None, signal.SIGTERM) else 128 + self.signal

@@ -1,4 +1,4 @@
-"""Pre-trains a language model from gin files; run again with the same workdir, it goes on where it was.
+"""Pre-trains a language model from gin files; run again with the same workdir, it goes on where it was:
 
     python -m train.main --gin_file=configs/size/tiny.gin --gin_file=configs/recipe/venom.gin \\
         --gin_bindings="Data.folder='runs/data'" --workdir=runs/a
@@ -10,13 +10,14 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from train import loop, processes, report
-from train.checkpoint import CheckpointError
-from train.command import compute_deterministically, keep_compiled_programs, print_error
-from train.config import load_config
-from train.guard import BadStepError
-from train.remote import Remote, is_remote
-from train.sources import open_data
+from train import loop
+from train.command import compute_deterministically, keep_compiled_programs, outlive_output, print_error
+from train.config.settings import load_config, trust_imports
+from train.records import logger
+from train.state import processes
+from train.state.checkpoint import CheckpointError
+from train.state.remote import Remote, is_remote
+from train.step.guard import BadStepError
 
 OPTIONS = ("dry_run", "gin_allow_imports", "distributed", "init_from", "init_state", "profile_steps", "deterministic")
 
@@ -32,25 +33,20 @@ def run(
     deterministic: bool = False,
     **options: Any,
 ) -> int:
-    """Trains to the end; distributed as in ``processes.connect``, other options as in ``loop.prepare``.
+    """Trains to the end.  Returns 0 (done or saved), 1 (stopped), 2 (bad input).
 
-    deterministic: binds ``Train.deterministic``.
-
-    Returns 0 (done or saved), 1 (stopped), 2 (bad input).
+    distributed as ``processes.connect``, options as ``loop.prepare`` has them; deterministic: ``Train.deterministic``.
     """
     try:
         processes.connect(distributed)
         bindings = [*gin_bindings, *(["Train.deterministic = True"] if deterministic else [])]
-        config = load_config(gin_files, bindings, allow_imports=gin_allow_imports)
+        trust_imports(gin_allow_imports)
+        config = load_config(gin_files, bindings)
         if config.train.deterministic:
             compute_deterministically()
         if dry_run:
-            print(report.plan(config))
-            try:
-                open_data(config)
-            except ValueError as error:
-                print(f"note            the run would stop: {error}")
-            return 0
+            print(logger.plan(config))
+            return loop.rehearse(config, None if workdir is None or is_remote(workdir) else Path(workdir))
         if not str(workdir):
             raise ValueError("--workdir= is empty; give a folder")
         remote = Remote(str(workdir)) if is_remote(workdir) else None
@@ -71,17 +67,17 @@ def run(
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
+    outlive_output()
     logging.set_verbosity(logging.WARNING)  # orbax tells every checkpoint in a dozen lines
     if len(argv) > 1:
         print_error(f"unexpected arguments {argv[1:]}; see --help")
         return 2
     keep_compiled_programs()
-    values = flags.FLAGS
+    values: Any = flags.FLAGS
     if values.workdir is None and not values.dry_run:
         print_error("give --workdir=FOLDER, or --dry_run")
         return 2
-    options: dict[str, Any] = {name: values[name].value for name in OPTIONS}
-    return run(values.gin_file, values.gin_bindings, values.workdir, **options)
+    return run(values.gin_file, values.gin_bindings, values.workdir, **{name: values[name].value for name in OPTIONS})
 
 
 if __name__ == "__main__":

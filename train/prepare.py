@@ -1,271 +1,33 @@
 """Turns text into token shards: `python -m train.prepare --input=FOLDER --output=FOLDER [--tokenizer=FILE]`.
 
-Reads `.jsonl.zst`, `.jsonl`, `.parquet` and `.txt` as a stream, encodes in several processes and writes what
-`train.data.open_dataset` opens. An end-of-document token follows each document. The manifest is written last, so
-an interrupted run leaves nothing that could be mistaken for a dataset; the same command then goes on where it was
-and gives the same files, byte for byte, as a run without interruption.
+Reads `.jsonl.zst`, `.jsonl`, `.parquet` and `.txt` as a stream, encodes in several processes and writes what training
+reads. An end-of-document token follows each document. The manifest is written last, so an interrupted run leaves
+nothing that could be mistaken for a dataset; the same command then goes on where it was and gives the same files, byte
+for byte, as a run without interruption.
 """
 
-from __future__ import annotations
-
-import hashlib
-import itertools
-import json
 import os
-import re
-import shutil
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from absl import app, flags
-from tqdm import tqdm
 
-from train import data
-from train.documents import (
-    MAX_DOCUMENT_CHARS,
-    Field,
-    Skipped,
-    check_share,
-    describe_skipped,
-    find_files,
-    other_files,
-    together,
+from train.command import outlive_output
+from train.data.documents import MAX_DOCUMENT_CHARS, describe_skipped
+from train.data.prepare import (
+    DEFAULT_VALIDATION_FRACTION,
+    DEFAULT_VOCAB_SIZE,
+    MAX_BROKEN,
+    SHARD_TOKENS,
+    count_documents,
+    prepare,
 )
-from train.encode import Encoder, Unit, encode_units, units_of, write_atomically
-from train.tokenizer import END_OF_DOCUMENT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
-
-DEFAULT_VOCAB_SIZE = 16384
-DEFAULT_VALIDATION_FRACTION = 0.01
-SHARD_TOKENS = 1 << 27
-MAX_BROKEN = 0.01
-BPE_TEXT_BYTES = 1 << 28  # the tokenizer is trained on the first 256 MiB of the training text
-UNFINISHED = ".unfinished"  # folder inside the output: what a later run needs to go on
-SETTINGS = "settings.json"
-
-
-def prepare(
-    inputs: Sequence[str | Path],
-    output: str | Path,
-    *,
-    tokenizer: str | Path | None = None,
-    eos_token: str | None = None,
-    vocab_size: int | None = None,
-    validation: Sequence[str | Path] = (),
-    validation_fraction: float | None = None,
-    text_field: str = "text",
-    max_document_chars: int = MAX_DOCUMENT_CHARS,
-    shard_tokens: int = SHARD_TOKENS,
-    max_broken: float = MAX_BROKEN,
-    strict: bool = False,
-    processes: int = 1,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Writes the training and the held-out split of a text corpus into `output` and returns the manifest.
-
-    Args:
-      inputs: files, glob patterns and folders.
-      output: folder to write; made if needed.
-      tokenizer: a Hugging Face `tokenizer.json`; without it a byte-level BPE is trained on the training text.
-      eos_token: name of that tokenizer's end-of-document token, where it is not one of the usual ones.
-      vocab_size: of the BPE (default 16384).
-      validation: files, patterns and folders held out; everything in `inputs` is then for training.
-      validation_fraction: without `validation`, the share of documents held out, chosen by a hash of the text
-        (default 0.01): the same document always falls on the same side. 0 holds nothing out.
-      text_field: field or column with the text.
-      max_document_chars: a longer document counts as broken.
-      shard_tokens: most tokens in one file.
-      max_broken: documents that cannot be read are left out, and counted in the manifest by file and reason; more
-        than this share of them (and more than ten) is an error. A file that is broken as a whole always is.
-      strict: the first broken document is an error.
-      processes: how many encode side by side, each its own part of the input files; the result is the same.
-        With more than 1, the calling script needs the usual `if __name__ == "__main__":`.
-      overwrite: replace a finished dataset in `output`.
-      progress: show progress bars, where the output is a terminal.
-
-    Raises:
-      ValueError: bad arguments, bad or empty input, an output folder that cannot be written or is in use.
-    """
-    if tokenizer is not None and vocab_size is not None:
-        raise ValueError("give a tokenizer file or a vocabulary size for a new one, not both")
-    if eos_token is not None and tokenizer is None:
-        raise ValueError("eos_token names a token of a given tokenizer file; a new BPE has its own")
-    if vocab_size is not None and vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"{vocab_size=} is too small: a byte-level BPE needs at least {MIN_VOCAB_SIZE}")
-    if validation and validation_fraction is not None:
-        raise ValueError("give validation files or a validation fraction, not both")
-    if shard_tokens < 1 or max_document_chars < 1:
-        raise ValueError(f"{shard_tokens=} and {max_document_chars=} must be at least 1")
-    if processes < 1:
-        raise ValueError(f"{processes=} must be at least 1")
-    fraction = DEFAULT_VALIDATION_FRACTION if validation_fraction is None else validation_fraction
-    if not 0 <= fraction < 1:
-        raise ValueError(f"validation_fraction={fraction} must be at least 0 and below 1")
-    if not 0 <= max_broken <= 1:
-        raise ValueError(f"{max_broken=} must be between 0 and 1")
-
-    train_files = find_files(inputs)
-    val_files = find_files(validation) if validation else []
-    if both := set(train_files) & set(val_files):
-        raise ValueError(f"{min(both)} is both training and validation input")
-    for folder in (Path(entry) for entry in (*inputs, *validation)):
-        if folder.is_dir() and (others := other_files(folder)):
-            print(f"{folder}: {len(others):,} files of other kinds are not read, such as {others[0]}", file=sys.stderr)
-    splits = data.SPLITS if validation or fraction > 0 else data.SPLITS[:1]
-    files = [(path, "train") for path in train_files] + [(path, "val") for path in val_files]
-    given = load_tokenizer(tokenizer, eos_token) if tokenizer is not None else None
-    output = Path(output)
-    settings = {
-        "version": data.VERSION,
-        "files": [[str(p.resolve()), split, p.stat().st_size, p.stat().st_mtime_ns] for p, split in files],
-        "tokenizer": given.sha256 if given else vocab_size or DEFAULT_VOCAB_SIZE,
-        "eos_token": eos_token,
-        "held_out": 0 if validation else fraction,
-        "text_field": text_field,
-        "max_document_chars": max_document_chars,
-        "shard_tokens": shard_tokens,
-    }
-    _claim(output, settings, overwrite)
-    tokenizer_path = output / data.TOKENIZER
-    encoder = Encoder(
-        folder=output / UNFINISHED,
-        tokenizer=tokenizer_path,
-        eos_token=given.eos_token if given else END_OF_DOCUMENT,
-        field=Field(text_field, max_document_chars),
-        held_out=settings["held_out"],
-        shard_tokens=shard_tokens,
-        max_broken=None if strict else max_broken,
-    )
-    size = sum(path.stat().st_size for path, _ in files)
-
-    def bar(description: str) -> tqdm:
-        # disable=None: tqdm shows itself on a terminal only
-        return tqdm(desc=description, total=size, unit="B", unit_scale=True, disable=None if progress else True)
-
-    if not tokenizer_path.exists():
-        if given is None:
-            read = Skipped(encoder.max_broken)
-            with bar("train tokenizer") as shown:
-                documents = encoder.documents(files, shown.update, read)
-                training_text = (text for split, text in documents if split == "train")
-                first = next(training_text, None)
-                if first is None:  # most likely because all that was read is broken
-                    check_share(read.record(), read.documents, max_broken)
-                    empty = _empty_message("train", fraction, bool(validation))
-                    raise ValueError(_with_left_out(empty, read.record(), read.documents))
-                texts = _first_bytes(itertools.chain([first], training_text), BPE_TEXT_BYTES)
-                given = train_bpe(texts, vocab_size or DEFAULT_VOCAB_SIZE)
-        write_atomically(tokenizer_path, given.to_json())
-    units = units_of(files)
-    with bar("encode") as shown:
-        encode_units(encoder, units, processes, shown.update)
-    skipped = together([record["skipped"] for unit in units if (record := encoder.record(unit))])
-    contents = {split: _gather(encoder, units, split) for split in splits}
-    if strict and skipped["documents"]:  # of units that an earlier run without it encoded
-        raise ValueError(skipped["examples"][0])
-    check_share(skipped, _documents(contents), max_broken)
-    for split, content in contents.items():
-        if not content["documents"]:
-            shutil.rmtree(encoder.folder)  # nothing there is worth going on with
-            empty = _empty_message(split, fraction, bool(validation))
-            raise ValueError(_with_left_out(empty, skipped, _documents(contents)))
-    manifest = _finish(output, load_tokenizer(tokenizer_path, encoder.eos_token), contents, skipped)
-    shutil.rmtree(encoder.folder)
-    return manifest
-
-
-def _claim(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Makes the output folder; removes what an earlier run left there unless it had the same settings."""
-    manifest, unfinished = output / data.MANIFEST, output / UNFINISHED
-    if manifest.exists() and not overwrite:
-        raise ValueError(f"{output} already holds a finished dataset: choose another folder, or use --overwrite")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        manifest.unlink(missing_ok=True)  # first: from here on the folder is unfinished
-        earlier = unfinished / SETTINGS
-        if earlier.exists():
-            if json.loads(earlier.read_text()) == settings:
-                return
-            print(f"{output}: other input or options than the interrupted run's, starting over", file=sys.stderr)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for path in output.iterdir():
-            if path.name == data.TOKENIZER or re.fullmatch(rf"({'|'.join(data.SPLITS)})-\d{{5}}\.bin", path.name):
-                path.unlink()
-        unfinished.mkdir()
-        write_atomically(earlier, json.dumps(settings))
-    except OSError as error:
-        raise ValueError(f"cannot write to output folder {output}: {error}") from error
-
-
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    total = 0
-    for text in texts:
-        yield text
-        total += len(text.encode(errors="replace"))
-        if total >= limit:
-            return
-
-
-def _empty_message(split: str, fraction: float, separate: bool) -> str:
-    if split == "train":
-        return "the input holds no training document" + (
-            "" if separate else f" (validation_fraction={fraction}); it is empty or too small to divide"
-        )
-    if separate:
-        return "the validation input holds no document"
-    return (
-        f"no document fell into the held-out split with validation_fraction={fraction}, which with few documents is "
-        "chance: give --validation=FILE, or raise it; with --validation_fraction=0 there is no held-out split, and "
-        "train.main needs one"
-    )
-
-
-def _with_left_out(message: str, skipped: dict[str, Any], documents: int) -> str:
-    """The message, and what was left out beside so many documents, if anything was."""
-    return ". ".join(part for part in (message, " ".join(describe_skipped(skipped, documents))) if part)
-
-
-def _gather(encoder: Encoder, units: Sequence[Unit], split: str) -> dict[str, Any]:
-    """What the units wrote for one split, in the order of the input."""
-    total: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0, "files": []}
-    for unit in units:
-        record = encoder.record(unit)
-        assert record is not None
-        for key in total:
-            total[key] += record[split][key]
-    return total
-
-
-def _documents(contents: dict[str, dict[str, Any]]) -> int:
-    return sum(content["documents"] for content in contents.values())
-
-
-def _finish(output: Path, tokenizer: Tokenizer, contents: dict[str, Any], skipped: dict[str, Any]) -> dict[str, Any]:
-    """Gives the token files their final names and writes the manifest."""
-    for split, content in contents.items():
-        for number, entry in enumerate(content["files"]):
-            written, entry["name"] = output / UNFINISHED / entry["name"], f"{split}-{number:05d}.bin"
-            if written.exists():  # else an interrupted run has come this far
-                os.replace(written, output / entry["name"])
-    manifest = {
-        "format": data.FORMAT,
-        "version": data.VERSION,
-        "dtype": data.token_dtype(tokenizer.vocab_size),
-        "vocab_size": tokenizer.vocab_size,
-        "eos_token": tokenizer.eos_token,
-        "eos_id": tokenizer.eos_id,
-        "tokenizer_sha256": hashlib.sha256((output / data.TOKENIZER).read_bytes()).hexdigest(),
-        "splits": contents,
-        "skipped": skipped,
-    }
-    write_atomically(output / data.MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    return manifest
 
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
+    outlive_output()
     values = flags.FLAGS
     try:
         manifest = prepare(
@@ -287,13 +49,16 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 128 + signal.SIGINT
     for split, content in manifest["splits"].items():
         print(
             f"{split}: {content['documents']:,} documents, {content['bytes']:,} bytes, "
             f"{content['tokens']:,} tokens ({content['bytes'] / content['tokens']:.2f} bytes per token)"
         )
     print(f"{values.output}: vocabulary {manifest['vocab_size']:,}, {manifest['dtype']}")
-    for line in describe_skipped(manifest["skipped"], _documents(manifest["splits"])):
+    for line in describe_skipped(manifest["skipped"], count_documents(manifest["splits"])):
         print(line)
     return 0
 

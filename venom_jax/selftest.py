@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import device, timing
+from pallas_kernels import device
+from pallas_kernels.measure import timing
 from venom_jax import router
 from venom_jax.dispatch import choose_kernels
 from venom_jax.ffn import sparse_ffn

@@ -9,7 +9,15 @@ from pallas_kernels.warp.tiles import WarpTile
 
 
 def grouped24(
-    problem: Problem, values, metadata, b, group_sizes, operand=None, row_scale=None, config: WarpTile | None = None
+    problem: Problem,
+    values,
+    metadata,
+    b,
+    group_sizes,
+    operand=None,
+    row_scale=None,
+    config: WarpTile | None = None,
+    column_scale=None,
 ):
     """Arguments as in api.py, flattened to matrices and validated there."""
     tiles.check_types(values.dtype.name, b.dtype.name)
@@ -23,4 +31,5 @@ def grouped24(
         groups=group_sizes.astype(jnp.int32),
         operand=operand,
         row_scale=row_scale,
+        column_scale=column_scale,
     )

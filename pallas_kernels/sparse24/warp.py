@@ -21,11 +21,14 @@ def sparse24(
     row_scale=None,
     config: WarpTile | None = None,
     b_interleaved: bool = False,
+    column_scale=None,
+    promote: int = 0,
 ):
     """Arguments as in api.py, validated there.
 
     A stage is 64 logical columns: a contraction that is no multiple of it is padded with zeros, a copy of the operands.
     """
+    del promote  # of 8 bits only
     tiles.check_types(values.dtype.name, b.dtype.name)
     in_rows = values.ndim == 2
     m, n = values.shape[0] * (1 if in_rows else GRANULE), b.shape[0 if b_k_major else 1]
@@ -56,4 +59,5 @@ def sparse24(
         num_sms=device.sm_count(),
         operand=operand,
         row_scale=row_scale,
+        column_scale=column_scale,
     )

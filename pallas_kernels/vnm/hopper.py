@@ -11,7 +11,7 @@ TILES = {
     128: TileConfig(64, 256, 2, 1, stages=5, store_slots=1, raster_m=_TALL, raster_n=1),
     256: TileConfig(128, 128, 2, 1, stages=5, store_slots=1, raster_m=_TALL, raster_n=1),
 }
-"""The tile for each v: those that ran on a GPU; `python -m pallas_kernels.vnm.bench --search` times others."""
+"""The tile for each v: those that ran on a GPU; `python -m pallas_kernels.measure.vnm --search` times others."""
 
 
 def vnm(values, metadata, columns, b, transpose_out: bool, out_dtype: str, config: TileConfig | None = None):

@@ -34,7 +34,7 @@ def matmul(
     columns=None,
     operand=None,
     row_scale=None,
-    col_scale=None,
+    column_scale=None,
 ) -> jax.Array:
     """Launch the kernel; shapes have been checked by the callers (the ops' api.py).
 
@@ -46,7 +46,7 @@ def matmul(
       columns: where `problem.v` is set, int32 [m / v, k]: the row of b [any, n] for each column of A; any other index
         stands for a row of zeros.
       operand: an array of the output's shape for the epilogue.
-      row_scale, col_scale: f32, of the rows of the output's m side and of its columns.
+      row_scale, column_scale: f32 [`problem.scale_entries`], for rows of A's side over all groups, and [n].
     """
     tile.check(problem)
     beyond = max(tile.tile_m, tile.tile_n)  # a tile at the edge reads scales that it does not use
@@ -54,7 +54,7 @@ def matmul(
     operands |= {"columns": columns, "operand": operand}
     operands |= {
         name: None if scale is None else jnp.pad(scale, (0, beyond))
-        for name, scale in (("row_scale", row_scale), ("col_scale", col_scale))
+        for name, scale in (("row_scale", row_scale), ("column_scale", column_scale))
     }
     operands = {name: _signed(array) for name, array in operands.items() if array is not None}
     names = (*operands, "out")
@@ -98,7 +98,7 @@ def _block(gmem: dict, scratch: dict, layout: Layout) -> None:
     problem, tile, groups = layout.problem, layout.tile, gmem.get("groups")
     if problem.mode == "contraction":
         groups = scratch["groups"]
-        sort_groups(gmem["groups"], groups, problem.k)
+        sort_groups(gmem["groups"], groups, problem.k, problem.tile_k)
     schedule = Schedule(problem, tile, groups)
 
     def visit(now: Tile, following: Tile, has_next, state):
@@ -117,6 +117,7 @@ def _compute(gmem: dict, shared_smem, layout: Layout, now: Tile, following: Tile
     scalars = [
         *(getattr(place, field) for place in (now, following) for field in Place._fields),
         *(now.out_m, now.out_n, now.m_end, now.n_end),
+        now.a_row if layout.problem.mode == "columns" else now.out_m,
         *(slot, filled, prefetch),
     ]
 

@@ -29,6 +29,8 @@ class Region(NamedTuple):
     n: Word
     m_end: Word
     n_end: Word
+    scale: Word
+    """Of its first row's scale: rows of all groups have their own."""
 
 
 class Result:
@@ -38,6 +40,7 @@ class Result:
         self.machine, self.problem, self.warp = warp.m, warp.layout.problem, warp
         self.g, self.t = warp.lane // 4, warp.lane % 4
         self.row, self.column = region.m + warp.row, region.n + warp.column
+        self.scale_row = region.scale + warp.row
         self.rows_left, self.columns_left = region.m_end - self.row, region.n_end - self.column
 
     def store(self, sums: Sums) -> None:
@@ -68,10 +71,10 @@ class Result:
         i, half = divmod(row, 2)
         reals = sums[i][column][2 * half : 2 * half + 2]
         if epilogue.row_scale:
-            (scale,) = m.load_reals(m.pointer("row_scale", (self.row + self.g, 4)), 4 * 8 * row, 1, None)
+            (scale,) = m.load_reals(m.pointer("row_scale", (self.scale_row + self.g, 4)), 4 * 8 * row, 1, None)
             reals = [real * scale for real in reals]
-        if epilogue.col_scale:
-            pointer = m.pointer("col_scale", (self.column + self.t * 2, 4))
+        if epilogue.column_scale:
+            pointer = m.pointer("column_scale", (self.column + self.t * 2, 4))
             scales = m.load_reals(pointer, 4 * 8 * column, 2, None)
             reals = [real * scale for real, scale in zip(reals, scales, strict=True)]
         reals = [activate(epilogue, real, m.maximum) for real in reals]

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels import device
-from pallas_kernels.tiles import GROUP_TABLE_BYTES, MAX_GROUPS, TILE_K, Problem
+from pallas_kernels.tiles import MAX_GROUPS, TILE_K, Problem
 from pallas_kernels.warp.words import PTX_TYPE
 
 WARP_TILE = 64
@@ -83,7 +83,8 @@ class WarpTile:
         if problem.v and problem.v % self.tile_m:
             return f"{self.tile_m=}, {problem.v=}: a tile that gathers lies in one block of v rows"
         limit = (gpu or device.current_or_assumed()).smem_bytes // self.blocks_per_sm
-        tables = GROUP_TABLE_BYTES * (problem.mode == "contraction")
+        # The contraction sorts its groups there: three words of each, in whole KiB.
+        tables = -(-12 * problem.groups // 1024) * 1024 * (problem.mode == "contraction")
         if self.smem_bytes + tables > limit:
             return f"{self.smem_bytes + tables} bytes of shared memory exceed {limit}, what this GPU gives a block"
         return unsupported(problem)

@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from tests.trainer import records, run_config, run_to_end
-from train.config import Mesh
-from train.mesh import layout_of
-from train.state import initial_state
+from train.config.settings import Mesh
+from train.model.mesh import layout_of
+from train.state.state import initial_state
 from venom_jax import Recipe
 
 CONFIG = replace(

@@ -10,11 +10,12 @@ import pytest
 
 from tests.helpers import assert_close, relative_error
 from tests.trainer import run_config
-from train import explain, model
-from train.config import Mesh
-from train.mesh import ONE_DEVICE, layout_of
-from train.state import initial_state
-from train.step import make_diagnosis, make_gradients
+from train.config.settings import Mesh
+from train.model import decoder
+from train.model.mesh import ONE_DEVICE, layout_of
+from train.state.state import initial_state
+from train.step import explain
+from train.step.step import make_diagnosis, make_gradients
 from venom_jax import Recipe
 
 BATCH = np.random.default_rng(5).integers(0, 300, (16, 65), np.int32)
@@ -31,7 +32,7 @@ def test_gradients_equal_those_of_one_device_and_one_microbatch(options):
     whole = replace(config, train=replace(config.train, accumulation=1))
 
     def gradients_of(config, layout, recipe):
-        graphdef, state = model.structure(config.model, config.max_experts), initial_state(config, layout)
+        graphdef, state = decoder.structure(config.model, config.max_experts), initial_state(config, layout)
         gradients = jax.jit(make_gradients(graphdef, config, layout), static_argnames="recipe")
         found = gradients(state.params, state.method, layout.rows(BATCH), jax.random.key(1), recipe=recipe)
         return jax.tree_util.tree_leaves_with_path(found)
@@ -50,7 +51,7 @@ def test_gradients_equal_those_of_one_device_and_one_microbatch(options):
 
 def test_the_diagnosis_speaks_of_the_fours_that_the_devices_prune():
     config = replace(run_config(batch_size=16, seq_len=64, accumulation=2), mesh=Mesh(data=2, fsdp=4))
-    graphdef, layout, few = model.structure(config.model, config.max_experts), layout_of(config), BATCH[:8]
+    graphdef, layout, few = decoder.structure(config.model, config.max_experts), layout_of(config), BATCH[:8]
 
     def kept(config, layout, tokens, recipe):
         state, diagnosis = initial_state(config, layout), make_diagnosis(graphdef, config, layout)
@@ -68,7 +69,7 @@ def test_the_guards_look_computes_the_gradients_of_the_devices():
     recipe = Recipe.act24()
     config = run_config(batch_size=16, seq_len=64, phases=((0, recipe),))
     config = replace(config, mesh=Mesh(data=2, fsdp=4))
-    graphdef, layout = model.structure(config.model, config.max_experts), layout_of(config)
+    graphdef, layout = decoder.structure(config.model, config.max_experts), layout_of(config)
     state = initial_state(config, layout)
     gradients = jax.jit(make_gradients(graphdef, config, layout), static_argnames="recipe")
     expected, *_ = gradients(state.params, state.method, layout.rows(BATCH), jax.random.key(0), recipe=recipe)
@@ -82,7 +83,7 @@ def test_the_guards_look_computes_the_gradients_of_the_devices():
 def test_copies_sum_a_layers_gradients_in_the_backward_unless_there_are_microbatches(accumulation, shape):
     """W1 is 32 x 64 in each of two layers, over four devices."""
     config = replace(run_config(batch_size=16, accumulation=accumulation), mesh=Mesh(data=2, fsdp=4))
-    layout, graphdef = layout_of(config), model.structure(config.model, config.max_experts)
+    layout, graphdef = layout_of(config), decoder.structure(config.model, config.max_experts)
     state, gradients = initial_state(config, layout), make_gradients(graphdef, config, layout)
     arguments = (state.params, state.method, layout.rows(BATCH), jax.random.key(1))
     text = jax.jit(gradients, static_argnames="recipe").lower(*arguments, recipe=Recipe()).as_text()

@@ -25,12 +25,12 @@ from pallas_kernels.vnm.shapes import stored
 from tests.faults.ledger import tried
 from tests.sanitize import normal, packed
 from tests.trainer import gin_bindings, token_folder
-from train.config import RunConfig, load_config
-from train.data import MANIFEST, open_dataset, train_iterator
-from train.documents import BrokenDocumentError, Field, read_documents
-from train.metrics import METRICS_FILE, read_metrics
-from train.run_info import read_starts
-from train.workdir import set_aside_damaged
+from train.config.settings import RunConfig, load_config
+from train.data.documents import BrokenDocumentError, Field, read_documents
+from train.data.token_files import MANIFEST, open_dataset, train_iterator
+from train.records.metrics import METRICS_FILE, read_metrics
+from train.state.run_info import read_starts
+from train.state.workdir import set_aside_damaged
 from venom_jax import VNM, Recipe, Sparse24, sparse_ffn
 from venom_jax.pattern import WEIGHT_GEMMS, Pattern
 from venom_jax.threshold import optimal_scale

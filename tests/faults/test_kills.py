@@ -15,8 +15,8 @@ import pytest
 
 from tests.faults.ledger import tried
 from tests.trainer import assert_same_bits, final_state, gin_bindings, records, token_folder
-from train.config import CONFIG_ROOT, load_config
-from train.workdir import CHECKPOINTS
+from train.config.settings import CONFIG_ROOT, load_config
+from train.state.workdir import CHECKPOINTS
 
 STEPS = 1600
 SWITCHES = tuple(range(100, STEPS, 100))

@@ -10,10 +10,10 @@ import time
 import jax
 import pytest
 
-from tests.test_sweep import bindings_file
-from train import sweep
-from train.config import CONFIG_ROOT
-from train.metrics import last_record, read_metrics
+from tests.test_train_sweeps_sweep import bindings_file
+from train.config.settings import CONFIG_ROOT
+from train.records.metrics import last_record, read_metrics
+from train.sweeps import sweep
 
 TWO = """
 twin = "dense"

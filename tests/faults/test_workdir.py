@@ -15,11 +15,12 @@ import pytest
 
 from tests.faults.ledger import tried
 from tests.trainer import assert_same_bits, final_state, records, run_config, run_to_end, three_phases, token_folder
-from train import data, loop
-from train.checkpoint import CheckpointError
-from train.config import Data
-from train.metrics import read_metrics
-from train.workdir import CHECKPOINTS, CHECKSUMS, DAMAGED, WorkdirLock, set_aside_damaged
+from train import loop
+from train.config.settings import Data
+from train.data import token_files
+from train.records.metrics import read_metrics
+from train.state.checkpoint import CheckpointError
+from train.state.workdir import CHECKPOINTS, CHECKSUMS, DAMAGED, WorkdirLock, set_aside_damaged
 
 HOLDER = """
 import sys, time
@@ -166,14 +167,14 @@ def prepare_only(config, workdir):
 
 def begun(tmp_path, monkeypatch):
     """A run at step 7, with token files of its own whose checked edges are short."""
-    monkeypatch.setattr(data, "EDGE_BYTES", 64)
+    monkeypatch.setattr(token_files, "EDGE_BYTES", 64)
     folder, workdir = tmp_path / "tokens", tmp_path / "run"
     shutil.copytree(token_folder(), folder)
-    manifest = json.loads((folder / data.MANIFEST).read_text())
+    manifest = json.loads((folder / token_files.MANIFEST).read_text())
     for content in manifest["splits"].values():
         for entry in content["files"]:
-            entry["edges_sha256"] = data.edges_sha256(folder / entry["name"])
-    (folder / data.MANIFEST).write_text(json.dumps(manifest))
+            entry["edges_sha256"] = token_files.edges_sha256(folder / entry["name"])
+    (folder / token_files.MANIFEST).write_text(json.dumps(manifest))
     shutil.copytree(three_phases()[1], workdir)
     for step in range(8, 13):
         shutil.rmtree(workdir / CHECKPOINTS / str(step))
@@ -200,7 +201,9 @@ def test_token_files_are_read_in_full_once(tmp_path, monkeypatch):
     """Later starts compare size and time of change; a copy with other times is read again, and taken."""
     config, workdir, shard = begun(tmp_path, monkeypatch)
     read, original = [], hashlib.file_digest
-    monkeypatch.setattr(data.hashlib, "file_digest", lambda file, kind: read.append(file.name) or original(file, kind))
+    monkeypatch.setattr(
+        token_files.hashlib, "file_digest", lambda file, kind: read.append(file.name) or original(file, kind)
+    )
     prepare_only(config, workdir)
     assert not any(name.endswith(".bin") for name in read)
     os.utime(shard)

@@ -1,0 +1,1 @@
+"""What a run is: its settings, read from gin files, and the schedule of its phases."""

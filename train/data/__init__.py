@@ -1,0 +1,1 @@
+"""From text to batches: documents, tokenizer, token files, sources."""

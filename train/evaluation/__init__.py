@@ -1,0 +1,1 @@
+"""A trained model at work: restored, evaluated, sampled from, exported, pruned, started from."""

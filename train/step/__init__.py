@@ -1,0 +1,1 @@
+"""One step of training: gradients, the update, and the guard over both."""
