@@ -61,9 +61,8 @@ class Product:
         for (place, region, steps), following in zip(self.tiles, [*self.tiles[1:], None], strict=True):
             prefetch = int(following is not None and steps >= c.stages)
             here, there = ((*t[0], t[2]) for t in ((place, region, steps), following or (place, region, steps)))
-            words = [
-                m.constant(value) for value in (*here, *there, *region, region[0], step % c.stages * c.stage_bytes)
-            ]
+            slot = step % c.stages * c.stage_bytes
+            words = [m.constant(value) for value in (*here, *there, *region, region[0], slot)]
             sums = warp.multiply(
                 Place(*words[:5]), Place(*words[5:10]), words[15], m.constant(filled), m.constant(prefetch)
             )
