@@ -45,7 +45,7 @@ class Product:
         if p.v:  # one beyond the rows of b, and any other such index, stands for a row of zeros
             arrays["columns"] = jnp.asarray(rng.integers(0, p.k + 3, (p.m // p.v, p.k)), jnp.int32)
         extra = max(self.tile.tile_m, self.tile.tile_n)
-        arrays["row_scale"] = jnp.asarray(rng.integers(1, 3, p.out_shape[p.transpose_out] + extra), jnp.float32)
+        arrays["row_scale"] = jnp.asarray(rng.integers(1, 3, p.scale_entries[0] + extra), jnp.float32)
         arrays["operand"] = jnp.asarray(rng.integers(-2, 3, p.out_shape), p.out_dtype)
         arrays["out"] = jnp.full(p.out_shape, -77, p.out_dtype)
         return decompress24(values, positions), b, {name: np.asarray(array) for name, array in arrays.items()}
@@ -61,8 +61,8 @@ class Product:
         for (place, region, steps), following in zip(self.tiles, [*self.tiles[1:], None], strict=True):
             prefetch = int(following is not None and steps >= c.stages)
             here, there = ((*t[0], t[2]) for t in ((place, region, steps), following or (place, region, steps)))
-            slot = step % c.stages * c.stage_bytes
-            words = [m.constant(value) for value in (*here, *there, *region, region[0], slot)]
+            slot, scale = step % c.stages * c.stage_bytes, place[0] if p.mode == "columns" else region[0]
+            words = [m.constant(value) for value in (*here, *there, *region, scale, slot)]
             sums = warp.multiply(
                 Place(*words[:5]), Place(*words[5:10]), words[15], m.constant(filled), m.constant(prefetch)
             )
@@ -81,7 +81,7 @@ def check(product: Product, expected, late: bool):
         p.epilogue,
         sums.T if p.transpose_out else sums,
         jnp.asarray(arrays["operand"]) if p.epilogue.operand else None,
-        jnp.asarray(arrays["row_scale"])[: sums.shape[0]] if p.epilogue.row_scale else None,
+        jnp.asarray(arrays["row_scale"])[: sums.shape[0]] if p.epilogue.row_scale and p.mode != "columns" else None,
         row_axis=1 if p.transpose_out else 0,
         out_dtype=p.out_dtype,
     )
@@ -153,13 +153,17 @@ def test_groups_of_rows():
 
 
 def test_groups_of_columns():
-    problem = Problem(256, 192, 64, mode="columns", groups=2, b_k_major=True, transpose_out=True)
+    options = {"b_k_major": True, "transpose_out": True, "epilogue": Epilogue(row_scale=True)}
+    problem = Problem(256, 192, 64, mode="columns", groups=2, **options)
     tiles = [((0, 0, 0, 0), (0, 0, 128, 64), 1), ((128, 0, 0, 64), (0, 64, 128, 192), 1)]
 
-    def expected(a, b):
-        return np.concatenate([a[:128] @ b[:, :64], a[128:] @ b[:, 64:]], 1)
+    product = Product(problem, tiles=tiles)
+    scale = product.arrays()[2]["row_scale"][:256, None]  # one for each row of A, over both groups
 
-    check(Product(problem, tiles=tiles), expected, late=True)
+    def expected(a, b):
+        return np.concatenate([scale[:128] * (a[:128] @ b[:, :64]), scale[128:] * (a[128:] @ b[:, 64:])], 1)
+
+    check(product, expected, late=True)
 
 
 def test_groups_of_the_contraction():
