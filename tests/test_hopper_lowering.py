@@ -144,7 +144,7 @@ KERNELS8 = {
         TileConfig(128, 128)),
     "one scale, transposed": (problem8(transpose_out=True, epilogue=Epilogue("relu", column_scale=True)), TILES8[0]),
     "dense": (problem8(a="k_major"), TILES8[0]),
-    "dense, promoted": (problem8(a="k_major", out_dtype="float32", promote=PROMOTE), PROMOTING[-2]),
+    "dense, promoted": (problem8(a="k_major", out_dtype="float32", promote=PROMOTE), PROMOTING[2]),
 }  # fmt: skip
 
 
