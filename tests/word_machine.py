@@ -49,6 +49,12 @@ class NumpyMachine(Machine):
     def store(self, name, piece, words):
         self._memory[name].reshape(-1, 4)[piece] = np.stack(words, -1)
 
+    def load_half(self, name, half):
+        return list(np.moveaxis(self._memory[name].reshape(-1, 2)[half], -1, 0))
+
+    def store_half(self, name, half, words):
+        self._memory[name].reshape(-1, 2)[half] = np.stack(words, -1)
+
     def load_word(self, name, index):
         return self._memory[name][index]
 
@@ -113,6 +119,23 @@ class NumpyMachine(Machine):
 
     def round_pair(self, low, high):
         return np.stack([x.view(np.float32).astype(self._dtype) for x in (low, high)], -1).view(np.uint32)[..., 0]
+
+    def narrow(self, four):
+        values = np.clip(np.stack([np.ascontiguousarray(x).view(np.float32) for x in four], -1), -448, 448)
+        return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint32)[..., 0]
+
+    def widen8(self, word):
+        values = np.ascontiguousarray(word)[..., None].view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return list(np.moveaxis(values.view(np.uint32), -1, 0))
+
+    def root(self, word):
+        return np.sqrt(np.ascontiguousarray(word).view(np.float32)).view(np.uint32)
+
+    def warp_max(self, word):
+        return np.repeat(word.reshape(-1, THREADS // 32, 32).max(-1), 32).reshape(word.shape)
+
+    def exchange(self, word):
+        return word[..., np.arange(THREADS) ^ 1]
 
 
 class NumpyPermuteMachine(NumpyMachine, permute.Machine):

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 MEASURED = Path(__file__).with_name("measured.json")  # the rows of TABLES, without those of single stages
 TABLES = ("ffn.json", "kernels.json", "train.json")
 
-KERNELS = "all six products on sparse tensor cores, by default, in bf16 and fp16"
+KERNELS = "all six products on sparse tensor cores, by default, in bf16 and fp16, and in fp8 by precision"
 REFERENCE = "the masked reference: the same results, by dense products, not faster than dense"
 
 # GPU, compute capability, what runs there today.
@@ -196,7 +196,7 @@ def _verdict(name: str, shape: Shape, here: Sequence[Measurement], hopper: bool)
     except ValueError as error:
         return f"cannot run: {error}", "", ""
     if not hopper:
-        return "not faster than dense", "", ""
+        return "no kernels of 8 bits" if recipe.in_fp8 else "not faster than dense", "", ""
     reason = packed_ffn.unsupported(recipe, shape.d_model, shape.d_ffn)
     if reason is not None:
         return f"not faster than dense: runs the masked reference, as {reason}", "", ""

@@ -47,9 +47,12 @@ def choose_kernels(
 
     Raises:
       ValueError, NotImplementedError: as `resolve_implementation`; also where a named implementation does not take
-        the recipe, the sizes or the dtype.
+        the recipe, the sizes or the dtype, and for eight bits on a GPU that has none, unless the reference is named.
     """
-    if resolve_implementation(implementation) == "reference":
+    chosen = resolve_implementation(implementation)
+    if recipe.in_fp8 and implementation is None:
+        chosen = dispatch.resolve(None, jnp.float8_e4m3fn)
+    if chosen == "reference":
         return None
     reason = packed_ffn.unsupported(recipe, d_model, d_ffn)
     if reason is None and jnp.dtype(dtype).name not in dispatch.KERNEL_DTYPES:

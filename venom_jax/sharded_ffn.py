@@ -9,7 +9,9 @@ What a pass reads 2:4 travels packed, 9/16 of its dense bytes in bf16, and each 
 Both run along neurons, so a device packs its part alone and the parts lie one behind the other. dW1 and dW2 are summed
 in the masters' dtype and scattered at once: nothing of a whole weight outlives a pass.
 
-Groups of tokens and fours of tokens form among one device's tokens, see `local_recipe`.
+Groups of tokens and fours of tokens form among one device's tokens, see `local_recipe`. In eight bits every weight
+travels as a byte an entry, 2:4 ones as 5/8, and each device samples and scales its own tokens: the number of devices
+changes results as roundings do.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.array_types import Array, Float, Int
+from pallas_kernels.cast8.api import Cast
 from venom_jax import packed_ffn
 from venom_jax.dispatch import Implementation, Kernels, choose_kernels
 from venom_jax.ffn import (
@@ -28,13 +31,14 @@ from venom_jax.ffn import (
     masked_backward,
     masked_forward,
     pack_weights,
-    rows_in_groups,
-    rows_of_kernels,
-    sampled_density,
     through_thresholds,
     weight_operand,
 )
 from venom_jax.formats import Sparse24
+from venom_jax.fp8 import EightBitWeights, check_packed
+from venom_jax.fp8 import packed as packed_fp8
+from venom_jax.fp8 import reference as reference_fp8
+from venom_jax.masked import rows_in_groups, rows_of_kernels, sampled_density
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 
 _COLUMNS, _ROWS = 1, 0  # where the neurons of W1 and of W2 run
@@ -68,7 +72,7 @@ def sharded_sparse_ffn(
     *,
     recipe: Recipe,
     axis: str,
-    packed: PackedWeights | None = None,
+    packed: PackedWeights | EightBitWeights | None = None,
     implementation: Implementation | None = None,
     return_density: bool = False,
 ) -> Any:
@@ -88,9 +92,10 @@ def sharded_sparse_ffn(
     d_model, d_ffn = w1.shape[0], w1.shape[1] * devices
     recipe.check(d_model, d_ffn)
     kernels = choose_kernels(implementation, recipe, d_model, d_ffn, x.dtype, local=True)
-    if implementation is None and w1.shape[1] % packed_ffn.GRANULE:
+    granule = packed_ffn.granule(recipe)
+    if implementation is None and w1.shape[1] % granule:
         kernels = None
-    granule = 4 if kernels is None else packed_ffn.GRANULE
+    granule = 4 if kernels is None else granule
     if not recipe.is_dense and w1.shape[1] % granule:
         raise ValueError(
             f"d_ffn = {d_ffn} over {devices} devices leaves {w1.shape[1]} neurons each, no multiple of {granule}; use "
@@ -98,7 +103,8 @@ def sharded_sparse_ffn(
         )
     if recipe.routed != (route is not None):
         raise ValueError(f"recipe with experts = {recipe.experts}, but route is {route}.")
-    if recipe.is_dense:
+    check_packed(recipe, packed)
+    if recipe.is_dense and not recipe.in_fp8:
         y, density = _dense(axis, x, w1, w2)
     else:
         beta = jnp.ones(len(WEIGHT_GEMMS), jnp.float32) if beta is None else beta
@@ -113,6 +119,8 @@ def _sparse(recipe: Recipe, kernels: Kernels | None, axis: str, x, w1, w2, beta,
 
 
 def _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
+    if recipe.in_fp8:
+        return _fp8_forward(recipe, kernels, axis, x, w1, w2, beta, packed, route)
     if kernels is None:
         grouping = rows_in_groups(recipe, route, x.shape[0])
         first = gather(weight_operand("y1", recipe, w1, beta, packed, x.dtype), axis, _COLUMNS)
@@ -132,6 +140,8 @@ def _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
 
 
 def _backward(recipe, kernels, axis, residuals, cotangents):
+    if recipe.in_fp8:
+        return _fp8_backward(recipe, kernels, axis, residuals, cotangents[0])
     x, w1, w2, beta, packed, saved = residuals
     dy3 = cotangents[0]
     if kernels is None:
@@ -151,6 +161,27 @@ def _backward(recipe, kernels, axis, residuals, cotangents):
 
 
 _sparse.defvjp(_forward, _backward)
+
+
+def _fp8_forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
+    if packed is None:
+        packed = pack_weights(w1, w2, beta, recipe=recipe, implementation=kernels or "reference")
+    form, order = (reference_fp8, rows_in_groups) if kernels is None else (packed_fp8, rows_of_kernels)
+    grouping = order(recipe, route, x.shape[0], kernels or "reference")
+    weights = [gather_fp8(weight, axis) for weight in (packed.sparse_w1 or packed.w1, packed.w2)]
+    y3, density, saved = form.forward(recipe, kernels, x, *weights, grouping)
+    return (y3, density), (w1, w2, beta, packed, saved)
+
+
+def _fp8_backward(recipe, kernels, axis, residuals, dy3):
+    w1, w2, beta, packed, saved = residuals
+    form = reference_fp8 if kernels is None else packed_fp8
+    after = jax.tree.leaves(saved.x)[0]
+    weights = [gather_fp8(weight, axis, after=after) for weight in (packed.sparse_w2 or packed.w2, packed.w1)]
+    options = {"dtypes": (w1.dtype, w2.dtype), "by_neuron": _is_cut(axis)}
+    dx, dw1, dw2 = form.backward(recipe, kernels, *weights, saved, dy3, **options)
+    dw1 = dw1.T if _is_cut(axis) else dw1
+    return through_thresholds(recipe, w1, w2, beta, dx, scatter(dw1, axis, _COLUMNS), scatter(dw2, axis, _ROWS))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -193,6 +224,9 @@ def gather(part: Array, axis: str, dimension: int, *, after: Array | None = None
         return part
     if after is not None:
         part, _ = jax.lax.optimization_barrier((part, after))
+    if part.dtype.itemsize == 1:  # as plain bytes, which every exchange moves
+        whole = jax.lax.all_gather(jax.lax.bitcast_convert_type(part, jnp.uint8), axis, axis=dimension, tiled=True)
+        return jax.lax.bitcast_convert_type(whole, part.dtype)
     return jax.lax.all_gather(part, axis, axis=dimension, tiled=True)
 
 
@@ -232,3 +266,12 @@ def gather_packed(part: Sparse24, axis: str, *, after: Array | None = None) -> S
     shape[neurons] *= jax.lax.axis_size(axis)
     values, metadata = (gather(array, axis, 0, after=after) for array in (part.values, part.metadata))
     return Sparse24(values, metadata, (shape[0], shape[1]), part.axis)
+
+
+def gather_fp8(part: Cast, axis: str, *, after: Array | None = None) -> Cast:
+    """A weight in e4m3 with its scales, neurons first."""
+    if isinstance(part.values, Sparse24):
+        values = gather_packed(part.values, axis, after=after)
+    else:
+        values = gather(part.values, axis, _ROWS, after=after)
+    return Cast(values, gather(part.scale, axis, _ROWS, after=after))

@@ -8,7 +8,6 @@ best of cuSPARSELt's algorithm search over layouts and result orders (torch). Op
 rivals of a case take turns. For grouped problems the dense rival is the full product of the layer, all experts.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -16,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import device
+from pallas_kernels import device, tile_order
 from pallas_kernels.hopper import kernel
 from pallas_kernels.measure import command_line, rivals, timing
 from pallas_kernels.measure import grouped24_shapes as grouped_shapes
@@ -24,7 +23,6 @@ from pallas_kernels.measure import sparse24_shapes as sparse_shapes
 from pallas_kernels.measure.rows import heading, stamp, write
 from pallas_kernels.metadata import pack_positions, unpack_positions
 from pallas_kernels.pack.reference import decompress24
-from pallas_kernels.tile_order import SHAPE, TILE, from_tiles
 from pallas_kernels.tiles import Problem, TileConfig
 from pallas_kernels.tuned import choose
 
@@ -45,12 +43,6 @@ def problems(*, small: bool = False) -> dict[str, tuple[Problem, Sizes]]:
     return found | {name: (case.problem, case.group_sizes) for name, case in grouped_shapes.cases().items()}
 
 
-def sizes_of(problem: Problem) -> dict:
-    """The fields of a problem that a table of tiles is looked up by."""
-    fields = dataclasses.asdict(problem)
-    return {name: fields[name] for name in ("m", "n", "k", "mode", "groups", "b_k_major", "transpose_out")}
-
-
 def argument_sets(problem: Problem) -> list[tuple]:
     """Several random operands of a problem: enough calls in a row that Python's launches do not show."""
     split = problem.groups if problem.mode == "columns" else 1
@@ -65,13 +57,14 @@ def operands(problem: Problem, seed: int | jax.Array) -> tuple[jax.Array, jax.Ar
     p = problem
     keys = jax.random.split(jax.random.key(seed), 3)
 
-    def normal(key, *shape):
-        return jax.random.normal(key, shape, jnp.float32).astype(p.dtype)
+    def normal(key, dtype, *shape):
+        return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
     positions = PAIRS[jax.random.randint(keys[0], (p.m, p.k // 4), 0, len(PAIRS))]
     rows = p.k * (p.groups if p.mode == "rows" else 1)
-    b = normal(keys[2], *((p.n, rows) if p.b_k_major else (rows, p.n)))
-    return normal(keys[1], p.m // TILE, p.k // TILE, *SHAPE), pack_positions(positions), b
+    b = normal(keys[2], p.b_dtype, *((p.n, rows) if p.b_k_major else (rows, p.n)))
+    tiles = (p.m // tile_order.TILE, p.k // p.tile_k, *tile_order.shape(p.dtype))
+    return normal(keys[1], p.dtype, *tiles), pack_positions(positions, p.dtype), b
 
 
 def group_array(problem: Problem, group_sizes: Sizes) -> jax.Array | None:
@@ -87,7 +80,7 @@ def relative_error(problem: Problem, groups: jax.Array | None, arguments: tuple,
 @functools.partial(jax.jit, static_argnums=0)
 def _relative_error(problem: Problem, groups, values, metadata, b, out):
     p = problem
-    a = decompress24(from_tiles(values), unpack_positions(metadata)).astype(jnp.float64)
+    a = decompress24(tile_order.from_tiles(values), unpack_positions(metadata, p.dtype)).astype(jnp.float64)
     b = (b.T if p.b_k_major else b).astype(jnp.float64)
     if groups is None:
         wanted = a @ b
