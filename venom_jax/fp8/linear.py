@@ -26,7 +26,7 @@ class LinearWeight(NamedTuple):
 
 def pack_linear(w: Float[Array, "D N"], *, implementation: Implementation | None = None) -> LinearWeight:
     """Cast a weight once per optimizer step instead of once per call of `linear`."""
-    options = {"implementation": _choose(implementation, *w.shape)}
+    options = {"implementation": products.casting(_choose(implementation, *w.shape))}
     w = jax.lax.stop_gradient(w)
     return LinearWeight(cast8.by_column(w, interleaved=False, **options), cast8.by_row(w, **options))
 
@@ -81,25 +81,21 @@ def _choose(implementation: Implementation | None, d_in: int, d_out: int) -> Imp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(implementation: Implementation, x, w, packed: LinearWeight):
-    return _times(cast8.by_row(x, implementation=implementation), packed.forward, x.dtype, implementation)
+    tokens = cast8.by_row(x, implementation=products.casting(implementation))
+    return products.scaled(tokens, packed.forward, x.dtype, implementation=implementation)
 
 
 def _forward(implementation, x, w, packed):
-    kept = cast8.by_column(x, interleaved=False, implementation=implementation)
+    kept = cast8.by_column(x, interleaved=False, implementation=products.casting(implementation))
     return _linear(implementation, x, w, packed), (kept, w, packed.backward)
 
 
 def _backward(implementation, saved, dy):
     x, w, weight = saved
-    dx = _times(cast8.by_row(dy, implementation=implementation), weight, dy.dtype, implementation)
-    by_feature = cast8.by_column(dy, interleaved=False, implementation=implementation)
-    return dx, _times(x, by_feature, w.dtype, implementation, exact=True), None
+    how = {"implementation": products.casting(implementation)}
+    dx = products.scaled(cast8.by_row(dy, **how), weight, dy.dtype, implementation=implementation)
+    by_feature = cast8.by_column(dy, interleaved=False, **how)
+    return dx, products.scaled(x, by_feature, w.dtype, exact=True, implementation=implementation), None
 
 
 _linear.defvjp(_forward, _backward)
-
-
-def _times(a: Cast, b: Cast, dtype, implementation: Implementation, *, exact: bool = False) -> Array:
-    """a b^T in `dtype`; XLA multiplies with the scales while it hands the product on."""
-    product = products.dot(a.values, b.values, products.unscaled(dtype), exact=exact, implementation=implementation)
-    return (product.astype(jnp.float32) * a.scale[:, None] * b.scale).astype(dtype)

@@ -91,7 +91,8 @@ def pack_weights(
         packed = Sparse24(found.values, found.metadata, (w.shape[0], w.shape[1]), axis)
         return Cast(packed, scales[: w.shape[1 - axis]])
 
-    dense = [cast8.weights(w, axis=axis, implementation=implementation) for w, axis in ((w1, 1), (w2, 0))]
+    casting = None if implementation == "hopper" else implementation  # kernels where they take the array
+    dense = [cast8.weights(w, axis=axis, implementation=casting) for w, axis in ((w1, 1), (w2, 0))]
     sparse = [thresholded("y1", w1, 0), thresholded("dy2", w2, 1)]
     return jax.lax.stop_gradient(EightBitWeights(*dense, *sparse))
 

@@ -57,12 +57,12 @@ def forward(
     tokens, features = _both_casts(rows, order)
     peak = _peaks(tokens, first, order)
     scale = operands.y2_scale(peak)
-    weight, t = cast8.fold(second, scale, implementation=implementation)
+    weight, t = cast8.fold(second, scale, implementation=products.casting(implementation))
     if recipe.is_dense:
-        y1 = _dense_hidden(tokens, first, implementation)
-        rows_y2, y2 = cast8.activate(y1, scale, implementation=implementation)
+        y1 = products.scaled(tokens, first, jnp.bfloat16, implementation=implementation)
+        rows_y2, y2 = cast8.activate(y1, scale, implementation=_casting(x, implementation))
         density, packed_features, packed_tokens = sampled_density(y1[: x.shape[0]]), None, None
-        y3 = _dense_back(rows_y2, weight, t, x.dtype, implementation)
+        y3 = products.scaled(*_over_one(rows_y2, weight, t), x.dtype, implementation=implementation)
     else:
         y2, along = None, {"features": True, "tokens": recipe.token_copy == "kept"}
         scales = {"row_scale": first.scale, "column_scale": tokens.scale, "scale": scale}
@@ -91,15 +91,17 @@ def backward(
     tokens, features = _both_casts(order.enter(dy3), order)
     gradient_peak = _peaks(tokens, second, order)
     gradient_scale = operands.dy1_scale(peak, gradient_peak)
-    weight, t = cast8.fold(first, gradient_scale, implementation=implementation)
+    weight, t = cast8.fold(first, gradient_scale, implementation=products.casting(implementation))
     if recipe.is_dense:
         assert y2 is not None
-        dy2 = _dense_hidden(tokens, second, implementation)
-        dy1 = cast8.differentiate(dy2, y2, scale, gradient_scale, implementation=implementation)
-        dx = _dense_back(dy1.rows, weight, t, dy3.dtype, implementation)
+        how: Any = {"implementation": implementation}
+        dy2 = products.scaled(tokens, second, jnp.bfloat16, **how)
+        given = (y2, scale, gradient_scale)
+        dy1 = cast8.differentiate(dy2, *given, implementation=_casting(dy3, implementation))
+        dx = products.scaled(*_over_one(dy1.rows, weight, t), dy3.dtype, **how)
         both = (x, Cast(dy1.columns, gradient_scale))
-        dw1 = _dense_over_tokens(*(both[::-1] if by_neuron else both), dtypes[0], implementation)
-        dw2 = _dense_over_tokens(Cast(y2, scale), features, dtypes[1], implementation)
+        dw1 = products.scaled(*(both[::-1] if by_neuron else both), dtypes[0], exact=True, **how)
+        dw2 = products.scaled(Cast(y2, scale), features, dtypes[1], exact=True, **how)
         return order.leave(dx, dy3.dtype), dw1, dw2
     assert packed_features is not None
     if packed_tokens is None:
@@ -119,7 +121,7 @@ def backward(
 def _both_casts(rows: Array, order: TokenRows) -> tuple[Cast, Cast]:
     """Rows in e4m3 per row [R, D], and per feature [D, R] in the order of the products over tokens."""
     interleaved = order.interleaved and not order.recipe.is_dense
-    options = {"implementation": order.implementation}
+    options = {"implementation": products.casting(order.implementation)}
     return cast8.by_row(rows, **options), cast8.by_column(rows, interleaved=interleaved, **options)
 
 
@@ -141,8 +143,10 @@ def _peaks(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
     rows, scale = (t[: order.tokens][place] if order.grouping is None else t[place] for t in tokens)
     padding = -rows.shape[0] % products.GRANULE
     sampled = Cast(jnp.pad(rows, ((0, padding), (0, 0))), jnp.pad(scale, (0, padding), constant_values=1))
-    of_sample = _sparse_hidden if isinstance(weight.values, Sparse24) else _dense_hidden
-    found = of_sample(sampled, weight, order.implementation)
+    if isinstance(weight.values, Sparse24):
+        found = _sparse_hidden(sampled, weight, order.implementation)
+    else:
+        found = products.scaled(sampled, weight, jnp.bfloat16, implementation=order.implementation)
     return operands.peaks(found, scale, tokens.scale, weight.scale, rows.shape[1])
 
 
@@ -161,20 +165,15 @@ def _sparse_hidden(tokens: Cast, weight: Cast, implementation: Implementation) -
     )
 
 
-def _dense_hidden(tokens: Cast, weight: Cast, implementation: Implementation) -> Array:
-    """bf16 [R, F]. XLA scales while it reads the product for what comes next."""
-    product = products.dot(tokens.values, weight.values, jnp.bfloat16, implementation=implementation)
-    return (product.astype(jnp.float32) * tokens.scale[:, None] * weight.scale).astype(jnp.bfloat16)
+def _over_one(a: Array, b: Array, t: Array) -> tuple[Cast, Cast]:
+    """Two matrices under one scale in all."""
+    return Cast(a, jnp.ones(a.shape[:1])), Cast(b, jnp.broadcast_to(t, b.shape[:1]))
 
 
-def _dense_back(a: Array, weight: Array, t: Array, dtype, implementation: Implementation) -> Array:
-    raw = products.unscaled(dtype)
-    return products.dot(a, weight, raw, implementation=implementation) * t.astype(raw)
-
-
-def _dense_over_tokens(a: Cast, b: Cast, dtype: jax.typing.DTypeLike, implementation: Implementation) -> Array:
-    product = products.dot(a.values, b.values, jnp.float32, exact=True, implementation=implementation)
-    return (product * a.scale[:, None] * b.scale).astype(dtype)
+def _casting(x: Array, implementation: Implementation) -> Implementation | None:
+    """Of y1 and dy2, dense: XLA casts what it also scales, a kernel what a kernel has scaled."""
+    own = products.uses_own_kernels(x.shape[1], implementation)
+    return products.casting(implementation) if own else "reference"
 
 
 def _rebuilt(order: TokenRows, features: Packed, scale: Array) -> Packed:

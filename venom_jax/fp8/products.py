@@ -4,10 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.array_types import Array, Float
+from pallas_kernels.cast8.api import Cast
+from pallas_kernels.dense8.api import dense8
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.tiles import PROMOTE
 
 GRANULE = 16
 """Sizes that XLA's 8-bit products take: bytes that its copies move at once."""
+OWN_KERNELS = False
+"""Whether `scaled` multiplies by this library's kernel, whose epilogue scales, rather than by XLA's product."""
 _PRESETS = jax.lax.DotAlgorithmPreset
 
 
@@ -35,6 +41,28 @@ def dot(
     return jax.lax.dot_general(a, b, contraction, preferred_element_type=jnp.float32).astype(out_dtype)
 
 
-def unscaled(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
-    """What to round a product to that is scaled to `dtype` later: without scales it may be beyond float16."""
-    return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+def scaled(
+    a: Cast, b: Cast, out_dtype: jax.typing.DTypeLike, *, exact: bool = False, implementation: Implementation
+) -> Float[Array, "m n"]:
+    """a b^T with the scales of a's rows and of b's; arguments as in `dot`.
+
+    XLA multiplies with the scales while it hands the product on to what comes next.
+    """
+    if uses_own_kernels(a.values.shape[1], implementation):
+        options = {"row_scale": a.scale, "column_scale": b.scale, "promote": PROMOTE if exact else None}
+        epilogue = Epilogue(row_scale=True, column_scale=True)
+        return dense8(a.values, b.values, out_dtype=out_dtype, epilogue=epilogue, **options)
+    # Without scales a product may be beyond float16.
+    unscaled = jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
+    product = dot(a.values, b.values, unscaled, exact=exact, implementation=implementation)
+    return (product.astype(jnp.float32) * a.scale[:, None] * b.scale).astype(out_dtype)
+
+
+def uses_own_kernels(k: int, implementation: Implementation) -> bool:
+    """Whether `scaled` contracts k columns by this library's kernel."""
+    return OWN_KERNELS and implementation == "hopper" and k % 128 == 0
+
+
+def casting(implementation: Implementation) -> Implementation | None:
+    """Which casts go with products: kernels where they take the array, else XLA's."""
+    return None if implementation == "hopper" else implementation
