@@ -32,6 +32,7 @@ FORMAT = 1  # of what a checkpoint holds; counts up when an older program could 
 # Optimizer fields that decide what arrays its state has.
 _STATE_FIELDS = ("ema", "first_moment_dtype")
 _ROUTER = "room for a learned router"
+_RESCALED = ", rescaled"
 
 
 def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -47,17 +48,22 @@ def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     values |= {f"data.{name}": value for name, value in data.items()}
     values["largest number of experts"] = config.max_experts
     values[_ROUTER] = config.learned_router
-    rescaled = ", rescaled" if config.phases.rescale else ""
+    rescaled = _RESCALED if config.phases.rescale else ""
     texts = [describe(phase.recipe) + (rescaled if phase.start else "") for phase in config.schedule.phases]
     phases = [[phase.start, text] for phase, text in zip(config.schedule.phases, texts, strict=True)]
     return json.loads(json.dumps(values | {"phases": phases}))
 
 
 def describe(recipe: StackRecipe) -> str:
-    """The recipe in words that outlast new fields of `Recipe`: later ones are named only where they are set."""
+    """The recipe in words that outlast new fields of `Recipe`: later ones are named only where they are set.
+
+    Precision, as `Train.dtype`, is no part of what a run is: it may change from one start to the next.
+    """
     if isinstance(recipe, LayerRecipes):
-        return f"LayerRecipes({', '.join(f'{first}: {describe(part)}' for first, part in recipe.starts)})"
-    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
+        texts = [(first, describe(part)) for first, part in recipe.starts]
+        texts = [own for i, own in enumerate(texts) if i == 0 or own[1] != texts[i - 1][1]]
+        return texts[0][1] if len(texts) == 1 else f"LayerRecipes({', '.join(f'{a}: {text}' for a, text in texts)})"
+    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe) if item.name != "precision"}
     named = {name: value for name, value in values.items() if _LATER_FIELDS.get(name, ...) != value}
     return f"Recipe({', '.join(f'{name}={value!r}' for name, value in named.items())})"
 
@@ -68,7 +74,10 @@ _LATER_FIELDS = {"weight_mask": "threshold", "shared": 0, "clustering": "kmeans"
 
 def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any], step: int) -> None:
     def past(values):
-        return values | {"phases": [phase for phase in values["phases"] if phase[0] < step]}
+        phases = [phase for phase in values["phases"] if phase[0] < step]
+        # One that differs from the one before in nothing but its precision goes on with it.
+        kept = [own for i, own in enumerate(phases) if i == 0 or _plain(own[1]) != _plain(phases[i - 1][1])]
+        return values | {"phases": kept}
 
     saved, wanted = past(_EARLIER | {_ROUTER: wanted[_ROUTER]} | saved), past(wanted)
     differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
@@ -80,6 +89,10 @@ def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]
             f"workdir {str(workdir)!r} holds a different run at step {step}: {', '.join(parts)}; "
             "use the configuration it was started with (config.gin there), or for a new run another --workdir"
         )
+
+
+def _plain(text: str) -> str:
+    return text.removesuffix(_RESCALED)
 
 
 def _differing_phase(saved: list, wanted: list) -> str:
