@@ -71,7 +71,7 @@ def ffn(x, w1, w2, beta, route, recipe, dy3):
 
     x8, x_scale = over(x, 0)
     m = peak(bf16(over(x[::every], 0)[0] @ first.T), x_scale, every, first_scale, width)
-    s = np.array([scale_of(each, 2) for each in np.float32(HEADROOM_Y2) * np.float32(m) ** 2])
+    s = np.array([scale_of(each, 2) for each in HEADROOM_Y2 * m * m])
     a = np.maximum(bf16(x8 @ first.T), 0) * own
     if recipe.activations:
         a = a * along(keep_two, a, 1)
@@ -80,7 +80,7 @@ def ffn(x, w1, w2, beta, route, recipe, dy3):
 
     dy8, dy_scale = over(dy3, 0)
     n = peak(bf16(over(dy3[::every], 0)[0] @ second.T), dy_scale, every, second_scale, width)
-    q = np.array([scale_of(each) for each in 2 * HEADROOM_DY1 * np.float32(n) * np.float32(m)])
+    q = np.array([scale_of(each) for each in 2 * HEADROOM_DY1 * n * m])
     root = bf16(np.sqrt(y2 / s)) * np.sqrt(s)
     dy1 = cast(2 * bf16(dy8 @ second.T) * root, q)
     dx = dy1 @ fold(dense1, scale1, q)

@@ -239,5 +239,5 @@ def test_weights_of_another_precision_are_refused():
     dense = pack_weights(w1, w2, BETA, recipe=RECIPES["act24"])
     with pytest.raises(ValueError, match=r"packed weights of 8 bits .* precision = 'compute'"):
         sparse_ffn(x, w1, w2, recipe=Recipe.act24(), packed=dense)
-    with pytest.raises(ValueError, match=r"2:4 in no product, the recipe's weights = \('y1', 'dy2'\)"):
+    with pytest.raises(ValueError, match=r"no 2:4 weight for y1, the recipe's weights = \('y1', 'dy2'\)"):
         sparse_ffn(x, w1, w2, recipe=RECIPES["all24"], packed=dense)

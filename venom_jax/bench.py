@@ -81,7 +81,9 @@ def stages(recipe: Recipe, x, w1, w2, dy) -> dict[str, tuple[Callable[..., Any],
     if weights is not None:
         found["pack weights"] = (lambda w1, w2: pack_weights(w1, w2, BETA, dtype=x.dtype), (w1, w2))
     if recipe.routed:
-        group = functools.partial(group_tokens, experts=recipe.experts, align=recipe.v, implementation="hopper")
+        group = functools.partial(
+            group_tokens, experts=recipe.experts, align=recipe.group_rows, implementation="hopper"
+        )
         found["route and group"] = (lambda x, w1: group(router.route(x, w1, recipe)), (x, w1))
         grouping = jax.jit(found["route and group"][0])(x, w1)
     order = TokenRows(recipe, grouping, tokens, "hopper")

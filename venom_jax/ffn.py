@@ -235,7 +235,7 @@ def _fp8_forward(recipe, kernels, x, w1, w2, beta, packed, route):
         packed = fp8.pack_weights(w1, w2, beta, recipe, kernels or "reference")
     form, order = (reference_fp8, rows_in_groups) if kernels is None else (packed_fp8, rows_of_kernels)
     grouping = order(recipe, route, x.shape[0], kernels or "reference")
-    y3, density, saved = form.forward(recipe, kernels, x, packed.sparse_w1 or packed.w1, packed.w2, grouping)
+    y3, density, saved = form.forward(recipe, kernels, x, packed.y1(recipe), packed.w2, grouping)
     return (y3, density), (w1, w2, beta, packed, saved)
 
 
@@ -243,7 +243,7 @@ def _fp8_backward(recipe, kernels, residuals, dy3):
     w1, w2, beta, packed, saved = residuals
     form = reference_fp8 if kernels is None else packed_fp8
     dtypes = (w1.dtype, w2.dtype)
-    dx, dw1, dw2 = form.backward(recipe, kernels, packed.sparse_w2 or packed.w2, packed.w1, saved, dy3, dtypes)
+    dx, dw1, dw2 = form.backward(recipe, kernels, packed.dy2(recipe), packed.w1, saved, dy3, dtypes)
     return through_thresholds(recipe, w1, w2, beta, dx, dw1, dw2)
 
 

@@ -96,7 +96,7 @@ def _saved(recipe: Recipe, x: Array, w1: Array, w2: Array) -> packed_ffn.Residua
     if recipe.in_fp8:
         packed: Any = pack_weights(w1, w2, jnp.ones(4), recipe=recipe, implementation="reference")
         grouping = rows_of_kernels(recipe, route, x.shape[0], "reference")
-        first = packed.sparse_w1 or packed.w1
+        first = packed.y1(recipe)
         return packed_fp8.forward(recipe, "reference", x, first, packed.w2, grouping)[2]
     weights: Any = None
     if recipe.weights:

@@ -11,6 +11,7 @@ from pallas_kernels.array_types import Array, Float
 from venom_jax import router
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import PackedWeights, sparse_ffn
+from venom_jax.fp8 import EightBitWeights
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 from venom_jax.sharded_ffn import sharded_sparse_ffn
 from venom_jax.stats import FFNStats
@@ -81,7 +82,7 @@ class SparseMLP(nnx.Module):
         x: Float[Array, "*batch D"],
         *,
         recipe: Recipe = _DENSE,
-        packed: PackedWeights | None = None,
+        packed: PackedWeights | EightBitWeights | None = None,
         key: Array | None = None,
         return_stats: bool = False,
         implementation: Implementation | None = None,
@@ -92,7 +93,7 @@ class SparseMLP(nnx.Module):
         Args:
           x: [..., D]; all leading axes together are the batch whose tokens are routed and pruned.
           recipe: what is sparse in this call, forward and backward.
-          packed: `venom_jax.pack_weights` of this layer, to threshold the weights once for several calls.
+          packed: `venom_jax.pack_weights` of this layer, to threshold or cast the weights once for several calls.
           key: for the random router.
           return_stats: return (y, FFNStats) instead of y.
           implementation: "reference", "hopper", or None to choose by device; see `venom_jax.sparse_ffn`.

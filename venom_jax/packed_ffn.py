@@ -193,8 +193,8 @@ class TokenRows:
             assert dense_rows is not None
             out = self._dense_over_tokens(dense_rows, rows, dtype)
             return out.T if transpose else out
-        options = {"transpose_out": transpose, "out_dtype": dtype, "implementation": self.implementation, **scales}
-        options["b_k_major"] = ordered
+        options: dict[str, Any] = {"transpose_out": transpose, "out_dtype": dtype, "b_k_major": ordered, **scales}
+        options["implementation"] = self.implementation
         if self.grouping is None:
             return sparse24(*packed, rows, b_interleaved=not ordered, **options)
         out = grouped.contraction(*packed, rows, self.grouping.expert_sizes, **options)

@@ -291,6 +291,11 @@ class LayerRecipes:
         return any(part.routed for _, part in self.starts)
 
     @property
+    def in_fp8(self) -> bool:
+        """Whether any layer's operands have 8 bits."""
+        return any(part.in_fp8 for _, part in self.starts)
+
+    @property
     def is_dense(self) -> bool:
         """Whether nothing is sparse in any layer."""
         return all(part.is_dense for _, part in self.starts)

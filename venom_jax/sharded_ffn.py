@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.array_types import Array, Float, Int
-from pallas_kernels.cast8.api import Cast
 from venom_jax import packed_ffn
 from venom_jax.dispatch import Implementation, Kernels, choose_kernels
 from venom_jax.ffn import (
@@ -38,6 +37,7 @@ from venom_jax.formats import Sparse24
 from venom_jax.fp8 import EightBitWeights, check_packed
 from venom_jax.fp8 import packed as packed_fp8
 from venom_jax.fp8 import reference as reference_fp8
+from venom_jax.fp8.operands import SparseCast, Weight
 from venom_jax.masked import rows_in_groups, rows_of_kernels, sampled_density
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 
@@ -168,8 +168,8 @@ def _fp8_forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
         packed = pack_weights(w1, w2, beta, recipe=recipe, implementation=kernels or "reference")
     form, order = (reference_fp8, rows_in_groups) if kernels is None else (packed_fp8, rows_of_kernels)
     grouping = order(recipe, route, x.shape[0], kernels or "reference")
-    weights = [gather_fp8(weight, axis) for weight in (packed.sparse_w1 or packed.w1, packed.w2)]
-    y3, density, saved = form.forward(recipe, kernels, x, *weights, grouping)
+    first, second = gather_fp8(packed.y1(recipe), axis), gather_fp8(packed.w2, axis)
+    y3, density, saved = form.forward(recipe, kernels, x, first, second, grouping)
     return (y3, density), (w1, w2, beta, packed, saved)
 
 
@@ -177,10 +177,10 @@ def _fp8_backward(recipe, kernels, axis, residuals, dy3):
     w1, w2, beta, packed, saved = residuals
     form = reference_fp8 if kernels is None else packed_fp8
     after = jax.tree.leaves(saved.x)[0]
-    weights = [gather_fp8(weight, axis, after=after) for weight in (packed.sparse_w2 or packed.w2, packed.w1)]
-    options = {"dtypes": (w1.dtype, w2.dtype), "by_neuron": _is_cut(axis)}
-    dx, dw1, dw2 = form.backward(recipe, kernels, *weights, saved, dy3, **options)
-    dw1 = dw1.T if _is_cut(axis) else dw1
+    second, first = gather_fp8(packed.dy2(recipe), axis, after=after), gather_fp8(packed.w1, axis, after=after)
+    dtypes, cut = (w1.dtype, w2.dtype), _is_cut(axis)
+    dx, dw1, dw2 = form.backward(recipe, kernels, second, first, saved, dy3, dtypes, by_neuron=cut)
+    dw1 = dw1.T if cut else dw1
     return through_thresholds(recipe, w1, w2, beta, dx, scatter(dw1, axis, _COLUMNS), scatter(dw2, axis, _ROWS))
 
 
@@ -268,10 +268,9 @@ def gather_packed(part: Sparse24, axis: str, *, after: Array | None = None) -> S
     return Sparse24(values, metadata, (shape[0], shape[1]), part.axis)
 
 
-def gather_fp8(part: Cast, axis: str, *, after: Array | None = None) -> Cast:
+def gather_fp8[W: Weight](part: W, axis: str, *, after: Array | None = None) -> W:
     """A weight in e4m3 with its scales, neurons first."""
-    if isinstance(part.values, Sparse24):
-        values = gather_packed(part.values, axis, after=after)
-    else:
-        values = gather(part.values, axis, _ROWS, after=after)
-    return Cast(values, gather(part.scale, axis, _ROWS, after=after))
+    scale = gather(part.scale, axis, _ROWS, after=after)
+    if isinstance(part, SparseCast):
+        return part._replace(values=gather_packed(part.values, axis, after=after), scale=scale)
+    return part._replace(values=gather(part.values, axis, _ROWS, after=after), scale=scale)

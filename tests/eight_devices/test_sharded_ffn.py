@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def sharded_function(mesh, recipe, kernels, pack=False):
         return _sharded(recipe, kernels, "fsdp", x, w1, w2, BETA, packed, route)
 
     def part(x, w1, w2, dy):
-        options = {"dtype": x.dtype, "recipe": recipe, "implementation": "reference"}
+        options: dict[str, Any] = {"dtype": x.dtype, "recipe": recipe, "implementation": "reference"}
         packed = pack_weights(w1, w2, BETA, **options) if pack else None
         (y, density), vjp = jax.vjp(functools.partial(ffn, packed=packed), x, w1, w2)
         dx, dw1, dw2 = vjp((dy, jnp.zeros_like(density)))

@@ -61,6 +61,18 @@ HEADROOM_DY1 = 16.0
 """... and its dy1 so many times 2 |dy2| |y1|, the largest of either."""
 
 
+class SparseCast(NamedTuple):
+    """A 2:4 weight in e4m3, one scale a neuron."""
+
+    values: Sparse24
+    scale: Array
+    """f32 [F]."""
+
+
+Weight = Cast | SparseCast
+"""A weight as y1 or dy2 reads it; a dense one is [F, D]."""
+
+
 class EightBitWeights(NamedTuple):
     """The weights of a layer in e4m3, one scale a neuron: data without gradient, made once per optimizer step."""
 
@@ -68,10 +80,18 @@ class EightBitWeights(NamedTuple):
     """W1^T [F, D]: for y1, and, folded, for dx."""
     w2: Cast
     """W2 [F, D]: for dy2, and, folded, for y3."""
-    sparse_w1: Cast | None
-    """beta1 S(W1)^T, its values a `Sparse24` along D, where y1 reads that."""
-    sparse_w2: Cast | None
-    """beta2 S(W2), the same for dy2."""
+    sparse_w1: SparseCast | None
+    """beta1 S(W1), 2:4 along D, where y1 reads that."""
+    sparse_w2: SparseCast | None
+    """beta2 S(W2), 2:4 along D, where dy2 reads that."""
+
+    def y1(self, recipe: Recipe) -> Weight:
+        """W1 as y1 reads it."""
+        return self.sparse_w1 if self.sparse_w1 is not None and "y1" in recipe.weights else self.w1
+
+    def dy2(self, recipe: Recipe) -> Weight:
+        """W2 as dy2 reads it."""
+        return self.sparse_w2 if self.sparse_w2 is not None and "dy2" in recipe.weights else self.w2
 
 
 def pack_weights(
@@ -83,18 +103,18 @@ def pack_weights(
 ) -> EightBitWeights:
     """`EightBitWeights` of f32 or bf16 masters; beta: the frozen scales of y1, y3, dy2, dx."""
 
-    def thresholded(gemm: WeightGemm, w: Array, axis: int) -> Cast | None:
+    def thresholded(gemm: WeightGemm, w: Array, axis: int) -> SparseCast | None:
         if gemm not in recipe.weights:
             return None
         scale = beta[WEIGHT_GEMMS.index(gemm)]
         found, scales = pack_thresholded8(w, scale, axis=axis, implementation=implementation)
         packed = Sparse24(found.values, found.metadata, (w.shape[0], w.shape[1]), axis)
-        return Cast(packed, scales[: w.shape[1 - axis]])
+        return SparseCast(packed, scales[: w.shape[1 - axis]])
 
     casting = None if implementation == "hopper" else implementation  # kernels where they take the array
-    dense = [cast8.weights(w, axis=axis, implementation=casting) for w, axis in ((w1, 1), (w2, 0))]
-    sparse = [thresholded("y1", w1, 0), thresholded("dy2", w2, 1)]
-    return jax.lax.stop_gradient(EightBitWeights(*dense, *sparse))
+    dense1, dense2 = (cast8.weights(w, axis=axis, implementation=casting) for w, axis in ((w1, 1), (w2, 0)))
+    sparse1, sparse2 = thresholded("y1", w1, 0), thresholded("dy2", w2, 1)
+    return jax.lax.stop_gradient(EightBitWeights(dense1, dense2, sparse1, sparse2))
 
 
 def check_packed(recipe: Recipe, packed: Any) -> None:
@@ -109,13 +129,12 @@ def check_packed(recipe: Recipe, packed: Any) -> None:
         )
     if not in_fp8:
         return
-    both = (("y1", packed.sparse_w1), ("dy2", packed.sparse_w2))
-    sparse = tuple(gemm for gemm, weight in both if weight is not None)
-    if sparse != recipe.weights:
-        raise ValueError(
-            f"packed weights are 2:4 in {sparse or 'no product'}, the recipe's weights = {recipe.weights}; make them "
-            "with pack_weights(..., recipe=recipe)."
-        )
+    for gemm, weight in (("y1", packed.sparse_w1), ("dy2", packed.sparse_w2)):
+        if weight is None and gemm in recipe.weights:
+            raise ValueError(
+                f"packed weights have no 2:4 weight for {gemm}, the recipe's weights = {recipe.weights}; make them "
+                "with pack_weights(..., recipe=recipe)."
+            )
 
 
 def sample(tokens: int) -> slice:

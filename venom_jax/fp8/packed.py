@@ -22,6 +22,7 @@ from pallas_kernels.sparse24.api import sparse24
 from pallas_kernels.tiles import PROMOTE
 from venom_jax.formats import Sparse24
 from venom_jax.fp8 import operands, products
+from venom_jax.fp8.operands import SparseCast, Weight
 from venom_jax.masked import sampled_density
 from venom_jax.packed_ffn import FFN_RESIDUALS, TokenRows
 from venom_jax.pattern import Recipe
@@ -49,7 +50,7 @@ class Residuals(NamedTuple):
 
 
 def forward(
-    recipe: Recipe, implementation: Implementation, x: Array, first: Cast, second: Cast, grouping: Grouping | None
+    recipe: Recipe, implementation: Implementation, x: Array, first: Weight, second: Cast, grouping: Grouping | None
 ) -> tuple[Array, Array, Residuals]:
     """y3 [T, D], the density of a, and residuals; arguments as in `reference.forward`."""
     order = TokenRows(recipe, grouping, x.shape[0], implementation)
@@ -59,7 +60,7 @@ def forward(
     scale = operands.y2_scale(peak)
     weight, t = cast8.fold(second, scale, implementation=products.casting(implementation))
     if recipe.is_dense:
-        y1 = products.scaled(tokens, first, jnp.bfloat16, implementation=implementation)
+        y1 = _dense_hidden(tokens, first, implementation)
         rows_y2, y2 = cast8.activate(y1, scale, implementation=_casting(x, implementation))
         density, packed_features, packed_tokens = sampled_density(y1[: x.shape[0]]), None, None
         y3 = products.scaled(*_over_one(rows_y2, weight, t), x.dtype, implementation=implementation)
@@ -77,7 +78,7 @@ def forward(
 def backward(
     recipe: Recipe,
     implementation: Implementation,
-    second: Cast,
+    second: Weight,
     first: Cast,
     residuals: Residuals,
     dy3: Array,
@@ -95,7 +96,7 @@ def backward(
     if recipe.is_dense:
         assert y2 is not None
         how: Any = {"implementation": implementation}
-        dy2 = products.scaled(tokens, second, jnp.bfloat16, **how)
+        dy2 = _dense_hidden(tokens, second, implementation)
         given = (y2, scale, gradient_scale)
         dy1 = cast8.differentiate(dy2, *given, implementation=_casting(dy3, implementation))
         dx = products.scaled(*_over_one(dy1.rows, weight, t), dy3.dtype, **how)
@@ -110,7 +111,7 @@ def backward(
     taken = order.take_hidden(tokens.values, *_forms(second), packed_features, packed_tokens, **scales)
     dx = order.back(taken.features, None, weight, k_major=True, **_times(t, weight, dy3.dtype))
     # Sums over tokens may have a mean, which the tensor core's 14 bits would bias: they go to f32 on the way.
-    options = {"ordered": True, "promote": PROMOTE, "epilogue": _BOTH_SCALES}
+    options: dict[str, Any] = {"ordered": True, "promote": PROMOTE, "epilogue": _BOTH_SCALES}
     dw2_options = options | {"transpose": False, "row_scale": scale, "column_scale": features.scale}
     dw1_options = options | {"transpose": not by_neuron, "row_scale": gradient_scale, "column_scale": x.scale}
     dw2 = order.over_tokens(packed_tokens, None, features.values, dtypes[1], **dw2_options)
@@ -130,12 +131,12 @@ def _times(t: Array, weight: Array, dtype: jax.typing.DTypeLike) -> dict:
     return {"epilogue": Epilogue(column_scale=True), "column_scale": scales, "out_dtype": dtype}
 
 
-def _forms(weight: Cast) -> tuple[Sparse24 | None, Array | None]:
+def _forms(weight: Weight) -> tuple[Sparse24 | None, Array | None]:
     """The weight as 2:4, and as a dense array [F, D]; one of them."""
-    return (weight.values, None) if isinstance(weight.values, Sparse24) else (None, weight.values)
+    return (weight.values, None) if isinstance(weight, SparseCast) else (None, weight.values)
 
 
-def _peaks(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
+def _peaks(tokens: Cast, weight: Weight, order: TokenRows) -> Array:
     """`operands.peaks` of rows times a weight: of all neurons, also where tokens are routed."""
     place: Any = operands.sample(order.tokens)
     if order.grouping is not None:
@@ -143,15 +144,14 @@ def _peaks(tokens: Cast, weight: Cast, order: TokenRows) -> Array:
     rows, scale = (t[: order.tokens][place] if order.grouping is None else t[place] for t in tokens)
     padding = -rows.shape[0] % products.GRANULE
     sampled = Cast(jnp.pad(rows, ((0, padding), (0, 0))), jnp.pad(scale, (0, padding), constant_values=1))
-    if isinstance(weight.values, Sparse24):
-        found = _sparse_hidden(sampled, weight, order.implementation)
-    else:
-        found = products.scaled(sampled, weight, jnp.bfloat16, implementation=order.implementation)
+    hidden = _sparse_hidden if isinstance(weight, SparseCast) else _dense_hidden
+    found = hidden(sampled, weight, order.implementation)
     return operands.peaks(found, scale, tokens.scale, weight.scale, rows.shape[1])
 
 
-def _sparse_hidden(tokens: Cast, weight: Cast, implementation: Implementation) -> Array:
+def _sparse_hidden(tokens: Cast, weight: Weight, implementation: Implementation) -> Array:
     """bf16 [R, F]."""
+    assert isinstance(weight, SparseCast)
     return sparse24(
         weight.values.values,
         weight.values.metadata,
@@ -163,6 +163,12 @@ def _sparse_hidden(tokens: Cast, weight: Cast, implementation: Implementation) -
         column_scale=tokens.scale,
         implementation=implementation,
     )
+
+
+def _dense_hidden(tokens: Cast, weight: Weight, implementation: Implementation) -> Array:
+    """bf16 [R, F]."""
+    assert isinstance(weight, Cast)
+    return products.scaled(tokens, weight, jnp.bfloat16, implementation=implementation)
 
 
 def _over_one(a: Array, b: Array, t: Array) -> tuple[Cast, Cast]:

@@ -23,8 +23,8 @@ from pallas_kernels.cast8.api import Cast
 from pallas_kernels.cast8.reference import root
 from pallas_kernels.pack import reference as pack
 from venom_jax import masked
-from venom_jax.formats import Sparse24
 from venom_jax.fp8 import operands
+from venom_jax.fp8.operands import SparseCast, Weight
 from venom_jax.pattern import Recipe
 from venom_jax.permutation import Grouping
 
@@ -41,7 +41,7 @@ class Residuals(NamedTuple):
 
 
 def forward(
-    recipe: Recipe, _: object, x: Array, first: Cast, second: Cast, grouping: Grouping | None
+    recipe: Recipe, _: object, x: Array, first: Weight, second: Cast, grouping: Grouping | None
 ) -> tuple[Array, Array, Residuals]:
     """y3 [T, D] in x's dtype, the density of a, and residuals.
 
@@ -65,7 +65,7 @@ def forward(
 def backward(
     recipe: Recipe,
     _: object,
-    second: Cast,
+    second: Weight,
     first: Cast,
     residuals: Residuals,
     dy3: Array,
@@ -108,12 +108,13 @@ def back(values: Array, scale: Array) -> Array:
     return (values.astype(jnp.float32) * scale).astype(jnp.bfloat16)
 
 
-def dense(weight: Cast) -> Array:
+def dense(weight: Weight) -> Array:
     """A weight as y1 or dy2 reads it: [F, D] in bf16."""
-    values = weight.values
-    if isinstance(values, Sparse24):
-        unpacked = values.to_dense()
-        values = unpacked if values.axis == 1 else unpacked.T
+    if isinstance(weight, SparseCast):
+        unpacked = weight.values.to_dense()
+        values = unpacked if weight.values.axis == 1 else unpacked.T
+    else:
+        values = weight.values
     return back(values, weight.scale[:, None])
 
 
