@@ -5,10 +5,10 @@
 
 A step is what a run executes: gradients, clipping, AdamW, the router's bias.  Each recipe takes turns with dense on one
 state, which each step donates to the next, so that a card which warms up treats both alike; the weights are the first
-ones, neither clustered nor scaled.  ``venom:E:k`` names a routed recipe, ``act24:E:k`` the same with dense weights; with
-``@fp8`` behind it, as in ``dense@fp8`` or ``venom:4:1@fp8``, a recipe runs in eight bits.  A row is printed, and the
-file written, as soon as its recipe has run.  With ``--together`` all take turns in one race, without a switch, and those
-in eight bits are compared with dense in eight bits, too.
+ones, neither clustered nor scaled.  ``venom:E:k`` names a routed recipe, ``act24:E:k`` the same with dense weights;
+with ``@fp8`` behind it, as in ``dense@fp8`` or ``venom:4:1@fp8``, a recipe runs in eight bits.  A row is printed, and
+the file written, as soon as its recipe has run.  With ``--together`` all take turns in one race, without a switch, and
+those in eight bits are compared with dense in eight bits, too.
 
 ``mfu_dense`` and ``mfu_executed`` are of the device's peak for 16 bits, where an operation on eight bits counts half.
 

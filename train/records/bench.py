@@ -189,10 +189,19 @@ class Bench:
             "jax": jax.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        if parts and (spent := self.parts(program, ms)):
-            row["part_ms"] = {part: round(value, 2) for part, value in spent.items()}
+        if parts:
+            self.add_parts(row, program, ms)
         self.rows.append(row)
         print(json.dumps(row), flush=True)
+        self.write()
+
+    def add_parts(self, row: dict[str, Any], program: Program, ms: float) -> None:
+        """Where the time goes, if it is known."""
+        if spent := self.parts(program, ms):
+            row["part_ms"] = {part: round(value, 2) for part, value in spent.items()}
+
+    def write(self) -> None:
+        """Writes the rows so far."""
         if self.output is not None:
             self.output.write_text(json.dumps(self.rows, indent=1) + "\n")
 
@@ -204,7 +213,12 @@ class Bench:
             more: dict[str, Any] = {}
             if program.recipe.in_fp8 and (fp8_ms := times.get(DENSE_FP8)):
                 more = {"dense_fp8_ms": round(fp8_ms, 3), "speedup_over_dense_fp8": round(fp8_ms / times[name], 4)}
-            self.write_row(name, program, "dense", times["dense"], times[name], parts=parts, **more)
+            self.write_row(name, program, "dense", times["dense"], times[name], parts=False, **more)
+        if parts:  # last: the rows are there if time runs out
+            for row, (name, program) in zip(self.rows, programs.items(), strict=True):
+                self.add_parts(row, program, times[name])
+                print(json.dumps({"case": row["case"], "part_ms": row.get("part_ms")}), flush=True)
+            self.write()
 
     def parts(self, program: Program, ms: float) -> dict[str, float] | None:
         """Where the program's step of so many milliseconds goes; None, with names on stderr, if too much is unknown."""
