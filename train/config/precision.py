@@ -30,8 +30,14 @@ def split_precision(name: str) -> tuple[str, str | None]:
 def in_precision(recipe: StackRecipe, precision: Any) -> StackRecipe:
     """The same recipe, in every layer with operands of that precision."""
     if isinstance(recipe, LayerRecipes):
-        return LayerRecipes(tuple((first, replace(part, precision=precision)) for first, part in recipe.starts))
+        return _joined([(first, replace(part, precision=precision)) for first, part in recipe.starts])
     return replace(recipe, precision=precision)
+
+
+def _joined(starts: Sequence[tuple[int, Recipe]]) -> StackRecipe:
+    """One recipe where all parts have the same."""
+    found = [own for i, own in enumerate(starts) if i == 0 or own[1] != starts[i - 1][1]]
+    return found[0][1] if len(found) == 1 else LayerRecipes(tuple(found))
 
 
 def uses_fp8(recipe: StackRecipe) -> bool:
@@ -59,10 +65,8 @@ def without_edges(recipe: StackRecipe, layers: int, edges: int) -> StackRecipe:
     for first in firsts:
         part = next(part for start, end, part in parts if start <= first < end)
         inner = edges <= first < layers - edges
-        part = part if inner else replace(part, precision=COMPUTE)
-        if not found or found[-1][1] != part:
-            found.append((first, part))
-    return LayerRecipes(tuple(found))
+        found.append((first, part if inner else replace(part, precision=COMPUTE)))
+    return _joined(found)
 
 
 def with_end(entries: Sequence[Entry], until: int | float | None, steps: int) -> list[Entry]:

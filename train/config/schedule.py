@@ -27,10 +27,10 @@ def resolve_step(value: int | float, steps: int, name: str, *, of: str = "Train.
 def label(name: str | None, recipe: StackRecipe) -> str:
     """Short name of a phase for logs and plots, such as ``venom E=4 k=1 fp8``; with the layer where each part starts.
 
-    name: of the recipe, or of each part's with slashes between; where there are more parts they have none.
+    name: of the recipe, or of each part's with slashes between; where these are not as many, parts have none.
     """
     if isinstance(recipe, LayerRecipes):
-        names = name.split("/") if name else []
+        names = (name.split("/") if "/" in name else [name] * len(recipe.starts)) if name else []
         names = names if len(names) == len(recipe.starts) else [None] * len(recipe.starts)
         parts = [(first, label(own, part)) for own, (first, part) in zip(names, recipe.starts, strict=True)]
         return ", ".join(f"{what} from layer {first}" if first else what for first, what in parts)

@@ -103,8 +103,10 @@ class Data:
 @gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with decoupled weight decay and clipping by the global norm."""
+    """AdamW or Muon, with decoupled weight decay and clipping by the global norm."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, AdamW for all else (train/state/muon.py)
+    momentum: float = 0.95  # Muon's
     b1: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
@@ -116,9 +118,11 @@ class Optimizer:
 
     def __post_init__(self):
         checks.check_types(self)
-        checks.at_least(self, 0, "b1", "b2", "epsilon", "weight_decay")
-        if self.b1 >= 1 or self.b2 >= 1:
-            raise ValueError(f"Optimizer.b1={self.b1} and Optimizer.b2={self.b2} must be below 1")
+        checks.at_least(self, 0, "b1", "b2", "epsilon", "weight_decay", "momentum")
+        if max(self.b1, self.b2, self.momentum) >= 1:
+            raise ValueError(
+                f"Optimizer.b1={self.b1}, Optimizer.b2={self.b2} and Optimizer.momentum={self.momentum} must be below 1"
+            )
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"Optimizer.clip={self.clip} must be positive, or None for no clipping")
         if self.ema is not None and not 0 < self.ema < 1:

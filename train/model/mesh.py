@@ -156,6 +156,12 @@ class Layout:
         """Of an array that every device holds."""
         return SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, P())
 
+    def over_devices(self, stack: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """Inside a jitted function, the stack with its first axis, a multiple of the devices, cut over all of them."""
+        if self.mesh is None:
+            return stack
+        return jax.lax.with_sharding_constraint(stack, NamedSharding(self.mesh, ROWS))
+
     def place(self, tree: Any) -> Any:
         """The tree, committed to where it belongs."""
         if jax.process_count() == 1:

@@ -30,7 +30,7 @@ from venom_jax.stats import WeightMasks, weight_masks
 
 FORMAT = 1  # of what a checkpoint holds; counts up when an older program could not read it, or misread it
 # Optimizer fields that decide what arrays its state has.
-_STATE_FIELDS = ("ema", "first_moment_dtype")
+_STATE_FIELDS = ("ema", "first_moment_dtype", "kind")
 _ROUTER = "room for a learned router"
 _RESCALED = ", rescaled"
 

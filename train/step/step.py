@@ -187,7 +187,7 @@ def make_train_step(
     limit, number: from ``guard.Watch``.  A step that does not count by ``guard.counts``, or whose number is not the
     state's (None: any), leaves the state as ``guard.keep_if`` says.
     """
-    optimizer, schedule = for_run(config)
+    optimizer, schedule = for_run(config, layout)
     gradients = make_gradients(graphdef, config, layout)
 
     def step_with(recipe: StackRecipe, state: TrainState, tokens, limit, number) -> tuple[TrainState, Metrics]:
