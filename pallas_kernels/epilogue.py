@@ -17,6 +17,8 @@ class Epilogue:
     row_scale: whether an f32 vector scales the rows of A's side: one entry for each row of A, over all groups; for the
       contraction one for each group and row.
     column_scale: whether an f32 vector [n] scales the columns of B's side.
+    powers_of_two: the scales are powers of two (or 0 or NaN), whose products are exact in bfloat16 too: the kernel may
+      round to it first and scale afterwards, which costs no time. Others would be rounded themselves.
     """
 
     activation: Literal["relu", "relu2"] | None = None
@@ -24,6 +26,7 @@ class Epilogue:
     row_scale: bool = False
     alpha: float = 1.0
     column_scale: bool = False
+    powers_of_two: bool = False
 
     def check(
         self,

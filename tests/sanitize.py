@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.cast8 import api as cast8
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.pack import api as packing
@@ -164,6 +165,86 @@ def packings() -> Iterator[Case]:
             yield f"pack weights {axis=} {masters.__name__}", True, weights
 
 
+def whole8(seed: int, *shape: int) -> jax.Array:
+    """e4m3 of whole numbers: sums of products that are exact, so that nothing is rounded the other way."""
+    return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape).astype(ml_dtypes.float8_e4m3fn))
+
+
+def powers(seed: int, size: int) -> jax.Array:
+    """Powers of four."""
+    return jnp.asarray(4.0 ** np.random.default_rng(seed).integers(-3, 1, size), jnp.float32)
+
+
+def packed8(m: int, k: int, *, honest: bool = True) -> Packed:
+    """As `packed`, of e4m3, in tiles."""
+    return Packed(whole8(k, m // 64, k // 128, 16, 256), packed(m, k, honest=honest)[1])
+
+
+def packings8() -> Iterator[Case]:
+    """What is packed and cast in eight bits."""
+    for features, tokens, interleaved in ((True, True, True), (True, True, False), (False, True, True)):
+        for sizes in (None, (70, 0, 64), (1 << 30, -5, 1 << 30)):
+            if sizes is not None and interleaved:
+                continue
+
+            def activations(implementation, features=features, tokens=tokens, interleaved=interleaved, sizes=sizes):
+                neurons = 128 * (1 if sizes is None else len(sizes))
+                options: dict[str, Any] = {"interleaved": interleaved, "implementation": implementation}
+                options["group_sizes"] = None if sizes is None else jnp.asarray(sizes, jnp.int32)
+                scales = {"scale": powers(2, neurons), "squared_scale": powers(3, neurons)}
+                found = packing.pack_activations(
+                    normal(0, 384, 128), features=features, tokens=tokens, scale=scales["squared_scale"], **options
+                )
+                taken = packing.take_activations(normal(1, 384, 128), found.squared, found.tokens, **scales, **options)
+                return found, taken
+
+            yield f"pack8 {features=} {tokens=} {interleaved=} {sizes}", True, activations
+    for honest in (True, False):
+
+        def taking(implementation, honest=honest):
+            given = (packed8(256, 128, honest=honest), packed8(128, 256, honest=honest))
+            scales = {"scale": powers(2, 128), "squared_scale": powers(3, 128)}
+            options: dict[str, Any] = {"interleaved": True, "implementation": implementation}
+            return packing.take_activations(normal(1, 256, 128), *given, **scales, **options)
+
+        yield f"take8 {honest=}", False, taking
+    for sizes in (None, (70, 0, 64), (1 << 30, -5, 1 << 30)):
+        for form in ("sparse", "k_major"):
+
+            def product(implementation, sizes=sizes, form=form):
+                weights = packed8(384, 256) if form == "sparse" else whole8(0, 384, 256)
+                options: dict[str, Any] = {"interleaved": sizes is None, "implementation": implementation}
+                options |= {"row_scale": powers(4, 384), "column_scale": powers(5, 640)}
+                groups = None if sizes is None else jnp.asarray(sizes, jnp.int32)
+                scales = {"scale": powers(2, 384), "squared_scale": powers(3, 384)}
+                found = pack_product(
+                    weights, whole8(1, 640, 256), groups, features=True, tokens=True, scale=powers(3, 384), **options
+                )
+                return found, take_product(
+                    weights, whole8(2, 640, 256), found.squared, found.tokens, groups, **scales, **options
+                )
+
+            yield f"pack8 product {sizes=} {form=}", True, product
+    for masters in (np.float32, ml_dtypes.bfloat16):
+
+        def casts(implementation, masters=masters):
+            w, beta = normal(0, 128, 256, dtype=masters), jnp.float32(1.4)
+            options: dict[str, Any] = {"implementation": implementation}
+            thresholded = [packing.pack_thresholded8(w, beta, axis=axis, **options) for axis in (0, 1)]
+            rows = cast8.by_row(w, **options)
+            columns = [cast8.by_column(w, interleaved=interleaved, **options) for interleaved in (True, False)]
+            return thresholded, rows, columns, cast8.fold(rows, powers(1, 128), **options)
+
+        yield f"cast8 {masters.__name__}", True, casts
+
+    def dense(implementation):
+        scales, options = (powers(2, 192), powers(3, 192)), {"implementation": implementation}
+        found = cast8.activate(normal(0, 128, 192), scales[0], **options)
+        return found, cast8.differentiate(normal(1, 128, 192), found.columns, *scales, **options)
+
+    yield "cast8 dense activations", True, dense
+
+
 def any_int32(seed: int, *shape: int) -> jax.Array:
     """Any bits as indices, negative ones too."""
     return jnp.asarray(np.random.default_rng(seed).integers(-(2**31), 2**31, shape).astype(np.int32))
@@ -260,9 +341,8 @@ def error_of(work: Callable[[Implementation], object], found: list) -> float:
 
 def cases() -> list[Case]:
     """All of them; nothing is computed yet."""
-    return [
-        case for part in (products, grouped_products, packings, vnm_products, permutations, ffns) for case in part()
-    ]
+    parts = (products, grouped_products, packings, packings8, vnm_products, permutations, ffns)
+    return [case for part in parts for case in part()]
 
 
 def choose_cases(names: list[str]) -> list[Case]:

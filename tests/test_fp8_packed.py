@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import relative_error
 from tests.test_fp8_ffn import BETA, FP8, RECIPES, ROUNDING, of_unlike_sizes, routed, sized
-from venom_jax import Recipe, pack_weights, router
+from venom_jax import Recipe, bench, pack_weights, router
 from venom_jax.dispatch import choose_kernels
 from venom_jax.ffn import _sparse
 
@@ -122,3 +122,12 @@ def test_hopper_keeps_what_is_not_finite_with_its_token(name):
 @pytest.mark.gpu
 def test_hopper_with_sizes_of_another_order():
     compare("venom", "hopper", of_unlike_sizes(*sized(jnp.bfloat16, 2048, 256, 1024)), 1e-2)
+
+
+def test_a_benchmark_row_names_the_fastest_rival():
+    times = {"ours": 2.0, "dense": 6.0, "a": 4.0, "b": 3.0}
+    assert bench._against(times, ["dense"]) == {"rival_ms": 6.0, "speedup": 3.0}
+    assert bench._against(times, ["a", "b"]) == {"rival_ms": 3.0, "speedup": 1.5, "rival_form": "b"}
+    assert {name for name, recipe in bench.RECIPES.items() if recipe.in_fp8} == {
+        name for name in bench.RECIPES if name.endswith("fp8")
+    }

@@ -204,9 +204,15 @@ def test_activation_kernels_lower(along, monkeypatch):
         packed = api.pack_activations(y, features=features, tokens=tokens, interleaved=True)
         return packed, api.take_activations(dy2, packed.features, packed.tokens, interleaved=True)
 
-    y = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16)
-    text = jax.jit(both).trace(y, y).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2") == 2
+    def both_scaled(y, dy2, scale):
+        packed = api.pack_activations(y, features=features, tokens=tokens, interleaved=True, scale=scale)
+        scales = {"squared_scale": scale, "scale": scale}
+        return packed, api.take_activations(dy2, packed.squared, packed.tokens, interleaved=True, **scales)
+
+    y, scale = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16), jax.ShapeDtypeStruct((128,), jnp.float32)
+    for function, arguments in ((both, (y, y)), (both_scaled, (y, y, scale))):
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@mosaic_gpu_v2") == 2
 
 
 @pytest.mark.parametrize("masters", ["float32", "bfloat16"])
@@ -214,11 +220,11 @@ def test_activation_kernels_lower(along, monkeypatch):
 def test_weight_kernels_lower(axis, masters, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
     monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
-    packing = jax.jit(
-        lambda w, beta: api.pack_thresholded(w, beta, axis=axis, dtype="bfloat16", implementation="hopper")
-    )
     arguments = jax.ShapeDtypeStruct((256, 128), masters), jax.ShapeDtypeStruct((), jnp.float32)
-    assert "mosaic_gpu" in packing.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    in_16_bits = functools.partial(api.pack_thresholded, dtype="bfloat16")
+    for function in (in_16_bits, api.pack_thresholded8):
+        packing = jax.jit(functools.partial(function, axis=axis, implementation="hopper"))
+        assert "mosaic_gpu" in packing.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_sizes_and_types_that_the_kernels_do_not_take(monkeypatch):
@@ -232,5 +238,15 @@ def test_sizes_and_types_that_the_kernels_do_not_take(monkeypatch):
     with pytest.raises(ValueError, match="columns=96"):
         api.pack_thresholded(w, jnp.float32(1), axis=0, dtype="bfloat16", implementation="hopper")
     assert api.pack_thresholded(w, jnp.float32(1), axis=0, dtype="bfloat16").values.shape == (2, 1, 8, 256)
+    with pytest.raises(ValueError, match="columns=192 must be a positive multiple of 128"):
+        api.pack_thresholded8(jnp.zeros((64, 192), jnp.float32), jnp.float32(1), axis=1, implementation="hopper")
+    assert api.pack_thresholded8(w, jnp.float32(1), axis=1)[0].values.shape == (1, 1, 16, 256)
+    y, scale = jnp.zeros((128, 192), jnp.bfloat16), jnp.ones(192)
+    with pytest.raises(ValueError, match="columns=192 must be a positive multiple of 128"):
+        api.pack_activations(y, **options, scale=scale)
+    with pytest.raises(ValueError, match=r"scale is float32\[192\]; want float32\[384\]"):
+        api.pack_activations(y, **options | {"features": False}, scale=scale, group_sizes=jnp.array([1, 2]))
+    with pytest.raises(NotImplementedError, match="got float16"):
+        api.pack_activations(y[:, :128].astype(jnp.float16), **options, scale=scale[:128], implementation="hopper")
     with pytest.raises(NotImplementedError, match="packs float32 or bfloat16"):
         api.pack_thresholded(w, jnp.float32(1), axis=0, dtype="float32", implementation="hopper")

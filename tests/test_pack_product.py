@@ -17,7 +17,7 @@ from pallas_kernels.sparse24.api import sparse24
 from pallas_kernels.tiles import TileConfig
 from tests import word_machine
 from tests.kernels import normal
-from tests.test_pack_kernels import ALONG, assert_same_bits, entries
+from tests.test_pack_kernels import ALONG, assert_same_bits, check_scaled_activations, entries
 
 TILES = [
     TileConfig(warpgroup_m=128, warpgroup_n=128, stages=4),
@@ -71,6 +71,7 @@ def test_emulated_chunks(interleaved, monkeypatch):
     given = (dy2, expected.features, expected.tokens)
     taken = api.take_activations(*given, interleaved=interleaved, implementation="hopper")
     assert_same_bits(taken, api.take_activations(*given, interleaved=interleaved, implementation="reference"))
+    check_scaled_activations(256, 128, (True, True), interleaved)
 
 
 def check(rows, features, k, along, group_sizes, dtype="bfloat16", config=None, implementation="hopper", form="sparse"):
@@ -153,9 +154,9 @@ def test_reference(group_sizes, form):
     check(192, 64, 64, (True, True), group_sizes, implementation="reference", form=form)
 
 
-@pytest.mark.parametrize("form", ["sparse", "k_major"])
 @pytest.mark.parametrize(
-    ("group_sizes", "rows_of_groups"), [(None, (384,)), ((128, 0, 65), (128, 0, 128)), ((130, 1), (256, 128))]
+    ("group_sizes", "rows_of_groups", "form"),
+    [(None, (384,), "sparse"), ((128, 0, 65), (128, 0, 128), "sparse"), ((130, 1), (256, 128), "k_major")],
 )
 def test_reference_in_eight_bits(group_sizes, rows_of_groups, form):
     """Against numpy, along features; rows of no group give zeros."""
@@ -186,6 +187,7 @@ def test_reference_in_eight_bits(group_sizes, rows_of_groups, form):
     squared = squared.astype(jnp.float8_e4m3fn)
     weights = packed if form == "sparse" else weights
     found = pack_product(weights, x, sizes, features=True, tokens=True, scale=squared_scale, **how)
+    assert found.squared is not None
     np.testing.assert_array_equal(unpack(found.squared), squared)
     assert float(found.positives) == (a > 0).sum()
     root = np.asarray(jnp.asarray(np.sqrt(squared.astype(np.float64)), "bfloat16"), np.float64)
@@ -195,6 +197,7 @@ def test_reference_in_eight_bits(group_sizes, rows_of_groups, form):
     taken = take_product(
         weights, dy, found.squared, found.tokens, sizes, squared_scale=squared_scale, scale=scale, **how
     )
+    assert taken.features is not None
     np.testing.assert_array_equal(np.asarray(unpack(taken.features), np.float32), dy1.astype(np.float32))
     assert taken.squared is found.tokens
 
@@ -288,6 +291,31 @@ def test_lowers(along, group_sizes, form, monkeypatch):
     assert jax.jit(both).trace(weights, x).lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
 
 
+@pytest.mark.parametrize(
+    ("along", "groups", "form"),
+    [((True, True), 1, "sparse"), ((True, True), 3, "k_major"), ((False, True), 3, "sparse")],
+)
+def test_eight_bits_lower(along, groups, form, monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
+    monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
+    sizes = None if groups == 1 else jnp.full(groups, 256, jnp.int32)
+    array, neurons = jax.ShapeDtypeStruct, 128 * groups
+    weights = array((neurons, 256), "float8_e4m3fn")
+    if form == "sparse":
+        weights = jax.eval_shape(lambda: pack_features(integers(0, neurons, 256)))
+    options: dict[str, Any] = {"interleaved": sizes is None, "implementation": "hopper"}
+
+    def both(a, x, of_neurons, of_tokens):
+        scales = {"row_scale": of_neurons, "column_scale": of_tokens, "scale": of_neurons}
+        packed = pack_product(a, x, sizes, features=along[0], tokens=along[1], **options, **scales)
+        scales["squared_scale"] = of_neurons
+        return take_product(a, x, packed.squared, packed.tokens, sizes, **options, **scales)
+
+    arguments = array((1024, 256), "float8_e4m3fn"), array((neurons,), "float32"), array((1024,), "float32")
+    text = jax.jit(both).trace(weights, *arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 2
+
+
 def test_wrong_shapes_are_named():
     a, x = pack_features(normal(0, 64, 128)), normal(1, 64, 64)
     with pytest.raises(ValueError, match="nothing is to be packed"):
@@ -297,7 +325,7 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="differ in k"):
         pack_product(a, x, features=True, tokens=False, interleaved=True, implementation="reference")
     a, x, one = integers(0, 128, 128), integers(1, 128, 128), jnp.ones(128)
-    along = {"features": True, "tokens": True, "interleaved": True, "implementation": "reference"}
+    along: dict[str, Any] = {"features": True, "tokens": True, "interleaved": True, "implementation": "reference"}
     with pytest.raises(ValueError, match=r"scale is None; want float32\[128\]"):
         pack_product(a, x, **along)
     with pytest.raises(ValueError, match=r"row_scale is float32\[64\]"):

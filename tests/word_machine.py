@@ -131,11 +131,21 @@ class NumpyMachine(Machine):
     def root(self, word):
         return np.sqrt(np.ascontiguousarray(word).view(np.float32)).view(np.uint32)
 
+    def maximum_pair(self, pair, other):
+        halves = (np.ascontiguousarray(np.broadcast_to(w, self.thread.shape)).view(np.uint16) for w in (pair, other))
+        return np.maximum(*halves).view(np.uint32)
+
     def warp_max(self, word):
         return np.repeat(word.reshape(-1, THREADS // 32, 32).max(-1), 32).reshape(word.shape)
 
     def exchange(self, word):
         return word[..., np.arange(THREADS) ^ 1]
+
+    def loop(self, count, initial, body):
+        state = initial
+        for i in range(count):
+            state = body(self.thread * 0 + i, list(state))
+        return state
 
 
 class NumpyPermuteMachine(NumpyMachine, permute.Machine):
@@ -203,9 +213,3 @@ class NumpyPermuteMachine(NumpyMachine, permute.Machine):
         """Pairs of lane 4 g + t at k = 2 t and 2 t + 8 -> f64 [warp, g, k]."""
         halves = [np.ascontiguousarray(w).view(self._dtype).reshape(-1, 8, 8).astype(np.float64) for w in (low, high)]
         return np.concatenate(halves, 2)
-
-    def loop(self, count, initial, body):
-        state = initial
-        for i in range(count):
-            state = body(self.thread * 0 + i, list(state))
-        return state

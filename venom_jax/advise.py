@@ -196,7 +196,7 @@ def _verdict(name: str, shape: Shape, here: Sequence[Measurement], hopper: bool)
     except ValueError as error:
         return f"cannot run: {error}", "", ""
     if not hopper:
-        return "no kernels of 8 bits" if recipe.in_fp8 else "not faster than dense", "", ""
+        return "not faster than dense", "", ""
     reason = packed_ffn.unsupported(recipe, shape.d_model, shape.d_ffn)
     if reason is not None:
         return f"not faster than dense: runs the masked reference, as {reason}", "", ""

@@ -3,6 +3,8 @@
 Nothing here has a derivative: it runs inside the `custom_vjp` of the layer.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from pallas_kernels import device, dispatch
@@ -17,6 +19,7 @@ __all__ = [
     "Both",
     "Cast",
     "activate",
+    "both_ways",
     "by_column",
     "by_row",
     "cast",
@@ -63,6 +66,21 @@ def by_column(
     if _choose(implementation, x, hopper.takes_blocks(x, jnp.bfloat16, jnp.float32)) == "hopper":
         return hopper.by_column(x, interleaved=interleaved)
     return reference.by_column(x, interleaved=interleaved)
+
+
+def both_ways(
+    x: Float[Array, "R C"], *, interleaved: bool, implementation: dispatch.Implementation | None = None
+) -> tuple[Cast, Cast]:
+    """`by_row` and `by_column` of the same tokens, which need one read less together.
+
+    Raises:
+      ValueError, NotImplementedError: as `by_column`.
+    """
+    takes = hopper.takes_rows(x) and hopper.takes_blocks(x, jnp.bfloat16)
+    if implementation != "reference" and takes and _choose(implementation, x, takes) == "hopper":
+        return hopper.both_ways(x, interleaved=interleaved)
+    options: dict[str, Any] = {"implementation": implementation}
+    return by_row(x, **options), by_column(x, interleaved=interleaved, **options)
 
 
 def weights(w: Float[Array, "R C"], *, axis: int, implementation: dispatch.Implementation | None = None) -> Cast:

@@ -5,6 +5,7 @@ Transposed copies go as in the packing kernels (pack/blocks.py): 64 rows and 64 
 """
 
 import dataclasses
+import functools
 
 from pallas_kernels.pack import words
 from pallas_kernels.pack.blocks import Matrix, Thread, halves, join
@@ -14,6 +15,7 @@ from pallas_kernels.tiles import GRANULE
 
 _THREADS, _WARPS = 128, 4
 _MAGNITUDES, _INFINITY = 0x7FFFFFFF, 0x7F800000
+_BOTH_MAGNITUDES = 0x7FFF7FFF
 _LARGEST, _SMALLEST_SCALE, _LARGEST_SCALE = 0x43E00000, 67 << 23, 187 << 23  # 448, 2^-60 and 2^60 in f32
 _ONE, _INVERSE = 127 << 23, 254 << 23
 
@@ -59,6 +61,51 @@ def by_row(m: Machine, rows: Rows) -> None:
         values = words.narrow_all(m, [m.multiply_f32(entry, factor) for entry in taken])
         m.store("values", m.block * per_row + place, values)
     m.store_word("scale", m.block, scale)
+
+
+STRIP = 16
+"""Rows whose largest magnitudes by column `by_row_and_maxima` finds on its way: a sixteenth of x to be read again."""
+_AT_ONCE = 2
+"""Rows of a strip that wait for one another."""
+
+
+def by_row_and_maxima(m: Machine, rows: Rows) -> None:
+    """x in bf16, a block for each strip: as `by_row`; and of each column the largest magnitude in the strip, bf16.
+
+    Past the last row that one once more.
+    """
+    per_row = rows.columns // 16
+    places = [m.minimum(m.thread + turn * _THREADS, per_row - 1) for turn in range(rows.turns)]
+
+    def some_rows(turn: Word, maxima: list[Word]) -> list[Word]:
+        first = turn * _AT_ONCE
+        index = [m.minimum(m.block * STRIP + (first + i), rows.count - 1) for i in range(_AT_ONCE)]
+        taken = []
+        for row in index:
+            pieces = [(row * per_row + place) * 2 for place in places]
+            taken.append([pair for piece in pieces for half in range(2) for pair in m.load("x", piece + half)])
+        for i, row in enumerate(taken):
+            magnitudes, largest = [pair & _BOTH_MAGNITUDES for pair in row], m.thread * 0
+            for pair in magnitudes:
+                largest = m.maximum_pair(largest, pair)
+            maxima = [m.maximum_pair(*pairs) for pairs in zip(maxima, magnitudes, strict=True)]
+            largest = m.warp_max(m.maximum(largest << 16, largest & 0xFFFF0000))
+            m.store_word("shared", (m.thread >> 5) + (first + i) * _WARPS, largest)
+        m.barrier()
+        for i, row in enumerate(taken):
+            found = [m.load_word("shared", (first + i) * _WARPS + warp) for warp in range(_WARPS)]
+            scale, factor = scale_of(m, functools.reduce(m.maximum, found))
+            values = words.narrow_all(m, [m.multiply_f32(entry, factor) for entry in words.widen_all(row)])
+            for j, place in enumerate(places):
+                m.store("values", index[i] * per_row + place, values[4 * j : 4 * j + 4])
+            m.store_word("scale", index[i], scale)
+        return maxima
+
+    maxima = m.loop(STRIP // _AT_ONCE, [m.thread * 0] * (8 * rows.turns), some_rows)
+    for i, place in enumerate(places):
+        for half in range(2):
+            first = 8 * i + 4 * half
+            m.store("maxima", (m.block * per_row + place) * 2 + half, maxima[first : first + 4])
 
 
 def scale_of(m: Machine, amax: Word) -> tuple[Word, Word]:

@@ -15,7 +15,7 @@ from pallas_kernels.tiles import GRANULE
 
 def by_row(x: jax.Array) -> Cast:
     """As `reference.by_row`, of what `takes_rows`: one read, one row a block."""
-    rows = Rows(*x.shape, x.dtype.itemsize)
+    rows = Rows(x.shape[0], x.shape[1], x.dtype.itemsize)
     out = {"values": jax.ShapeDtypeStruct(x.shape, E4M3), "scale": jax.ShapeDtypeStruct((rows.count,), jnp.float32)}
     body = functools.partial(blocks.by_row, rows=rows)
     return Cast(**hopper.launch(body, rows.count, jnp.bfloat16, {"x": x}, out, shared=1))
@@ -23,9 +23,26 @@ def by_row(x: jax.Array) -> Cast:
 
 def by_column(x: jax.Array, *, interleaved: bool) -> Cast:
     """As `reference.by_column`, of what `takes_blocks`: XLA's pass for the scales, then one of casts."""
-    scale = scale_of(largest(x, 0))
+    return _over(x, scale_of(largest(x, 0)), interleaved)
+
+
+def both_ways(x: jax.Array, *, interleaved: bool) -> tuple[Cast, Cast]:
+    """As `by_row` and `by_column` of bf16, reading x twice: the first pass finds the scales of the second."""
+    rows = Rows(x.shape[0], x.shape[1], x.dtype.itemsize)
+    strips = -(-rows.count // blocks.STRIP)
+    out = {
+        "values": jax.ShapeDtypeStruct(x.shape, E4M3),
+        "scale": jax.ShapeDtypeStruct((rows.count,), jnp.float32),
+        "maxima": jax.ShapeDtypeStruct((strips, rows.columns), x.dtype),
+    }
+    body = functools.partial(blocks.by_row_and_maxima, rows=rows)
+    found = hopper.launch(body, strips, x.dtype, {"x": x}, out, shared=1)
+    return Cast(found["values"], found["scale"]), _over(x, scale_of(largest(found["maxima"], 0)), interleaved)
+
+
+def _over(x: jax.Array, scale: jax.Array, interleaved: bool) -> Cast:
     arrays = {"x": x, "factor": hopper.bf16(inverse(scale))}
-    matrix = Matrix(*x.shape, interleaved, x.dtype.itemsize)
+    matrix = Matrix(x.shape[0], x.shape[1], interleaved, x.dtype.itemsize)
     shared = x.dtype.itemsize // 2
     return Cast(_launch(blocks.by_column, matrix, arrays, ("columns",), shared=shared)["columns"], scale)
 
@@ -35,19 +52,19 @@ def fold(a: Cast, factor: jax.Array) -> Cast:
     scales = factor * a.scale
     scale = largest(scales, 0)
     arrays = {"a": a.values, "factor": hopper.bf16(scales * inverse(scale))}
-    return Cast(_launch(blocks.fold, Matrix(*a.values.shape), arrays, ("columns",))["columns"], scale)
+    return Cast(_launch(blocks.fold, _matrix(a.values), arrays, ("columns",))["columns"], scale)
 
 
 def activate(y: jax.Array, scale: jax.Array) -> Both:
     """As `reference.activate`."""
     arrays = {"y": y, "factor": hopper.bf16(inverse(scale))}
-    return Both(**_launch(blocks.activate, Matrix(*y.shape), arrays, ("rows", "columns")))
+    return Both(**_launch(blocks.activate, _matrix(y), arrays, ("rows", "columns")))
 
 
 def differentiate(dy2: jax.Array, squared: jax.Array, squared_scale: jax.Array, scale: jax.Array) -> Both:
     """As `reference.differentiate`."""
     arrays = {"y": dy2, "squared": squared, "factor": hopper.bf16(gradient_factor(squared_scale, scale))}
-    return Both(**_launch(blocks.differentiate, Matrix(*dy2.shape), arrays, ("rows", "columns"), shared=2))
+    return Both(**_launch(blocks.differentiate, _matrix(dy2), arrays, ("rows", "columns"), shared=2))
 
 
 def takes_rows(x: jax.Array) -> bool:
@@ -58,6 +75,10 @@ def takes_rows(x: jax.Array) -> bool:
 def takes_blocks(x: jax.Array, *types) -> bool:
     """Whether the other kernels take an array of one of these types."""
     return x.dtype in types and not any(size % GRANULE or size == 0 for size in x.shape)
+
+
+def _matrix(x: jax.Array) -> Matrix:
+    return Matrix(x.shape[0], x.shape[1])
 
 
 def _launch(body, matrix: Matrix, arrays: dict, names: tuple[str, ...], *, shared: int = 1) -> dict[str, jax.Array]:

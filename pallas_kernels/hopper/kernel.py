@@ -354,14 +354,26 @@ def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig,
 
 
 def _scaled_product(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, *multiplied):
-    """This warpgroup's sums of a tile, times the scales that are in shared memory by then."""
+    """This warpgroup's sums of a tile times their scales, unless these are left to the stores of the next tile."""
     if not problem.stages_scales:
         return _multiply(scratch, problem, config, tile.steps, *multiplied)
     wg, m, n = _part_of_tile(config)
-    scales_smem, order = scratch["scales"].at[wg], _token_order(problem, config)
-    scales.begin(gmem, scales_smem, problem, config, _scale_row(problem, tile) + m, tile.out_n + n, order)
+    first_row, order = _scale_row(problem, tile) + m, _token_order(problem, config)
+    found = scales.load(gmem, problem, config, first_row, tile.out_n + n, order)
     acc = _multiply(scratch, problem, config, tile.steps, *multiplied)
+    scales_smem = scratch["scales"].at[wg]
+    scales.put(found, scales_smem, problem, config)
+    if _scales_late(problem, config):
+        return acc
+    scales.wait()
     return scales.apply(acc, scales_smem, problem, config)
+
+
+def _scales_late(problem: Problem, config: TileConfig) -> bool:
+    """Whether results are rounded first and scaled when they are stored, behind the products of the next tile."""
+    e = problem.epilogue
+    commutes = e.powers_of_two and e.activation != "relu2" and problem.out_dtype == "bfloat16"
+    return problem.stages_scales and commutes and _deferred(problem, config)
 
 
 def _scale_row(problem: Problem, tile: Tile):
@@ -421,7 +433,13 @@ def _store_chunk(out_gmem, scratch, problem: Problem, config: TileConfig, kept: 
     view = slot.T if problem.transpose_out else slot
     # All earlier stores have left shared memory long ago: there were products in between.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    view[...] = plgpu.layout_cast(kept.values[i : i + GRANULE, j : j + columns], layout)
+    part = kept.values[i : i + GRANULE, j : j + columns]
+    if _scales_late(problem, config):
+        scaled = scales.apply(
+            part.astype(jnp.float32), scratch["scales"].at[lax.axis_index("wg")], problem, config, i, j
+        )
+        part = scaled.astype(part.dtype)
+    view[...] = plgpu.layout_cast(part, layout)
     plgpu.commit_smem()
     where = (cols, rows) if problem.transpose_out else (rows, cols)
     owned = (chunk_m < kept.m_end) & (chunk_n < kept.n_end)
@@ -471,10 +489,14 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
         operands.append(scratch["metadata"].at[:, row_tiles])
     count = len(operands)
     scalars = [step, jnp.int32(steps)]
+    late = kept is not None and _scales_late(problem, config)
     if kept is not None:
         types += [plgpu.Layout.WGMMA, plgpu.RefType(_SWIZZLED), plgpu.RefType()]
         operands += [kept.values, scratch["chunks"].at[wg], out_gmem]
         scalars += kept[1:]
+    if late:
+        types.append(plgpu.RefType())
+        operands.append(scratch["scales"].at[wg])
 
     @plgpu.inline_mgpu(
         arg_types=(*types, *(ring.SCALAR,) * len(scalars)),
@@ -485,10 +507,13 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
         step, steps, *place = (scalar.registers.item() for scalar in arguments[len(operands) :])
         deferred = None
         if stored:
-            rounded, chunks, out = stored
+            rounded, chunks, out, *scales_smem = stored
             # Private, but the only way to a description of the output for PTX of our own.
             descriptor = launch._get_tma_desc(out, (), None, (GRANULE, chunk_columns(problem.out_dtype)), SWIZZLE, None)
             deferred = main_loop.Deferred(rounded, tuple(place), chunks, descriptor, problem.transpose_out)
+            if late:
+                e = problem.epilogue
+                deferred = deferred._replace(scales=scales_smem[0], by_row=e.row_scale, by_column=e.column_scale)
         fences = bool(problem.v) and not config.gather_lag
         options = {"b_k_major": problem.b_k_major, "dtype": problem.dtype, "a": problem.a, "fences": fences}
         options |= {"b_dtype": problem.b_dtype, "promote": config.promote // problem.tile_k}

@@ -61,7 +61,7 @@ def pack_activations(
       ValueError: R or C is no multiple of 64 (128), scales of another shape.
       NotImplementedError: the named implementation does not take this device or dtype.
     """
-    chosen, along = _choose(implementation, y), Directions(features, tokens)
+    chosen, along = _choose(implementation, y, scaled=scale is not None), Directions(features, tokens)
     if scale is not None:
         eight_bits.check(y, features, tokens, group_sizes, scale=scale)
         first = eight_bits.first_neurons(group_sizes, y)
@@ -104,12 +104,14 @@ def take_activations(
     Raises:
       ValueError, NotImplementedError: as `pack_activations`.
     """
-    chosen = _choose(implementation, dy2)
+    chosen = _choose(implementation, dy2, scaled=scale is not None)
     if features is None and tokens is None:
         return TakenActivations(None, None, None)
     if scale is not None or squared_scale is not None:
         there = (features is not None, tokens is not None)
         eight_bits.check(dy2, *there, group_sizes, squared_scale=squared_scale, scale=scale)
+        assert squared_scale is not None  # checked
+        assert scale is not None
         first = eight_bits.first_neurons(group_sizes, dy2)
         given, options = (features, tokens, squared_scale, scale), {"interleaved": interleaved}
         if chosen == "hopper":
@@ -229,11 +231,15 @@ def pack_thresholded8(
     return eight_bits.pack_thresholded(w, beta, axis)
 
 
-def _choose(implementation: dispatch.Implementation | None, y: Array) -> dispatch.Implementation:
+def _choose(implementation: dispatch.Implementation | None, y: Array, *, scaled: bool) -> dispatch.Implementation:
     dispatch.check_multiple(GRANULE, rows=y.shape[0], columns=y.shape[1])
     chosen = dispatch.resolve(implementation)
     if chosen == "hopper":
         dispatch.check_kernel_dtypes(y.dtype, y.dtype)
+        if scaled and y.dtype != jnp.bfloat16:
+            raise NotImplementedError(
+                f"the kernel packs bfloat16 into e4m3; got {y.dtype}. Cast, or use implementation='reference'."
+            )
     return chosen
 
 

@@ -79,7 +79,7 @@ def pack(place: Place, along: Directions, loaded: list[Word], *, infinity: int) 
     count = words.positives(rows[0] + rows[1], infinity)
     m.store_word("positives", thread.block * 4 + thread.warp, m.warp_sum(count))
     if along.features:
-        packed, *rows = words.pack_rows(m, *rows, loaded[:_FEATURE_FACTORS])
+        packed, *rows = words.pack_rows(m, rows[0], rows[1], loaded[:_FEATURE_FACTORS])
         squares = [
             scaled_squares(place.m, row, words.widen_all(factors))
             for row, factors in zip((packed.first, packed.second), packed.factors, strict=True)

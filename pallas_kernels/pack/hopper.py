@@ -349,8 +349,18 @@ class MlirMachine(Machine):
         found = utils.inline_ptx("sqrt.approx.f32 $0, $1;", arith.bitcast(f32, word.value), result_types=f32)
         return Word(arith.bitcast(i32(), found))
 
+    def maximum_pair(self, pair: Word, other: Word) -> Word:
+        return self._ptx("max.u16x2 $0, $1, $2;", pair, other)
+
     def warp_max(self, word: Word) -> Word:
         return Word(utils.redux(word.value, to_value(0xFFFFFFFF), nvvm.ReductionKind.UMAX))
 
     def exchange(self, word: Word) -> Word:
         return self._ptx("shfl.sync.bfly.b32 $0, $1, 1, 31, 0xffffffff;", word, convergent=True)
+
+    def loop(self, count, initial, body):
+        def step(i, carried):
+            return [word.value for word in body(Word(i), [Word(value) for value in carried])]
+
+        done = utils.fori(to_value(count), [word.value for word in initial])(step)
+        return [Word(value) for value in done.results]

@@ -62,7 +62,7 @@ def pack_product(
     if dispatch.resolve(implementation, rows.dtype) != "hopper":
         scaled = {"scale": scale, "group_sizes": group_sizes} if operands.is_fp8 else {}
         return api.pack_activations(operands.product(), **along, **scaled, implementation="reference")
-    kept = {"factor": hopper.bf16(inverse(scale))} if operands.is_fp8 else {}
+    kept = {} if scale is None else {"factor": hopper.bf16(inverse(scale))}
     return api.packed_of(operands.launch(Packing(False, **along), kept, config))
 
 
@@ -92,14 +92,15 @@ def take_product(
         raise ValueError("features=None and tokens=None: nothing is to be taken; use the product alone")
     operands = Operands(weights, rows, group_sizes, transposed, row_scale, column_scale)
     operands.check(features is not None, tokens is not None, squared_scale=squared_scale, scale=scale)
-    given, how = (features, tokens), {"interleaved": interleaved}
     if dispatch.resolve(implementation, rows.dtype) != "hopper":
         scales = {"squared_scale": squared_scale, "scale": scale, "group_sizes": group_sizes}
-        how |= scales if operands.is_fp8 else {}
-        return api.take_activations(operands.product(), *given, **how, implementation="reference")
+        scales = scales if operands.is_fp8 else {}
+        dy2 = operands.product()
+        return api.take_activations(
+            dy2, features, tokens, interleaved=interleaved, **scales, implementation="reference"
+        )
     kept = {}
-    if operands.is_fp8:
-        assert squared_scale is not None  # checked
+    if squared_scale is not None and scale is not None:
         kept["factor"] = hopper.bf16(gradient_factor(squared_scale, scale))
     if features is not None:
         kept |= {"squared" if operands.is_fp8 else "features": features.values, "feature_metadata": features.metadata}

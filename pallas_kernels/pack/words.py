@@ -7,6 +7,7 @@ arrays of one word a thread, so that every kernel runs bit for bit without a GPU
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 type Word = Any
@@ -113,11 +114,19 @@ class Machine(abc.ABC):
         """The square root of an f32, to within 2^-22 of itself."""
 
     @abc.abstractmethod
+    def maximum_pair(self, pair: Word, other: Word) -> Word:
+        """The larger of both halves, as unsigned integers of 16 bits."""
+
+    @abc.abstractmethod
     def warp_max(self, word: Word) -> Word: ...
 
     @abc.abstractmethod
     def exchange(self, word: Word) -> Word:
         """The word of the lane whose number differs in the last bit."""
+
+    @abc.abstractmethod
+    def loop(self, count: int, initial: list[Word], body: Callable[[Word, list[Word]], list[Word]]) -> list[Word]:
+        """body(count - 1, ... body(0, initial)): a loop in the program, not unrolled."""
 
 
 class Fours(NamedTuple):

@@ -63,7 +63,7 @@ def forward(
         y1 = _dense_hidden(tokens, first, implementation)
         rows_y2, y2 = cast8.activate(y1, scale, implementation=_casting(x, implementation))
         density, packed_features, packed_tokens = sampled_density(y1[: x.shape[0]]), None, None
-        y3 = products.scaled(*_over_one(rows_y2, weight, t), x.dtype, implementation=implementation)
+        y3 = products.over_one(rows_y2, weight, t, x.dtype, implementation=implementation)
     else:
         y2, along = None, {"features": True, "tokens": recipe.token_copy == "kept"}
         scales = {"row_scale": first.scale, "column_scale": tokens.scale, "scale": scale}
@@ -99,7 +99,7 @@ def backward(
         dy2 = _dense_hidden(tokens, second, implementation)
         given = (y2, scale, gradient_scale)
         dy1 = cast8.differentiate(dy2, *given, implementation=_casting(dy3, implementation))
-        dx = products.scaled(*_over_one(dy1.rows, weight, t), dy3.dtype, **how)
+        dx = products.over_one(dy1.rows, weight, t, dy3.dtype, **how)
         both = (x, Cast(dy1.columns, gradient_scale))
         dw1 = products.scaled(*(both[::-1] if by_neuron else both), dtypes[0], exact=True, **how)
         dw2 = products.scaled(Cast(y2, scale), features, dtypes[1], exact=True, **how)
@@ -122,11 +122,11 @@ def backward(
 def _both_casts(rows: Array, order: TokenRows) -> tuple[Cast, Cast]:
     """Rows in e4m3 per row [R, D], and per feature [D, R] in the order of the products over tokens."""
     interleaved = order.interleaved and not order.recipe.is_dense
-    options = {"implementation": products.casting(order.implementation)}
-    return cast8.by_row(rows, **options), cast8.by_column(rows, interleaved=interleaved, **options)
+    return cast8.both_ways(rows, interleaved=interleaved, implementation=products.casting(order.implementation))
 
 
-def _times(t: Array, weight: Array, dtype: jax.typing.DTypeLike) -> dict:
+def _times(t: Array, weight: Array, dtype: jax.typing.DTypeLike) -> dict[str, Any]:
+    """How a product of a weight [D, F] over one scale is asked for."""
     scales = jnp.broadcast_to(t, weight.shape[:1])
     return {"epilogue": Epilogue(column_scale=True), "column_scale": scales, "out_dtype": dtype}
 
@@ -169,11 +169,6 @@ def _dense_hidden(tokens: Cast, weight: Weight, implementation: Implementation) 
     """bf16 [R, F]."""
     assert isinstance(weight, Cast)
     return products.scaled(tokens, weight, jnp.bfloat16, implementation=implementation)
-
-
-def _over_one(a: Array, b: Array, t: Array) -> tuple[Cast, Cast]:
-    """Two matrices under one scale in all."""
-    return Cast(a, jnp.ones(a.shape[:1])), Cast(b, jnp.broadcast_to(t, b.shape[:1]))
 
 
 def _casting(x: Array, implementation: Implementation) -> Implementation | None:

@@ -41,6 +41,22 @@ def dot(
     return jax.lax.dot_general(a, b, contraction, preferred_element_type=jnp.float32).astype(out_dtype)
 
 
+def over_one(
+    a: Float[Array, "m k"],
+    b: Float[Array, "n k"],
+    scale: Float[Array, ""],
+    out_dtype: jax.typing.DTypeLike,
+    *,
+    implementation: Implementation,
+) -> Float[Array, "m n"]:
+    """scale a b^T; XLA's product takes one number as it is."""
+    if uses_own_kernels(a.shape[1], implementation):
+        columns = jnp.broadcast_to(scale, b.shape[:1])
+        return dense8(a, b, out_dtype=out_dtype, epilogue=Epilogue(column_scale=True), column_scale=columns)
+    unscaled = _unscaled(out_dtype)
+    return (dot(a, b, unscaled, implementation=implementation) * scale.astype(unscaled)).astype(out_dtype)
+
+
 def scaled(
     a: Cast, b: Cast, out_dtype: jax.typing.DTypeLike, *, exact: bool = False, implementation: Implementation
 ) -> Float[Array, "m n"]:
@@ -52,10 +68,13 @@ def scaled(
         options = {"row_scale": a.scale, "column_scale": b.scale, "promote": PROMOTE if exact else None}
         epilogue = Epilogue(row_scale=True, column_scale=True)
         return dense8(a.values, b.values, out_dtype=out_dtype, epilogue=epilogue, **options)
-    # Without scales a product may be beyond float16.
-    unscaled = jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
-    product = dot(a.values, b.values, unscaled, exact=exact, implementation=implementation)
+    product = dot(a.values, b.values, _unscaled(out_dtype), exact=exact, implementation=implementation)
     return (product.astype(jnp.float32) * a.scale[:, None] * b.scale).astype(out_dtype)
+
+
+def _unscaled(out_dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """What a product is rounded to that is scaled later: it may be beyond float16."""
+    return jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32
 
 
 def uses_own_kernels(k: int, implementation: Implementation) -> bool:
