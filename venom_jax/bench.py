@@ -19,12 +19,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import device
 from pallas_kernels.array_types import Array
-<<<<<<< HEAD
 from pallas_kernels.measure import timing
-from venom_jax import router
-=======
 from venom_jax import rivals, router
->>>>>>> layer
 from venom_jax.ffn import pack_weights, sparse_ffn
 from venom_jax.packed_ffn import TokenRows
 from venom_jax.pattern import Recipe
