@@ -10,11 +10,8 @@ import pytest
 
 from pallas_kernels import device, dispatch
 from pallas_kernels.epilogue import Epilogue
-<<<<<<< HEAD
 from pallas_kernels.measure import tune
-=======
 from pallas_kernels.metadata import pack_positions
->>>>>>> layer
 from pallas_kernels.pack.reference import contraction_order
 from pallas_kernels.sparse24 import dense_wins, hopper, sparse24
 from pallas_kernels.tile_order import to_tiles
