@@ -4,7 +4,8 @@ Parameters, the optimizer's state and gradients are exact; the rest is a reckoni
 backward and of the largest arrays that exist for a moment. With all layers unrolled and `Train.remat='none'` it is
 within 6 % of what XLA took for 1B and for 7B's layers, dense and sparse, on one H100 (docs/results/h100/train.json),
 and within 7 % of programs compiled for two and four (docs/results/compiled-memory.json). For layers in a loop it is
-rougher: 1B with `Train.remat='dots'` 41.5 GiB, where XLA took 38.5.
+rougher: 1B with `Train.remat='dots'` 41.5 GiB, where XLA took 38.5. What layers of eight bits keep is counted as their
+formats say, and not compared with XLA's.
 """
 
 import math
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from train.config.settings import RunConfig
 from train.model.mesh import specs
 from train.state.state import abstract_state
+from venom_jax import Recipe
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Memory:
     """Moments, and the moving average if there is one."""
     gradients: int
     weights: int
-    """In the compute dtype: of the layer at work, gathered from the other devices, and of the head."""
+    """In the compute dtype: of the layer at work, gathered from the other devices, and of the head; and casts to eight
+    bits, which the forward keeps for the backward."""
     activations: int
     """What all layers keep, and one layer's work."""
     logits: int
@@ -64,7 +67,7 @@ def estimate(config: RunConfig, data: int, fsdp: int) -> Memory:
         parameters=_bytes(state.params, fsdp),
         optimizer=_bytes((state.opt_state, state.ema), fsdp),
         gradients=copies * _bytes(state.params, fsdp),
-        weights=layers + wide * head,
+        weights=layers + wide * head + _casts(config, width, fsdp),
         activations=tokens * (shape.layers * kept + working),
         logits=tokens // train.loss_chunks * shape.vocab_size * (4 + wide) + (4 * head if fsdp > 1 else 0),
     )
@@ -74,11 +77,7 @@ def _activations(config: RunConfig, width: int) -> tuple[int, int]:
     """Bytes a token: kept by a layer, and of one layer's work."""
     d, f, wide = config.model.d_model, config.model.d_ffn, jnp.dtype(config.train.dtype).itemsize
     recipes = [part for recipe in config.schedule.recipes for _, _, part in recipe.parts(config.model.layers)]
-    # a, or a packed twice at 9/16 of its size, of the neurons that a token computes; without recomputation dense keeps
-    # a^2 as well.
-    shares = [1.0 if recipe.is_dense else recipe.top_k / recipe.experts * 9 / 8 for recipe in recipes]
-    both = [2 * share if recipe.is_dense else share for recipe, share in zip(recipes, shares, strict=True)]
-    hidden, unpruned = wide * f * max(shares), wide * f * max(both)
+    hidden, unpruned = (f * max(_kept_of_a_neuron(recipe, wide, both) for recipe in recipes) for both in (False, True))
     everything = 2 * 4 * d + wide * (4 * d + 2 * width) + unpruned
     unrolled = wide * (1.5 * d + width) + unpruned  # a loop keeps the norms' float32 and the projections, too
     kept = {
@@ -87,6 +86,32 @@ def _activations(config: RunConfig, width: int) -> tuple[int, int]:
         "full": wide * d,
     }[config.train.remat]
     return math.ceil(kept), math.ceil(everything)
+
+
+def _kept_of_a_neuron(recipe: Recipe, wide: int, both: bool) -> float:
+    """Bytes a token of the hidden activations: a, or packed twice at 9/16 of its size, of the neurons that it computes.
+
+    In eight bits y2 alone, packed at 5/8.  both: without recomputation dense keeps a^2 as well.
+    """
+    if recipe.in_fp8:
+        return 1.0 if recipe.is_dense else recipe.top_k / recipe.experts * 5 / 4
+    return wide * (1 + both) if recipe.is_dense else wide * recipe.top_k / recipe.experts * 9 / 8
+
+
+def _casts(config: RunConfig, width: int, fsdp: int) -> int:
+    """Bytes of the e4m3 weights that all layers keep: the FFN's, 2:4 ones beside dense ones, and the projections'."""
+    shape, train = config.model, config.train
+    if train.remat == "full":
+        return 0
+    most = 0
+    for recipe in config.schedule.recipes:
+        total = 0.0
+        for first, end, part in recipe.parts(shape.layers):
+            ffn = shape.d_model * shape.d_ffn * (2 + 5 / 8 * len(part.weights))
+            projections = shape.d_model * (width + shape.d_model) if fsdp == 1 else 0
+            total += (end - first) * (ffn / fsdp + projections) * part.in_fp8
+        most = max(most, math.ceil(total))
+    return most
 
 
 def _bytes(tree: Any, fsdp: int) -> int:
