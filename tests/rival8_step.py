@@ -80,7 +80,7 @@ def main() -> None:
     programs = {name: found for name, one in recipes.items() for found in bench.compile(name, [one], traced=False)}
     for name, gradients in RIVALS.items():
         with in_place(gradients):
-            programs |= {name: found for found in bench.compile(name, [Recipe.dense()], traced=False)}
+            programs |= dict(zip([name], bench.compile(name, [Recipe.dense()], traced=False), strict=False))
     bench.race_all(programs, parts=False)
 
 
