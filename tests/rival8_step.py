@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -54,16 +55,12 @@ def in_place(gradients: Any) -> Iterator[None]:
     def project(self, x, weight, name):
         return multiply(gradients, x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
 
-    def ffn(x, w1, w2, route, beta, *, return_density, **options):
+    def ffn(x, w1, w2, route, beta, *, return_density: bool, **options: Any) -> Any:
         a = jax.nn.relu(multiply(gradients, x, w1))
         return multiply(gradients, jnp.square(a), w2), jax.lax.stop_gradient(sampled_density(a))
 
-    kept = decoder.Multiply.__call__, mlp.sparse_ffn
-    decoder.Multiply.__call__, mlp.sparse_ffn = project, ffn
-    try:
+    with mock.patch.object(decoder.Multiply, "__call__", project), mock.patch.object(mlp, "sparse_ffn", ffn):
         yield
-    finally:
-        decoder.Multiply.__call__, mlp.sparse_ffn = kept
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from train.step import explain
 from venom_jax import LayerRecipes, Recipe
 from venom_jax.fp8 import linear
 
-FP8 = {"precision": "fp8"}
+FP8: dict[str, Any] = {"precision": "fp8"}
 
 
 def labels(config):
@@ -167,7 +168,7 @@ def test_microbatches_share_their_casts():
     """Weights packed once for all microbatches are those that each would have packed."""
     config = run_config(phases=((0, "all24"),), accumulation=2, **FP8)
     state = initial_state(config)
-    recipe = config.schedule.recipes[0]
+    recipe: Any = config.schedule.recipes[0]
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 300, (8, 16), np.int32))
     model = decoder.assemble(run_structure(config), state.params, state.method)
     packed = decoder.pack_ffns(state.params, state.method, recipe, jnp.float32)
@@ -223,7 +224,7 @@ def test_the_guard_says_where_eight_bits_are_to_blame(monkeypatch):
         yield "the gradient of head", jnp.ones(1)
 
     monkeypatch.setattr(explain, "_tensors", tensors)
-    found = explain.first_bad(run_structure(config), config, state, None, 0)
+    found = explain.first_bad(run_structure(config), config, state, jnp.zeros((8, 17), jnp.int32), 0)
     assert found == (
         "not finite is the output of layer 0 (1 NaN and 0 inf of 1 values) in eight bits; in float32 all is: try "
         "Train.precision='compute'"
