@@ -15,7 +15,7 @@ from venom_jax.pattern import Precision
 COMPUTE, FP8 = PRECISIONS = get_args(Precision)
 
 
-def split_precision(name: str) -> tuple[str, str | None]:
+def split_precision(name: str) -> tuple[str, Any]:
     """'act24@fp8' -> ('act24', 'fp8'); without a precision ('act24', None).
 
     Raises:

@@ -53,10 +53,10 @@ def scale_by_muon(
     def init(params: Any) -> MuonState:
         return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
 
-    def update(updates: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         del params
         mu = optax.tree.update_moment(updates, state.mu, momentum, 1)
-        count = optax.safe_increment(state.count)
+        count: Any = optax.safe_increment(state.count)
         ahead = optax.tree.bias_correction(mu, momentum, optax.safe_increment(count))
         now = optax.tree.bias_correction(updates, momentum, count)
         wanted = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
