@@ -1,7 +1,7 @@
 """The problem a kernel solves and the tile it solves it in: frozen data, and the one statement of the constraints."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -31,6 +31,8 @@ times numbers with a mean that is a bias of 2 to 10 %; promoted every 1024 colum
 MAX_TILE = 256
 """The copy engine's largest box side."""
 MAX_GROUPS = 128
+SCALE_SLOTS = 4
+"""Tiles whose scales may be in shared memory: one in the epilogue, one multiplied, and others ahead."""
 ALIGNMENT = 1024
 """Bytes at a multiple of which each array in shared memory begins."""
 BARRIER_BYTES = 8
@@ -195,13 +197,14 @@ class TileConfig:
             2 * self.stages * BARRIER_BYTES,  # the ring's own
             3 * p.groups * 4 if p.mode == "contraction" else 0,
             self.stages * TILE_K * 4 if p.v else 0,
-            self.warpgroups * (self.warpgroup_m + self.warpgroup_n) * 4 if p.stages_scales else 0,
+            SCALE_SLOTS * (self.tile_m + self.tile_n) * 4 if p.stages_scales else 0,
         ]
         return sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts) + self.barriers(p) * BARRIER_BYTES
 
     def barriers(self, problem: Problem) -> int:
-        """Barriers beside the ring's: for each slot that an operand is read into, and for handing parts over."""
+        """Barriers beside the ring's: for slots that an operand or scales are read into, and for handing parts over."""
         slots = 0 if problem.is_fp8 and problem.epilogue.operand is None else self.warpgroups * self.store_slots
+        slots += 2 * SCALE_SLOTS * problem.stages_scales
         return slots + (0 if problem.packing is None else 2 * self.warpgroups)
 
     def violation(self, problem: Problem) -> str | None:
@@ -243,12 +246,16 @@ class TileConfig:
             )
         if problem.v and (problem.mode != "dense" or problem.b_k_major or problem.m % problem.v):
             return f"{problem}: rows of B are gathered for whole blocks of v rows, without groups, from B [k, n]"
+        if problem.v and problem.stages_scales:
+            return f"{problem}: the warps that would fetch scales of columns gather rows of B"
         packs = problem.packing is not None
         if packs and not (problem.mode in ("dense", "columns") and problem.b_k_major and problem.transpose_out):
             return f"{problem}: what is packed are weights times tokens [n, k], whole or by columns, token-major"
-        e, scales = problem.epilogue, {"row_scale", "column_scale"} if problem.is_fp8 else set()
-        plain = dataclasses.replace(e, **dict.fromkeys(scales, False)) == Epilogue()
-        if packs and (not plain or problem.out_dtype != problem.packed_dtype):
+        scales = dict.fromkeys(("row_scale", "column_scale", "powers_of_two"), False) if problem.is_fp8 else {}
+        others: Any = {
+            name: value for name, value in dataclasses.asdict(problem.epilogue).items() if name not in scales
+        }
+        if packs and (Epilogue(**others) != Epilogue() or problem.out_dtype != problem.packed_dtype):
             return f"{problem}: what is packed passes through no other epilogue, rounded to {problem.packed_dtype}"
         if problem.a != "sparse" and not (packs or problem.is_fp8):
             return f"{problem}: a dense product is XLA's, unless its result is packed"

@@ -61,13 +61,17 @@ def ffn(x, w1, w2, beta, route, recipe, dy3):
     route = np.zeros((tokens, 1), int) if route is None else np.asarray(route)
     own = np.repeat((route[:, :, None] == np.arange(experts)).any(axis=1), size, axis=1)
 
-    def weight(gemm, w, axis):
+    def sparse_or(dense, scale, gemm, w):
+        """beta S(w) in bf16, then in e4m3 with a scale that beta w would have; or what there is of the dense weight."""
         if gemm not in recipe.weights:
-            return w
-        return bf16(np.float32(beta[GEMMS.index(gemm)]) * along(soft_threshold, w.astype(np.float32), axis))
+            return dense, scale
+        each = np.float32(beta[GEMMS.index(gemm)])
+        scale = np.array([scale_of(each * row) for row in np.abs(w.astype(np.float32)).max(axis=1)])
+        return cast(bf16(each * along(soft_threshold, w.astype(np.float32), 1)), scale[:, None]), scale
 
     (dense1, scale1), (dense2, scale2) = over(w1.T, 0), over(w2, 0)
-    (first, first_scale), (second, second_scale) = over(weight("y1", w1, 0).T, 0), over(weight("dy2", w2, 1), 0)
+    first, first_scale = sparse_or(dense1, scale1, "y1", w1.T)
+    second, second_scale = sparse_or(dense2, scale2, "dy2", w2)
 
     x8, x_scale = over(x, 0)
     m = peak(bf16(over(x[::every], 0)[0] @ first.T), x_scale, every, first_scale, width)

@@ -7,6 +7,7 @@
 that the tool has little else to watch.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels import tile_order
 from pallas_kernels.cast8 import api as cast8
+from pallas_kernels.dense8 import dense8
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.pack import api as packing
@@ -42,7 +45,9 @@ def normal(seed: int, *shape: int, dtype=ml_dtypes.bfloat16) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
 
 
-def packed(m: int, k: int, *, tiles: bool = False, honest: bool = True) -> tuple[jax.Array, jax.Array]:
+def packed(
+    m: int, k: int, *, tiles: bool = False, honest: bool = True, dtype=ml_dtypes.bfloat16
+) -> tuple[jax.Array, jax.Array]:
     """Values of a 2:4 matrix [m, k] and its metadata; not honest: any bits, positions equal or out of order too."""
     rng = np.random.default_rng(m + k)
     words = (-(-m // 64), -(-k // 64), 128)
@@ -51,7 +56,8 @@ def packed(m: int, k: int, *, tiles: bool = False, honest: bool = True) -> tuple
         metadata = nibbles.sum(-1, dtype=np.uint32)
     else:
         metadata = rng.integers(0, 2**32, words, np.uint32)
-    return normal(k, *((m // 64, k // 64, 8, 256) if tiles else (m, k // 2))), jnp.asarray(metadata)
+    in_tiles = (m // 64, k // tile_order.columns(dtype), *tile_order.shape(dtype))
+    return normal(k, *(in_tiles if tiles else (m, k // 2)), dtype=dtype), jnp.asarray(metadata)
 
 
 def products() -> Iterator[Case]:
@@ -111,6 +117,63 @@ def grouped_products() -> Iterator[Case]:
                 )  # fmt: skip
 
             yield f"grouped24 {mode} {b_k_major=} {sizes}", True, product
+
+
+def fp8_products() -> Iterator[Case]:
+    """The same of 8 bits: scales before the stores and behind products, promotion, groups, a dense A."""
+    early = Epilogue(row_scale=True, column_scale=True)
+    late = dataclasses.replace(early, powers_of_two=True)
+    behind = TileConfig(64, 128, stages=3, store_slots=1, deferred=True)
+    e4m3 = ml_dtypes.float8_e4m3fn
+
+    def scales(m: int, n: int) -> dict[str, Any]:
+        return {"row_scale": jnp.full(m, 0.5, jnp.float32), "column_scale": jnp.full(n, 2.0, jnp.float32)}
+
+    for name, epilogue, config, promote in (
+        ("early", early, None, 0),
+        ("early, added to", dataclasses.replace(early, operand="add"), None, 0),
+        ("late", late, behind, 0),
+        ("promoted", early, TileConfig(64, 192, stages=3, store_slots=1, promote=256), 256),
+        ("promoted, late", late, dataclasses.replace(behind, promote=256), 256),
+    ):
+        for honest in (True, False):
+            m, n, k = 336, 272, 640
+
+            def product(
+                implementation, m=m, n=n, k=k, epilogue=epilogue, config=config, promote=promote, honest=honest
+            ):
+                return sparse24(
+                    *packed(m, k, honest=honest, dtype=e4m3), normal(1, n, k, dtype=e4m3), b_k_major=True,
+                    epilogue=epilogue, **scales(m, n), operand=normal(2, m, n) if epilogue.operand else None,
+                    promote=promote, implementation=implementation, config=config,
+                )  # fmt: skip
+
+            yield f"sparse24 fp8 {name} {honest=}", honest, product
+
+        def dense(implementation, epilogue=epilogue, config=config, promote=promote):
+            m, n, k = 336, 272, 640
+            return dense8(
+                normal(0, m, k, dtype=e4m3), normal(1, n, k, dtype=e4m3), epilogue=epilogue, **scales(m, n),
+                operand=normal(2, m, n) if epilogue.operand else None, promote=promote, implementation=implementation,
+                config=config,
+            )  # fmt: skip
+
+        yield f"dense8 {name}", True, dense
+    tokens, m, n, k = 384, 128, 192, 128
+    for sizes in ((128, 0, 192), (64, 0, 64), (2**31 - 1, 64, 64), (-(2**31), 65, 2**30)):
+        for mode, a, b, entries in (
+            ("rows", (tokens, k), (n, 3, k), (tokens, n)),
+            ("columns", (3 * m, k), (tokens, k), (3 * m, tokens)),
+            ("contraction", (m, tokens), (n, tokens), (3 * m, n)),
+        ):
+
+            def by_group(implementation, mode=mode, a=a, b=b, entries=entries, sizes=sizes):
+                return getattr(grouped, mode)(
+                    *packed(*a, dtype=e4m3), normal(1, *b, dtype=e4m3), jnp.asarray(sizes, jnp.int32), b_k_major=True,
+                    epilogue=early, **scales(*entries), implementation=implementation,
+                )  # fmt: skip
+
+            yield f"grouped24 fp8 {mode} {sizes}", True, by_group
 
 
 def packings() -> Iterator[Case]:
@@ -341,7 +404,7 @@ def error_of(work: Callable[[Implementation], object], found: list) -> float:
 
 def cases() -> list[Case]:
     """All of them; nothing is computed yet."""
-    parts = (products, grouped_products, packings, packings8, vnm_products, permutations, ffns)
+    parts = (products, grouped_products, fp8_products, packings, packings8, vnm_products, permutations, ffns)
     return [case for part in parts for case in part()]
 
 

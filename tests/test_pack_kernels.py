@@ -1,6 +1,7 @@
 """The packing kernels give the reference's bits: emulated thread by thread here, on the tensor core's GPU there."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +230,7 @@ def test_weight_kernels_lower(axis, masters, monkeypatch):
 
 def test_sizes_and_types_that_the_kernels_do_not_take(monkeypatch):
     monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
-    options = {"features": True, "tokens": True, "interleaved": True}
+    options: dict[str, Any] = {"features": True, "tokens": True, "interleaved": True}
     with pytest.raises(ValueError, match="rows=96 must be a positive multiple of 64"):
         api.pack_activations(jnp.zeros((96, 64), jnp.bfloat16), **options)
     with pytest.raises(NotImplementedError, match="got float32"):

@@ -127,13 +127,16 @@ def check8(rows, features, k, along, group_sizes, config=None, form="sparse", sc
     scale, squared_scale = powers(5, neurons, -4), powers(6, neurons, -6, step=2)
     pack = functools.partial(pack_product, features=along[0], tokens=along[1], scale=squared_scale, **how)
     expected = jax.jit(functools.partial(pack, implementation="reference"))(weights, x, sizes)
-    found = jax.jit(functools.partial(pack, config=config, implementation="hopper"))(weights, x, sizes)
-    assert_same_bits(found, expected)
+    ways = [False] if config is not None or (form != "sparse" and sizes is not None) else [False, True]
+    for apart in ways:
+        run = functools.partial(pack, apart=apart, config=config, implementation="hopper")
+        assert_same_bits(jax.jit(run)(weights, x, sizes), expected)
     given = (expected.squared, expected.tokens, sizes)
     take = functools.partial(take_product, squared_scale=squared_scale, scale=scale, **how)
     expected = jax.jit(functools.partial(take, implementation="reference"))(weights, dy, *given)
-    found = jax.jit(functools.partial(take, config=config, implementation="hopper"))(weights, dy, *given)
-    assert_same_bits(found, expected)
+    for apart in ways:
+        run = functools.partial(take, apart=apart, config=config, implementation="hopper")
+        assert_same_bits(jax.jit(run)(weights, dy, *given), expected)
 
 
 def assert_nearly(found, expected):
@@ -292,10 +295,15 @@ def test_lowers(along, group_sizes, form, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("along", "groups", "form"),
-    [((True, True), 1, "sparse"), ((True, True), 3, "k_major"), ((False, True), 3, "sparse")],
+    ("along", "groups", "form", "apart"),
+    [
+        ((True, True), 1, "sparse", False),
+        ((True, True), 3, "k_major", False),
+        ((False, True), 3, "sparse", True),
+        ((True, True), 1, "k_major", True),
+    ],
 )
-def test_eight_bits_lower(along, groups, form, monkeypatch):
+def test_eight_bits_lower(along, groups, form, apart, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_ARCH", "sm_90a")
     monkeypatch.setattr("pallas_kernels.device.hopper_available", lambda: True)
     sizes = None if groups == 1 else jnp.full(groups, 256, jnp.int32)
@@ -303,7 +311,7 @@ def test_eight_bits_lower(along, groups, form, monkeypatch):
     weights = array((neurons, 256), "float8_e4m3fn")
     if form == "sparse":
         weights = jax.eval_shape(lambda: pack_features(integers(0, neurons, 256)))
-    options: dict[str, Any] = {"interleaved": sizes is None, "implementation": "hopper"}
+    options: dict[str, Any] = {"interleaved": sizes is None, "implementation": "hopper", "apart": apart}
 
     def both(a, x, of_neurons, of_tokens):
         scales = {"row_scale": of_neurons, "column_scale": of_tokens, "scale": of_neurons}
@@ -313,7 +321,7 @@ def test_eight_bits_lower(along, groups, form, monkeypatch):
 
     arguments = array((1024, 256), "float8_e4m3fn"), array((neurons,), "float32"), array((1024,), "float32")
     text = jax.jit(both).trace(weights, *arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2") == 2
+    assert text.count("@mosaic_gpu_v2") == (4 if apart else 2)
 
 
 def test_wrong_shapes_are_named():
@@ -330,6 +338,10 @@ def test_wrong_shapes_are_named():
         pack_product(a, x, **along)
     with pytest.raises(ValueError, match=r"row_scale is float32\[64\]"):
         pack_product(a, x, **along, scale=one, row_scale=jnp.ones(64))
+    with pytest.raises(
+        ValueError, match="apart=True is for operands of 8 bits, and of dense ones for those without gr"
+    ):
+        pack_product(a, x, jnp.array([128]), **along, scale=one, apart=True)
     with pytest.raises(ValueError, match="transposed=True"):
         pack_product(a, x, **along, scale=one, transposed=True)
     with pytest.raises(ValueError, match="rows=64 must be a positive multiple of 128"):

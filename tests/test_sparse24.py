@@ -1,5 +1,6 @@
 """sparse24: errors and dispatch everywhere; on a Hopper GPU the kernel against f64 and its behaviour at the edges."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,6 +24,7 @@ kernel = functools.partial(sparse24, implementation="hopper")
 KINDS = ["bfloat16", E4M3]
 """Operands of 16 and of 8 bits; what a test asks of one it asks of the other."""
 SCALES = Epilogue(row_scale=True, column_scale=True)
+SCALED = {"epilogue": SCALES, "row_scale": jnp.ones(64), "column_scale": jnp.ones(64)}
 
 
 def problem(m: int, n: int, k: int, *, dtype="bfloat16", b_dtype=None, b_k_major=False):
@@ -32,7 +34,7 @@ def problem(m: int, n: int, k: int, *, dtype="bfloat16", b_dtype=None, b_k_major
     return values, metadata, b.T if b_k_major else b, wanted
 
 
-def orders(dtype: str) -> dict[str, bool]:
+def orders(dtype: str) -> dict[str, Any]:
     """In which order a test gives B that does not care: of 8 bits there is one."""
     return {"b_k_major": dispatch.is_fp8(dtype)}
 
@@ -122,11 +124,14 @@ def test_errors_carry_values(change, message):
         ({"k": 192, "b": normal(1, 64, 192, dtype=E4M3)}, "k=192 must be a positive multiple of 128"),
         ({"promote": 128}, "promote=128 must be 0 or a multiple of 256"),
         ({"promote": -256}, "promote=-256"),
-        ({"b_interleaved": True, "b_k_major": False, "b": normal(1, 128, 64, dtype=E4M3)}, "of 16 bits.*contraction's order"),
-        ({"epilogue": SCALES, "row_scale": jnp.ones(64), "column_scale": jnp.ones(48)}, r"column_scale is float32\[48\]; want"),
-        ({"epilogue": SCALES, "row_scale": jnp.ones(64, jnp.bfloat16), "column_scale": jnp.ones(64)}, r"want float32\[64\]"),
+        (
+            {"b_interleaved": True, "b_k_major": False, "b": normal(1, 128, 64, dtype=E4M3)},
+            "of 16 bits.*in the contrac",
+        ),
+        (SCALED | {"column_scale": jnp.ones(48)}, r"column_scale is float32\[48\]; want float32\[64\]"),
+        (SCALED | {"row_scale": jnp.ones(64, jnp.bfloat16)}, r"row_scale is bfloat16\[64\]; want float32\[64\]"),
     ],
-)  # fmt: skip
+)
 def test_errors_of_8_bits_carry_values(change, message):
     values, metadata, b, _ = problem(64, 64, change.pop("k", 128), dtype=E4M3, b_k_major=True)
     arguments = {"values": values, "metadata": metadata, "b": b, "b_k_major": True} | change
@@ -280,7 +285,7 @@ def test_epilogues_agree_with_the_reference(epilogue, out_dtype, transpose_out, 
     m, n, k = 336, 464, 512
     values, metadata, b, _ = problem(m, n, k, dtype=dtype, **orders(dtype))
     shape = (n, m) if transpose_out else (m, n)
-    options = {
+    options: dict[str, Any] = {
         "epilogue": epilogue,
         "operand": None if epilogue.operand is None else normal(2, *shape, dtype=out_dtype),
         "row_scale": normal(3, m, dtype="float32") if epilogue.row_scale else None,
@@ -308,7 +313,7 @@ def test_a_hundred_runs_give_the_same_bits(dtype, epilogue):
     m, n, k = 4096, 1040, 1664
     values, metadata, b, _ = problem(m, n, k, dtype=dtype, **orders(dtype))
     scales = {"row_scale": normal(3, m, dtype="float32"), "column_scale": normal(4, n, dtype="float32")}
-    options = orders(dtype) | {"epilogue": epilogue} | (scales if epilogue.row_scale else {})
+    options: dict[str, Any] = orders(dtype) | {"epilogue": epilogue} | (scales if epilogue.row_scale else {})
     launch = jax.jit(lambda: kernel(values, metadata, b, **options))
     first, same = launch(), jax.jit(jnp.array_equal)
     assert all(bool(same(first, launch())) for _ in range(100))
@@ -371,7 +376,7 @@ def test_zeros_of_either_sign_add_nothing(dtype):
 @pytest.mark.parametrize("dtype", KINDS)
 def test_extreme_sizes(size, dtype):
     values, metadata, b, wanted = problem(*size, dtype=dtype, **orders(dtype))
-    options = orders(dtype) | ({"promote": PROMOTE} if dispatch.is_fp8(dtype) else {})
+    options: dict[str, Any] = orders(dtype) | ({"promote": PROMOTE} if dispatch.is_fp8(dtype) else {})
     assert relative_error(kernel(values, metadata, b, **options), wanted) < limit("bfloat16", dtype)
 
 
@@ -391,12 +396,35 @@ def test_all_pairs_of_values_of_8_bits(dtype, b_dtype):
     np.testing.assert_array_equal(out, wanted)
 
 
+LATE = Epilogue(row_scale=True, column_scale=True, powers_of_two=True)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("transpose_out", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "relu2"])
+@pytest.mark.parametrize("config", [c for c in (*tune.LARGE8, *tune.SMALL8) if c.deferred], ids=tune.label)
+@pytest.mark.parametrize("size", [(2320, 784, 1152), (192, 80, 128)], ids=str)
+def test_powers_of_two_scale_late_to_the_same_bits(size, config, activation, transpose_out):
+    """The tile's result is stored, and scaled, behind the products of the next one."""
+    m, n, k = size
+    values, metadata, b, _ = problem(m, n, k, dtype=E4M3, b_k_major=True)
+    rows, columns = (2.0 ** jnp.round(4 * normal(i, size, dtype="float32")) for i, size in ((2, m), (3, n)))
+    scales = {"row_scale": rows.at[5].set(0).at[70].set(jnp.nan), "column_scale": columns.at[9].set(0)}
+    run = functools.partial(kernel, values, metadata, b, b_k_major=True, transpose_out=transpose_out, config=config)
+    late, early = (
+        run(epilogue=dataclasses.replace(LATE, activation=activation, powers_of_two=late), **scales)
+        for late in (True, False)
+    )
+    np.testing.assert_array_equal(np.asarray(late, np.float32), np.asarray(early, np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("epilogue", [SCALES, LATE], ids=["early", "late"])
 @pytest.mark.parametrize("deferred", [False, True])
-def test_scales_of_zero_of_nan_and_far_apart_reach_their_rows_and_columns_only(deferred):
+def test_scales_of_zero_of_nan_and_far_apart_reach_their_rows_and_columns_only(deferred, epilogue):
     values, metadata, b, _ = problem(128, 80, 256, dtype=E4M3, b_k_major=True)
     config = TileConfig(stages=4, store_slots=1, deferred=deferred)
-    run = functools.partial(kernel, values, metadata, b, b_k_major=True, epilogue=SCALES, config=config)
+    run = functools.partial(kernel, values, metadata, b, b_k_major=True, epilogue=epilogue, config=config)
     rows, columns = jnp.full(128, 0.5), jnp.full(80, 2.0)
     plain = np.asarray(run(row_scale=rows, column_scale=columns), np.float32)
     found = run(row_scale=rows.at[5].set(0), column_scale=columns.at[7].set(0))

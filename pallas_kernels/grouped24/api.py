@@ -148,7 +148,9 @@ def _run(
     if promote is None and fp8 and mode == "contraction":
         promote = PROMOTE
     problem = Problem(
-        **sizes,
+        m=sizes["m"],
+        n=sizes["n"],
+        k=sizes["k"],
         mode=mode,
         groups=groups,
         b_k_major=b_k_major,

@@ -21,6 +21,7 @@ from pallas_kernels.tiles import (
     GRANULE,
     MAX_TILE,
     PACK_REGISTERS,
+    SCALE_SLOTS,
     STAGE_BYTES,
     TILE_K,
     Problem,
@@ -211,10 +212,12 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
     def _compute():
         plgpu.set_max_registers(config.compute_registers(problem), action="increase")
         if _deferred(problem, config):
-            compute = functools.partial(_compute_tile_deferred, gmem, out_gmem, scratch, problem, config)
-            _, kept = _for_each_tile(schedule, compute, (jnp.int32(0), _nothing_kept(problem, config)))
+            compute = functools.partial(_compute_tile_deferred, out_gmem, scratch, problem, config)
+            turn = (jnp.int32(0),) if _scales_late(problem, config) else ()
+            state = (jnp.int32(0), _nothing_kept(problem, config), *turn)
+            _, kept, *turn = _for_each_tile(schedule, compute, state)
             for chunk in range(len(_chunks(problem, config))):
-                _store_chunk(out_gmem, scratch, problem, config, kept, chunk)
+                _store_chunk(out_gmem, scratch, problem, config, kept, chunk, *turn)
         else:
             compute = functools.partial(_compute_tile, gmem, out_gmem, scratch, problem, config)
             _for_each_tile(schedule, compute, jnp.int32(0))
@@ -232,7 +235,7 @@ def _for_each_tile(schedule: Schedule, visit, state):
         # Where sizes fall from round to round, walk every other round backwards, or the first blocks get the most.
         block = jnp.where(lax.rem(i, 2) == 1, num_sms - 1 - sm, sm) if in_turns else sm
         cursor, tile = schedule.locate(cursor, i * num_sms + block)
-        return cursor, visit(tile, state)
+        return cursor, visit(tile._replace(turn=i), state)
 
     _, state = lax.fori_loop(0, rounds, round_, (schedule.start(), state))
     return state
@@ -250,6 +253,8 @@ def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, 
 
     from_b = ring.Copy(gmem["b"], scratch["b"], _swizzled(problem.b_dtype), b_of, (tile.b_k, tile.b_n), order)
     from_a = _copies_of_a(gmem, scratch, problem, c, tile)
+    if problem.stages_scales:
+        scales.fill(gmem, scratch, c, tile.turn, _scale_row(problem, tile), tile.out_n, order)
     ring.load_stages([*from_a, from_b], scratch["ring"], c.stages, tile.steps, step)
     return step + tile.steps
 
@@ -342,7 +347,7 @@ def _announce(scratch, config: TileConfig, step, lag: int, pending: int = 0):
 
 
 def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
-    acc = _scaled_product(gmem, scratch, problem, config, tile, step)
+    acc = _scaled_product(scratch, problem, config, tile, step)
     wg, m, n = _part_of_tile(config)
     if problem.packing is not None:
         plgpu.barrier_wait(scratch["part_packed"].at[wg])
@@ -353,20 +358,17 @@ def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig,
     return step + tile.steps
 
 
-def _scaled_product(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, *multiplied):
+def _scaled_product(scratch, problem: Problem, config: TileConfig, tile: Tile, *multiplied):
     """This warpgroup's sums of a tile times their scales, unless these are left to the stores of the next tile."""
+    acc = _multiply(scratch, problem, config, tile, *multiplied)
     if not problem.stages_scales:
-        return _multiply(scratch, problem, config, tile.steps, *multiplied)
-    wg, m, n = _part_of_tile(config)
-    first_row, order = _scale_row(problem, tile) + m, _token_order(problem, config)
-    found = scales.load(gmem, problem, config, first_row, tile.out_n + n, order)
-    acc = _multiply(scratch, problem, config, tile.steps, *multiplied)
-    scales_smem = scratch["scales"].at[wg]
-    scales.put(found, scales_smem, problem, config)
-    if _scales_late(problem, config):
         return acc
-    scales.wait()
-    return scales.apply(acc, scales_smem, problem, config)
+    scales.wait(scratch, tile.turn)
+    if not _scales_late(problem, config):
+        _, m, n = _part_of_tile(config)
+        acc = scales.apply(acc, scales.of_part(scratch, config, tile.turn, m, n), problem)
+        scales.give_back(scratch, tile.turn)
+    return acc
 
 
 def _scales_late(problem: Problem, config: TileConfig) -> bool:
@@ -413,17 +415,26 @@ def _nothing_kept(problem: Problem, config: TileConfig) -> _Kept:
     return _Kept(_zeros(config).astype(problem.out_dtype), nowhere, nowhere, nowhere, nowhere)
 
 
-def _compute_tile_deferred(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
+def _compute_tile_deferred(out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
     """Multiply a tile; behind its first products, store what is kept of the tile before."""
-    step, kept = state
-    acc = _scaled_product(gmem, scratch, problem, config, tile, step, kept, out_gmem)
+    step, kept, *_ = state
+    acc = _scaled_product(scratch, problem, config, tile, step, kept, out_gmem)
     _, m, n = _part_of_tile(config)
     rounded = _activate(acc, problem).astype(problem.out_dtype)
     where = (jnp.int32(i) for i in (tile.out_m + m, tile.out_n + n, tile.m_end, tile.n_end))
-    return step + tile.steps, _Kept(rounded, *where)
+    state = step + tile.steps, _Kept(rounded, *where)
+    if not _scales_late(problem, config):
+        return state
+
+    @pl.when(tile.turn > 0)
+    def _():
+        scales.give_back(scratch, tile.turn - 1)
+
+    return *state, tile.turn
 
 
-def _store_chunk(out_gmem, scratch, problem: Problem, config: TileConfig, kept: _Kept, chunk: int):
+def _store_chunk(out_gmem, scratch, problem: Problem, config: TileConfig, kept: _Kept, chunk: int, turn=None):
+    """Store a chunk of what is kept of the block's last tile; `turn`: which it was, where it is still to be scaled."""
     columns = chunk_columns(problem.out_dtype)
     layout = plgpu.Layout.WGMMA_TRANSPOSED if problem.transpose_out else plgpu.Layout.WGMMA
     i, j = _chunks(problem, config)[chunk]
@@ -434,11 +445,10 @@ def _store_chunk(out_gmem, scratch, problem: Problem, config: TileConfig, kept: 
     # All earlier stores have left shared memory long ago: there were products in between.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     part = kept.values[i : i + GRANULE, j : j + columns]
-    if _scales_late(problem, config):
-        scaled = scales.apply(
-            part.astype(jnp.float32), scratch["scales"].at[lax.axis_index("wg")], problem, config, i, j
-        )
-        part = scaled.astype(part.dtype)
+    if turn is not None:
+        _, m, n = _part_of_tile(config)
+        factors = scales.of_part(scratch, config, turn, m, n)
+        part = scales.apply(part.astype(jnp.float32), factors, problem, i, j).astype(part.dtype)
     view[...] = plgpu.layout_cast(part, layout)
     plgpu.commit_smem()
     where = (cols, rows) if problem.transpose_out else (rows, cols)
@@ -465,8 +475,10 @@ def _zeros(config: TileConfig):
     return plgpu.layout_cast(jnp.zeros((config.warpgroup_m, config.warpgroup_n), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: _Kept | None = None, out_gmem=None):
-    """This warpgroup's part of a tile of `steps` stages from the ring's `step` on; stores what is `kept` meanwhile."""
+def _multiply(
+    scratch, problem: Problem, config: TileConfig, tile: Tile, step, kept: _Kept | None = None, out_gmem=None
+):
+    """This warpgroup's part of a tile, whose stages begin with the ring's `step`; stores what is `kept` meanwhile."""
     c, sparse, values = config, problem.a == "sparse", scratch["values"]
     wg, m, n = _part_of_tile(config)
     row_tiles, layout = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE), _swizzled(problem.dtype)
@@ -488,15 +500,15 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
         types.append(plgpu.RefType())
         operands.append(scratch["metadata"].at[:, row_tiles])
     count = len(operands)
-    scalars = [step, jnp.int32(steps)]
+    scalars = [step, jnp.int32(tile.steps)]
     late = kept is not None and _scales_late(problem, config)
     if kept is not None:
         types += [plgpu.Layout.WGMMA, plgpu.RefType(_SWIZZLED), plgpu.RefType()]
         operands += [kept.values, scratch["chunks"].at[wg], out_gmem]
         scalars += kept[1:]
     if late:
-        types.append(plgpu.RefType())
-        operands.append(scratch["scales"].at[wg])
+        types += [plgpu.RefType()] * 2
+        operands += scales.of_part(scratch, config, tile.turn + SCALE_SLOTS - 1, m, n)
 
     @plgpu.inline_mgpu(
         arg_types=(*types, *(ring.SCALAR,) * len(scalars)),
@@ -507,15 +519,21 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
         step, steps, *place = (scalar.registers.item() for scalar in arguments[len(operands) :])
         deferred = None
         if stored:
-            rounded, chunks, out, *scales_smem = stored
+            rounded, chunks, out, *factors = stored
             # Private, but the only way to a description of the output for PTX of our own.
             descriptor = launch._get_tma_desc(out, (), None, (GRANULE, chunk_columns(problem.out_dtype)), SWIZZLE, None)
             deferred = main_loop.Deferred(rounded, tuple(place), chunks, descriptor, problem.transpose_out)
             if late:
-                e = problem.epilogue
-                deferred = deferred._replace(scales=scales_smem[0], by_row=e.row_scale, by_column=e.column_scale)
+                there = (problem.epilogue.row_scale, problem.epilogue.column_scale)
+                rows, columns = (smem if is_there else None for smem, is_there in zip(factors, there, strict=True))
+                deferred = deferred._replace(row_scales=rows, column_scales=columns)
         fences = bool(problem.v) and not config.gather_lag
-        options = {"b_k_major": problem.b_k_major, "dtype": problem.dtype, "a": problem.a, "fences": fences}
+        options: dict[str, Any] = {
+            "b_k_major": problem.b_k_major,
+            "dtype": problem.dtype,
+            "a": problem.a,
+            "fences": fences,
+        }
         options |= {"b_dtype": problem.b_dtype, "promote": config.promote // problem.tile_k}
         return main_loop.multiply(shape, stages, step, steps, deferred, **options)
 

@@ -61,10 +61,10 @@ class Deferred(NamedTuple):
     descriptor: Any
     """The copy engine's description of the output in boxes of 64 x 64."""
     transposed: bool
-    scales: Any = None
-    """Shared memory, f32 [m + n], where values are to be scaled by powers of two; then they are bfloat16."""
-    by_row: bool = False
-    by_column: bool = False
+    row_scales: Any = None
+    """Shared memory, f32 [m], where rows are to be scaled by powers of two; the values are bfloat16."""
+    column_scales: Any = None
+    """... and f32 [n] for columns."""
 
 
 def multiply(
@@ -119,8 +119,8 @@ def multiply(
             "descriptor": deferred.descriptor,
             "warpgroup": utils.warpgroup_barrier_idx(sync=False),
         }
-        if deferred.scales is not None:
-            inputs["scales"] = _address(deferred.scales)
+        for name, vector in (("row_scales", deferred.row_scales), ("column_scales", deferred.column_scales)):
+            inputs |= {} if vector is None else {name: _address(vector)}
         kept = [utils.bitcast(register, ir.IntegerType.get_signless(32)) for register in deferred.values.registers.flat]
         slots = ir.MemRefType(deferred.chunks.type).shape[0]
         chunks = row_tiles * n // _CHUNK_COLUMNS
@@ -145,7 +145,6 @@ def multiply(
         slots=slots,
         kept=[f"${first_kept + i}" for i in range(len(kept))],
         out_transposed=deferred is not None and deferred.transposed,
-        scaled=(deferred.by_row, deferred.by_column) if deferred is not None else (False, False),
     )
     register = ir.VectorType.get((1,), ir.F32Type.get())
     operands: list[Any] = [*inputs.values(), *kept]
@@ -192,8 +191,6 @@ class _Program(NamedTuple):
     kept: list[str] = []  # noqa: RUF012
     """Operands that hold the deferred tile: for each 64 rows and 8 columns two words, rows g and g + 8."""
     out_transposed: bool = False
-    scaled: tuple[bool, bool] = (False, False)
-    """Whether the deferred tile is scaled by row, and by column."""
 
     @property
     def sparse(self) -> bool:
@@ -434,35 +431,32 @@ class _Program(NamedTuple):
 
         Scales are powers of two, so that a product of two bfloat16 is exact, as if it had been rounded after it.
         """
-        by_row, by_column = self.scaled
+        by_row, by_column = (self.names.get(name) for name in ("row_scales", "column_scales"))
         if not (by_row or by_column):
             return [], words
-        lines = [
-            ".reg .b32 scaled<16>, scale<2>, mine;",
-            ".reg .f32 low, high;",
-            f"and.b32 mine, {self.names['thread']}, 3;",
-            f"mad.lo.u32 mine, mine, 8, {self.names['scales']};",
-        ]
-        first = 4 * (self.row_tiles * GRANULE + j * _CHUNK_COLUMNS)
-        for block in range(8 if by_column else 0):  # of 8 columns, two of them this thread's
-            lines += [
-                f"ld.shared.v2.f32 {{low, high}}, [mine + {first + 32 * block}];",
-                "cvt.rn.bf16x2.f32 scale0, high, low;",
-                *(f"mul.rn.bf16x2 scaled{q}, {words[q]}, scale0;" for q in (2 * block, 2 * block + 1)),
-            ]
+        thread = self.names["thread"]
+        lines = [".reg .b32 scaled<16>, scale<2>, mine;", ".reg .f32 low, high;"]
+        if by_column:
+            lines += [f"and.b32 mine, {thread}, 3;", f"mad.lo.u32 mine, mine, 8, {by_column};"]
+            for block in range(8):  # of 8 columns, two of them this thread's
+                lines += [
+                    f"ld.shared.v2.f32 {{low, high}}, [mine + {4 * (j * _CHUNK_COLUMNS + 8 * block)}];",
+                    "cvt.rn.bf16x2.f32 scale0, high, low;",
+                    *(f"mul.rn.bf16x2 scaled{q}, {words[q]}, scale0;" for q in (2 * block, 2 * block + 1)),
+                ]
+            words = [f"scaled{q}" for q in range(16)]
         if by_row:
-            given = [f"scaled{q}" for q in range(16)] if by_column else words
             lines += [
-                f"shr.u32 mine, {self.names['thread']}, 5;",
+                f"shr.u32 mine, {thread}, 5;",
                 "shl.b32 mine, mine, 4;",
-                f"bfe.u32 scale0, {self.names['thread']}, 2, 3;",
+                f"bfe.u32 scale0, {thread}, 2, 3;",
                 "add.u32 mine, mine, scale0;",
-                f"mad.lo.u32 mine, mine, 4, {self.names['scales']};",
+                f"mad.lo.u32 mine, mine, 4, {by_row};",
                 f"ld.shared.f32 low, [mine + {4 * i * GRANULE}];",
                 f"ld.shared.f32 high, [mine + {4 * (i * GRANULE + 8)}];",
                 "cvt.rn.bf16x2.f32 scale0, low, low;",
                 "cvt.rn.bf16x2.f32 scale1, high, high;",
-                *(f"mul.rn.bf16x2 scaled{q}, {given[q]}, scale{q % 2};" for q in range(16)),
+                *(f"mul.rn.bf16x2 scaled{q}, {words[q]}, scale{q % 2};" for q in range(16)),
             ]
         return lines, [f"scaled{q}" for q in range(16)]
 

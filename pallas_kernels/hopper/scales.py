@@ -1,137 +1,115 @@
-"""Row and column scales on their way to the epilogue: read before a tile's products, there when they end.
+"""Row and column scales in shared memory, there when a tile's sums are.
 
-Read from memory when the products have ended, scales would cost their latency in each tile. So each thread of a
-warpgroup reads a few of those of its part before the products, puts them into shared memory behind them, and takes from
-there those of the two rows and of the columns that it owns. (Copies with `cp.async` instead would be waited for by the
-fence of the first chunk that is stored behind the products.)
+Nothing that a computing warpgroup begins to read from memory may be on its way while it multiplies: ptxas waits for it
+before the loop, a fence in the loop, and either costs a microsecond in each tile. So three warps of the loading
+warpgroup, which else have nothing to do, fill slots of shared memory tiles ahead.
 
 Where scales are powers of two and the result is bfloat16, sums may be rounded before they are scaled: then the scaling
-passes behind the next tile's products too, with the stores (`main_loop.Deferred`).
+passes behind the next tile's products, with the stores (`main_loop.Deferred`).
 """
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.mlir_words import Word, i32, to_value
-from pallas_kernels.tiles import Problem, TileConfig
+from pallas_kernels.tiles import SCALE_SLOTS, Problem, TileConfig
+
+_WARP = 32
 
 
 def scratch(problem: Problem, config: TileConfig) -> dict:
-    """Shared memory for the scales of each warpgroup's part: of its rows, then of its columns."""
+    """Slots for the scales of a tile's rows, then of its columns, and their barriers."""
     if not problem.stages_scales:
         return {}
-    return {"scales": plgpu.SMEM((config.warpgroups, config.warpgroup_m + config.warpgroup_n), jnp.float32)}
+    return {
+        "scales": plgpu.SMEM((SCALE_SLOTS, config.tile_m + config.tile_n), jnp.float32),
+        "scales_filled": plgpu.Barrier(num_barriers=SCALE_SLOTS),
+        "scales_emptied": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=SCALE_SLOTS),
+    }
 
 
-def load(gmem: dict, problem: Problem, config: TileConfig, first_row, first_column, order):
-    """The scales of a part of a tile whose rows and columns begin there, some in each thread: f32 [128 x turns].
+def fill(gmem: dict, scratch: dict, config: TileConfig, turn, first_row, first_column, order) -> None:
+    """Write the scales of the block's `turn`-th tile, from the loading warpgroup; waits for a free slot.
 
     Past the end of a vector its last entry is read, for a row or a column that is not stored.
 
     Args:
       order: the `ring.TokenFours` in which columns were loaded, or None.
     """
-    counts = _counts(problem, config)
-    names, turns = tuple(counts), _turns(problem, config)
-    layout = plgpu.Layout.WG_STRIDED((turns * utils.WARPGROUP_SIZE,), vec_size=1)
-    shape = plgpu.ShapeDtypeStruct((turns * utils.WARPGROUP_SIZE,), jnp.float32, layout=layout)
+    slot = lax.rem(turn, SCALE_SLOTS)
 
-    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * len(names), *(ring.SCALAR,) * 2), return_type=shape)
-    def read(_, *arguments):
-        vectors = dict(zip(names, arguments, strict=False))
-        firsts = (Word(scalar.registers.item()) for scalar in arguments[len(names) :])
-        first = dict(zip(("row_scale", "column_scale"), firsts, strict=True))
+    @pl.when(turn >= SCALE_SLOTS)
+    def _():
+        plgpu.barrier_wait(scratch["scales_emptied"].at[slot])
 
-        def source(name: str, entry: Word) -> ir.Value:
-            place, size = first[name] + entry, ir.MemRefType(vectors[name].type).shape[0]
-            if name == "column_scale" and order is not None:
-                place = order.token(place, size)
-            place = arith.minui(place.value, to_value(size - 1))
-            start = llvm.ptrtoint(_i64(), utils.memref_ptr(vectors[name]))
-            return arith.addi(start, arith.muli(arith.extui(_i64(), place), arith.constant(_i64(), 4)))
-
-        registers = []
-        for turn in range(turns):
-            entry = _entry(turn, problem, config)
-            address = source(names[-1], entry - (sum(counts.values()) - counts[names[-1]]))
-            if len(names) == 2:
-                is_row = arith.cmpi(arith.CmpIPredicate.ult, entry.value, to_value(counts["row_scale"]))
-                address = arith.select(is_row, source("row_scale", entry), address)
-            # With side effects, so that nobody moves it behind the products.
-            code = "ld.global.nc.b32 $0, [$1];"
-            (value,) = utils.inline_ptx(code, address, result_types=[i32()], has_side_effects=True)
-            registers.append(utils.bitcast(value, ir.VectorType.get((1,), ir.F32Type.get())))
-        layout = fa.WGStridedFragLayout((turns * utils.WARPGROUP_SIZE,), 1)
-        return fa.FragmentedArray(_registers=np.array(registers, dtype=object), _layout=layout, _is_signed=None)
-
-    return read(*(gmem[name] for name in names), jnp.int32(first_row), jnp.int32(first_column))
+    for name, first, at, count in (
+        ("row_scale", first_row, 0, config.tile_m),
+        ("column_scale", first_column, config.tile_m, config.tile_n),
+    ):
+        if name in gmem:
+            part = scratch["scales"].at[slot, pl.ds(at, count)]
+            _copy(gmem[name], part, jnp.int32(first), count, order if name == "column_scale" else None)
+    plgpu.barrier_arrive(scratch["scales_filled"].at[slot])
 
 
-def put(scales, scales_smem, problem: Problem, config: TileConfig) -> None:
-    """Write what the threads have read to this warpgroup's shared memory, f32 [rows + columns of the part].
+def _copy(vector_gmem, part_smem, first, count: int, order) -> None:
+    threads = utils.WARPGROUP_SIZE - _WARP  # the first warp begins the copies of stages
 
-    Nobody reads the scales of the tile before any more: there were products in between, or barriers.
-    """
-    skipped = 0 if problem.epilogue.row_scale else config.warpgroup_m
-    layout = plgpu.Layout.WG_STRIDED(scales.shape, vec_size=1)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), ring.SCALAR))
+    def copy(_, vector, part, first):
+        size, first = ir.MemRefType(vector.type).shape[0], Word(first.registers.item())
+        start, target = llvm.ptrtoint(_i64(), utils.memref_ptr(vector)), llvm.ptrtoint(i32(), utils.memref_ptr(part))
+        thread = Word(utils.thread_idx()) % utils.WARPGROUP_SIZE
+        own = scf.IfOp(arith.cmpi(arith.CmpIPredicate.uge, thread.value, to_value(_WARP)))
+        with ir.InsertionPoint(own.then_block):
+            for turn in range(0, count, threads):
+                # Past the last entry, that one once more.
+                entry = Word(arith.minui((thread - _WARP + turn).value, to_value(count - 1)))
+                place = first + entry if order is None else order.token(first + entry, size)
+                place = arith.minui(place.value, to_value(size - 1))
+                address = arith.addi(start, arith.muli(arith.extui(_i64(), place), arith.constant(_i64(), 4)))
+                code = "ld.global.nc.b32 $0, [$1];"
+                (value,) = utils.inline_ptx(code, address, result_types=[i32()], has_side_effects=True)
+                to = Word(target) + entry * 4
+                utils.inline_ptx("st.shared.b32 [$0], $1;", to.value, value, has_side_effects=True)
+            scf.yield_([])
 
-    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
-    def write(_, scales, scales_smem):
-        target = Word(llvm.ptrtoint(i32(), utils.memref_ptr(scales_smem)))
-        for turn, register in enumerate(scales.registers.flat):
-            address = target + (_entry(turn, problem, config) + skipped) * 4
-            value = utils.bitcast(register, i32())
-            utils.inline_ptx("st.shared.b32 [$0], $1;", address.value, value, has_side_effects=True)
-
-    write(scales, scales_smem)
-
-
-def wait() -> None:
-    """Wait for what the warpgroup's threads have put."""
-
-    @plgpu.inline_mgpu()
-    def barrier(_):
-        utils.warpgroup_barrier()
-
-    barrier()
+    copy(vector_gmem, part_smem, first)
 
 
-def apply(part, scales_smem, problem: Problem, config: TileConfig, row: int = 0, column: int = 0):
-    """Sums [m, n], in WGMMA layout, times the scales that are in shared memory; the first row and column of a part."""
+def wait(scratch: dict, turn) -> None:
+    """Wait, in a computing warpgroup, for the scales of the block's `turn`-th tile."""
+    plgpu.barrier_wait(scratch["scales_filled"].at[lax.rem(turn, SCALE_SLOTS)])
+
+
+def give_back(scratch: dict, turn) -> None:
+    """Say, from a computing warpgroup, that nobody in it needs them any more."""
+    plgpu.barrier_arrive(scratch["scales_emptied"].at[lax.rem(turn, SCALE_SLOTS)])
+
+
+def of_part(scratch: dict, config: TileConfig, turn, m, n) -> tuple:
+    """The scales of the rows and of the columns of a warpgroup's part that begins there, in shared memory."""
+    slot, starts = lax.rem(turn, SCALE_SLOTS), (m, config.tile_m + n)
+    sizes = (config.warpgroup_m, config.warpgroup_n)
+    return tuple(scratch["scales"].at[slot, pl.ds(start, size)] for start, size in zip(starts, sizes, strict=True))
+
+
+def apply(part, of_part: tuple, problem: Problem, row: int = 0, column: int = 0):
+    """Sums [m, n], in WGMMA layout, times their scales; `row`, `column`: where they begin in the warpgroup's part."""
     e = problem.epilogue
-    for axis, (is_there, first) in enumerate(((e.row_scale, row), (e.column_scale, config.warpgroup_m + column))):
+    for axis, (is_there, first) in enumerate(((e.row_scale, row), (e.column_scale, column))):
         if is_there:
             layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-            scale = plgpu.load(scales_smem.at[pl.ds(first, part.shape[axis])], layout=layout, optimized=False)
+            span = pl.ds(first, part.shape[axis])
+            scale = plgpu.load(of_part[axis].at[span], layout=layout, optimized=False)
             part = part * lax.broadcast_in_dim(scale, part.shape, (axis,))
     return part
-
-
-def _counts(problem: Problem, config: TileConfig) -> dict[str, int]:
-    """How many scales of each kind a part has."""
-    e = problem.epilogue
-    found = {"row_scale": config.warpgroup_m} if e.row_scale else {}
-    return found | ({"column_scale": config.warpgroup_n} if e.column_scale else {})
-
-
-def _turns(problem: Problem, config: TileConfig) -> int:
-    """Scales that a thread reads."""
-    return -(-sum(_counts(problem, config).values()) // utils.WARPGROUP_SIZE)
-
-
-def _entry(turn: int, problem: Problem, config: TileConfig) -> Word:
-    """Which of a part's scales a thread reads in a turn; past the last one, that one once more."""
-    thread = Word(utils.thread_idx()) % utils.WARPGROUP_SIZE
-    last = sum(_counts(problem, config).values()) - 1
-    return Word(arith.minui((thread + turn * utils.WARPGROUP_SIZE).value, to_value(last)))
 
 
 def _i64() -> ir.Type:

@@ -30,6 +30,8 @@ class Tile(NamedTuple):
     m_end: Index  # the tile owns output rows below m_end ...
     n_end: Index  # ... and columns below n_end
     steps: Index
+    turn: Index = 0
+    """Which of the block's tiles it is."""
 
 
 class Cursor(NamedTuple):

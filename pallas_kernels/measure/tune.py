@@ -106,7 +106,7 @@ def main() -> None:
     path = pathlib.Path(arguments.output or tuned.path_of(gpu.file_name))
     before = json.loads(path.read_text()) if path.exists() else []
     entries = {json.dumps(entry["problem"]): entry for entry in before}
-    for name, (problem, group_sizes) in bench.problems().items():
+    for name, (problem, group_sizes) in (bench.problems() | bench.problems(fp8=True)).items():
         if "ragged" in name or not any(word in name for word in arguments.problems):
             continue  # the tile of a ragged case is that of the equal one
         times = search(problem, group_sizes)

@@ -202,7 +202,7 @@ def pack_thresholded8(
     axis: int,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[Packed, Float[Array, "_"]]:
-    """`pack_thresholded` in bf16, then in e4m3 over a scale for each row of the result, its current amax.
+    """`pack_thresholded` in bf16, then in e4m3 over a scale for each row of the result (`eight_bits.row_scales`).
 
     Args:
       w, axis, implementation: as there; the result is padded to multiples of 64 rows and 128 columns.

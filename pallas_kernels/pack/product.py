@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels import device, dispatch, tuned
 from pallas_kernels.array_types import Array, Float, Int
 from pallas_kernels.cast8.reference import gradient_factor, inverse
+from pallas_kernels.dense8 import dense8
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.hopper import kernel
@@ -34,6 +35,7 @@ def pack_product(
     row_scale: Float[Array, "_"] | None = None,
     column_scale: Float[Array, "_"] | None = None,
     scale: Float[Array, "_"] | None = None,
+    apart: bool | None = None,
     implementation: dispatch.Implementation | None = None,
     config: TileConfig | None = None,
 ) -> PackedActivations:
@@ -47,8 +49,11 @@ def pack_product(
       rows: tokens; R, C and K multiples of 64, of 8 bits those that are packed along and K of 128.
       group_sizes: rows of each group (grouped24/api.py), or None for one group of all rows.
       features, tokens, interleaved: as `pack_activations`.
-      row_scale, column_scale: with operands of 8 bits, f32 of each neuron [G C] and each token [R], or None for 1.
+      row_scale, column_scale: with operands of 8 bits, f32 powers of two of each neuron [G C] and token [R].
       scale: with operands of 8 bits, of what is packed (`pack_activations`): f32 [G C].
+      apart: of 8 bits, write y to memory, and pack it in a pass of its own. The result is the same; None takes what is
+        faster (`Operands.is_faster_apart`).
+      config: a tile for packing in the epilogue.
 
     Raises:
       ValueError: shapes or dtypes that do not belong together, sizes that are no such multiples, nothing to pack.
@@ -59,9 +64,11 @@ def pack_product(
         raise ValueError("features=False and tokens=False: nothing is to be packed; use the product alone")
     operands = Operands(weights, rows, group_sizes, transposed, row_scale, column_scale)
     operands.check(features, tokens, scale=scale)
-    if dispatch.resolve(implementation, rows.dtype) != "hopper":
+    chosen = dispatch.resolve(implementation, rows.dtype)
+    apart = operands.goes_apart(apart, config)
+    if chosen != "hopper" or apart:
         scaled = {"scale": scale, "group_sizes": group_sizes} if operands.is_fp8 else {}
-        return api.pack_activations(operands.product(), **along, **scaled, implementation="reference")
+        return api.pack_activations(operands.product(chosen), **along, **scaled, implementation=chosen)
     kept = {} if scale is None else {"factor": hopper.bf16(inverse(scale))}
     return api.packed_of(operands.launch(Packing(False, **along), kept, config))
 
@@ -79,6 +86,7 @@ def take_product(
     column_scale: Float[Array, "_"] | None = None,
     squared_scale: Float[Array, "_"] | None = None,
     scale: Float[Array, "_"] | None = None,
+    apart: bool | None = None,
     implementation: dispatch.Implementation | None = None,
     config: TileConfig | None = None,
 ) -> TakenActivations:
@@ -92,13 +100,13 @@ def take_product(
         raise ValueError("features=None and tokens=None: nothing is to be taken; use the product alone")
     operands = Operands(weights, rows, group_sizes, transposed, row_scale, column_scale)
     operands.check(features is not None, tokens is not None, squared_scale=squared_scale, scale=scale)
-    if dispatch.resolve(implementation, rows.dtype) != "hopper":
+    chosen = dispatch.resolve(implementation, rows.dtype)
+    apart = operands.goes_apart(apart, config)
+    if chosen != "hopper" or apart:
         scales = {"squared_scale": squared_scale, "scale": scale, "group_sizes": group_sizes}
         scales = scales if operands.is_fp8 else {}
-        dy2 = operands.product()
-        return api.take_activations(
-            dy2, features, tokens, interleaved=interleaved, **scales, implementation="reference"
-        )
+        dy2 = operands.product(chosen)
+        return api.take_activations(dy2, features, tokens, interleaved=interleaved, **scales, implementation=chosen)
     kept = {}
     if squared_scale is not None and scale is not None:
         kept["factor"] = hopper.bf16(gradient_factor(squared_scale, scale))
@@ -138,7 +146,8 @@ class Operands(NamedTuple):
 
     @property
     def epilogue(self) -> Epilogue:
-        return Epilogue(row_scale=self.row_scale is not None, column_scale=self.column_scale is not None)
+        given = (self.row_scale is not None, self.column_scale is not None)
+        return Epilogue(row_scale=given[0], column_scale=given[1], powers_of_two=any(given))
 
     def check(self, features: bool, tokens: bool, **scales: Array | None) -> None:
         """Raise ValueError for what does not belong together."""
@@ -164,21 +173,41 @@ class Operands(NamedTuple):
         y = jax.ShapeDtypeStruct((n, m // self.groups), jnp.bfloat16)
         eight_bits.check(y, features, tokens, self.group_sizes, **scales)
 
-    def product(self) -> Array:
-        """[R, C] in plain jnp."""
+    @property
+    def is_faster_apart(self) -> bool:
+        """Whether 8 bits are packed faster in a pass of its own.
+
+        With 2:4 weights a tile's products take less time than one warpgroup needs to pack it (docs/packing.md).
+        """
+        return self.is_fp8 and isinstance(self.weights, Packed)
+
+    def goes_apart(self, apart: bool | None, config: TileConfig | None) -> bool:
+        """Raise ValueError where there is no product to write y with."""
+        if apart and not (self.is_fp8 and (self.group_sizes is None or isinstance(self.weights, Packed))):
+            raise ValueError(f"{apart=} is for operands of 8 bits, and of dense ones for those without groups")
+        return (self.is_faster_apart and config is None) if apart is None else apart
+
+    def product(self, implementation: dispatch.Implementation) -> Array:
+        """[R, C]; by the kernel only what goes apart."""
         weights, rows, group_sizes = self[:3]
         if isinstance(weights, Packed):
-            options: dict[str, Any] = {"b_k_major": True, "transpose_out": True, "implementation": "reference"}
-            options |= {"epilogue": self.epilogue, "row_scale": self.row_scale, "column_scale": self.column_scale}
+            options: dict[str, Any] = {"b_k_major": True, "transpose_out": True, "implementation": implementation}
+            options |= self._scales
             if group_sizes is None:
                 return sparse24(*weights, rows, **options)
             return grouped.columns(*weights, rows, group_sizes, **options)
+        if self.is_fp8 and implementation == "hopper":
+            return dense8(weights, rows, transpose_out=True, implementation=implementation, **self._scales)
         if self.is_fp8:
             return self._dense8(weights)
         by_row = weights if self.transposed else weights.T
         if group_sizes is None:
             return jnp.dot(rows, by_row)
         return grouped.dense_rows(rows, self._by_expert(by_row), group_sizes).astype(rows.dtype)
+
+    @property
+    def _scales(self) -> dict[str, Any]:
+        return {"epilogue": self.epilogue, "row_scale": self.row_scale, "column_scale": self.column_scale}
 
     def _by_expert(self, by_row: Array) -> Array:
         return jnp.moveaxis(by_row.reshape(by_row.shape[0], self.groups, -1), 1, 0)

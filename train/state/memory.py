@@ -4,8 +4,8 @@ Parameters, the optimizer's state and gradients are exact; the rest is a reckoni
 backward and of the largest arrays that exist for a moment. With all layers unrolled and `Train.remat='none'` it is
 within 6 % of what XLA took for 1B and for 7B's layers, dense and sparse, on one H100 (docs/results/h100/train.json),
 and within 7 % of programs compiled for two and four (docs/results/compiled-memory.json). For layers in a loop it is
-rougher: 1B with `Train.remat='dots'` 41.5 GiB, where XLA took 38.5. In eight bits 7B's layers are within 7 % of what XLA
-took on one H200 (docs/results/h200/train8.json).
+rougher: 1B with `Train.remat='dots'` 41.5 GiB, where XLA took 38.5. In eight bits 7B's layers are within 7 % of what
+XLA took on one H200 (docs/results/h200/train8.json).
 """
 
 import math
@@ -104,7 +104,7 @@ def _of_recipe(config: RunConfig, width: int, recipe: Recipe) -> tuple[float, fl
 
 
 def _casts(config: RunConfig, width: int, fsdp: int) -> int:
-    """Bytes of the e4m3 weights that layers keep from the forward for the backward: projections, and the dense FFN's."""
+    """Bytes of the e4m3 weights that layers keep for the backward: those of the projections and of the dense FFN."""
     shape, train = config.model, config.train
     if train.remat == "full":
         return 0

@@ -103,6 +103,8 @@ def pack_weights(
 ) -> EightBitWeights:
     """`EightBitWeights` of f32 or bf16 masters; beta: the frozen scales of y1, y3, dy2, dx."""
 
+    w1, w2, beta = (jax.lax.stop_gradient(t) for t in (w1, w2, beta))
+
     def thresholded(gemm: WeightGemm, w: Array, axis: int) -> SparseCast | None:
         if gemm not in recipe.weights:
             return None
@@ -114,7 +116,8 @@ def pack_weights(
     casting = None if implementation == "hopper" else implementation  # kernels where they take the array
     dense1, dense2 = (cast8.weights(w, axis=axis, implementation=casting) for w, axis in ((w1, 1), (w2, 0)))
     sparse1, sparse2 = thresholded("y1", w1, 0), thresholded("dy2", w2, 1)
-    return jax.lax.stop_gradient(EightBitWeights(dense1, dense2, sparse1, sparse2))
+    # The roundings stay: XLA drops a cast that the next one, to fold the weight, takes back (on GPUs, by default).
+    return jax.lax.optimization_barrier(EightBitWeights(dense1, dense2, sparse1, sparse2))
 
 
 def check_packed(recipe: Recipe, packed: Any) -> None:

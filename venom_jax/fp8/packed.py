@@ -61,7 +61,8 @@ def forward(
     weight, t = cast8.fold(second, scale, implementation=products.casting(implementation))
     if recipe.is_dense:
         y1 = _dense_hidden(tokens, first, implementation)
-        rows_y2, y2 = cast8.activate(y1, scale, implementation=_casting(x, implementation))
+        rows_y2, y2 = cast8.activate(y1, scale, implementation=_casting(tokens, first, implementation))
+        y2 = jax.lax.optimization_barrier(y2)  # or XLA, where it casts, takes the root of what was not yet rounded
         density, packed_features, packed_tokens = sampled_density(y1[: x.shape[0]]), None, None
         y3 = products.over_one(rows_y2, weight, t, x.dtype, implementation=implementation)
     else:
@@ -98,7 +99,7 @@ def backward(
         how: Any = {"implementation": implementation}
         dy2 = _dense_hidden(tokens, second, implementation)
         given = (y2, scale, gradient_scale)
-        dy1 = cast8.differentiate(dy2, *given, implementation=_casting(dy3, implementation))
+        dy1 = cast8.differentiate(dy2, *given, implementation=_casting(tokens, second, implementation))
         dx = products.over_one(dy1.rows, weight, t, dy3.dtype, **how)
         both = (x, Cast(dy1.columns, gradient_scale))
         dw1 = products.scaled(*(both[::-1] if by_neuron else both), dtypes[0], exact=True, **how)
@@ -171,9 +172,10 @@ def _dense_hidden(tokens: Cast, weight: Weight, implementation: Implementation) 
     return products.scaled(tokens, weight, jnp.bfloat16, implementation=implementation)
 
 
-def _casting(x: Array, implementation: Implementation) -> Implementation | None:
+def _casting(tokens: Cast, weight: Weight, implementation: Implementation) -> Implementation | None:
     """Of y1 and dy2, dense: XLA casts what it also scales, a kernel what a kernel has scaled."""
-    own = products.uses_own_kernels(x.shape[1], implementation)
+    assert isinstance(weight, Cast)
+    own = products.uses_own_kernels(tokens.values, weight.values, implementation)
     return products.casting(implementation) if own else "reference"
 
 

@@ -50,7 +50,7 @@ def forward(
     tokens, w1 = cast8.by_row(x), dense(first)
     d_ffn = w1.shape[0]
     peak = _peaks(tokens, w1, first.scale)
-    a = jax.nn.relu(masked.hidden(recipe, grouping, back(tokens.values, tokens.scale[:, None]), w1.T))
+    a = jax.nn.relu(kept(masked.hidden(recipe, grouping, back(tokens.values, tokens.scale[:, None]), w1.T)))
     density = jnp.sum(a > 0, dtype=jnp.float32) / (x.shape[0] * recipe.top_k * (d_ffn // recipe.experts))
     density = masked.sampled_density(a) if recipe.is_dense else density
     if recipe.activations:
@@ -87,7 +87,7 @@ def backward(
     of_rows = masked.of_rows(scale, recipe, grouping)
     y2 = _cast_and_back(_squared(a), of_rows)
     kept_a = root(y2.astype(jnp.float32) / of_rows) * jnp.sqrt(of_rows)
-    dy2 = masked.hidden(recipe, grouping, back(tokens.values, tokens.scale[:, None]), w2.T)
+    dy2 = kept(masked.hidden(recipe, grouping, back(tokens.values, tokens.scale[:, None]), w2.T))
     dy1 = 2 * dy2.astype(jnp.float32) * kept_a
     dy1 = _cast_and_back(dy1, masked.of_rows(gradient_scale, recipe, grouping))
     dy1_dx = jnp.where(pack.select24(a), dy1, 0) if recipe.activations else dy1
@@ -95,8 +95,8 @@ def backward(
     dx = (dx if grouping is None else grouping.undo(dx)).astype(dy3.dtype)
 
     ranked = a if recipe.token_copy == "kept" else kept_a.astype(jnp.bfloat16)
-    kept = masked.kept_along_tokens(recipe, grouping, ranked)
-    y2_w, dy1_w = (y2, dy1) if kept is None else (jnp.where(kept, y2, 0), jnp.where(kept, dy1, 0))
+    mask = masked.kept_along_tokens(recipe, grouping, ranked)
+    y2_w, dy1_w = (y2, dy1) if mask is None else (jnp.where(mask, y2, 0), jnp.where(mask, dy1, 0))
     x_rows, dy3_rows = (_by_feature(t) if grouping is None else grouping.apply(_by_feature(t)) for t in (x, dy3))
     dw2 = masked.over_tokens(grouping, y2_w, dy3_rows).reshape(d_ffn, d_model)
     dw1 = jnp.moveaxis(masked.over_tokens(grouping, x_rows, dy1_w), 0, 1).reshape(d_model, d_ffn)
@@ -105,7 +105,12 @@ def backward(
 
 def back(values: Array, scale: Array) -> Array:
     """What e4m3 values stand for, in bf16, exactly."""
-    return (values.astype(jnp.float32) * scale).astype(jnp.bfloat16)
+    return (kept(values).astype(jnp.float32) * scale).astype(jnp.bfloat16)
+
+
+def kept(rounded: Array) -> Array:
+    """A rounded array, whose rounding stays: XLA drops a cast that the next one takes back (on GPUs, by default)."""
+    return jax.lax.optimization_barrier(rounded)
 
 
 def dense(weight: Weight) -> Array:
@@ -140,5 +145,5 @@ def _folded(weight: Cast, scale: Array) -> Array:
 def _peaks(tokens: Cast, w: Array, w_scale: Array) -> Array:
     """`operands.peaks` of tokens times w [F, D]: of all neurons, also where tokens are routed."""
     rows, scale = (t[operands.sample(t.shape[0])] for t in tokens)
-    products = masked.dot(back(rows, scale[:, None]), w.T).astype(jnp.bfloat16)
+    products = kept(masked.dot(back(rows, scale[:, None]), w.T).astype(jnp.bfloat16))
     return operands.peaks(products, scale, tokens.scale, w_scale, w.shape[1])
