@@ -107,7 +107,12 @@ class Restored(NamedTuple):
     @property
     def phase(self) -> Phase:
         """The phase that the checkpoint stands in."""
-        return self.config.schedule.phases[int(self.state.phase)]
+        return self.config.schedule.phases[self.phase_index]
+
+    @property
+    def phase_index(self) -> int:
+        """By its step: phases that differ in their precision only may have come or gone since it was saved."""
+        return self.config.schedule.index_at(max(0, self.step - 1))
 
     def dense_params(self) -> dict:
         """Parameters of the dense model: a baked copy where the phase's forward reads a weight sparse."""
@@ -177,7 +182,7 @@ def restore(source: str | Path, *, ema: bool = False) -> Restored:
 def report_validation(run: Restored, *, sparse: bool) -> None:
     """Prints loss and bits per byte on the validation split."""
     dataset = sources.open_split(run.config, "val")
-    values = Evaluator(run.graphdef, run.config, dataset)(run.state, int(run.state.phase), sparse=sparse)
+    values = Evaluator(run.graphdef, run.config, dataset)(run.state, run.phase_index, sparse=sparse)
     print(f"step {run.step}: {describe(values)}")
 
 
