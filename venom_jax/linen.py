@@ -25,6 +25,7 @@ from venom_jax import layer, memory_of_phase
 from venom_jax.calibrate import Layer
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import PackedWeights
+from venom_jax.fp8 import EightBitWeights
 from venom_jax.formats import VNM
 from venom_jax.pattern import WEIGHT_GEMMS, Pattern, Recipe
 from venom_jax.placement import Hints, Mesh, Names
@@ -64,7 +65,7 @@ class SparseMLP(nn.Module):
         x: Float[Array, "*batch D"],
         *,
         recipe: Recipe | None = None,
-        packed: PackedWeights | None = None,
+        packed: PackedWeights | EightBitWeights | None = None,
         key: Array | None = None,
         return_stats: bool = False,
         implementation: Implementation | None = None,
