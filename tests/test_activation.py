@@ -61,7 +61,7 @@ def test_it_is_what_numpy_computes(layer, criterion, dtype):
     chosen = list(itertools.product(SHIFTS, VARIANCES))[CRITERIA.index(criterion) % 2 :: 2 if dtype == "float32" else 6]
     for i, (shift, variance) in enumerate(chosen):
         name, pattern = list(PATTERNS.items())[i % len(PATTERNS)]
-        sparsity = Sparsity(pattern, criterion, shift, variance)
+        sparsity = Sparsity(pattern, criterion, shift, variance)  # pyrefly: ignore
         y, mask = apply(x, w, b, sparsity, parameters(sparsity, w, statistics))
         expected, masks = oracle.forward(x, w, b, name, criterion, shift, variance, calibration)
         np.testing.assert_array_equal(mask, masks, err_msg=f"{sparsity}")
@@ -90,7 +90,7 @@ def test_a_share_of_the_batch_is_one_choice_among_all_tokens(layer):
 def test_what_keeps_everything_is_the_dense_layer_to_the_bit(layer, pattern):
     x, w, b, calibration = layer
     for dtype, shift in itertools.product(("float32", "bfloat16"), ("none", "channel", "token")):
-        sparsity = Sparsity(pattern, "wina", shift, "variance")
+        sparsity = Sparsity(pattern, "wina", shift, "variance")  # pyrefly: ignore
         found = parameters(sparsity, w, collect(calibration))
         xs = jnp.asarray(x, dtype)
         np.testing.assert_array_equal(sparse_linear(xs, w, b, sparsity, found), linear(xs, w, b))
@@ -241,7 +241,9 @@ def test_clact_reads_later_tokens_but_no_padding_and_the_causal_form_reads_neith
 def test_wina_is_the_scale_of_r_sparse(layer):
     w = layer[1]
     left, singular, _ = np.linalg.svd(w, full_matrices=False)
-    np.testing.assert_allclose(channel_weight("wina", w, None), np.linalg.norm(left * singular, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(channel_weight("wina", w, None)), np.linalg.norm(left * singular, axis=1), rtol=1e-5
+    )
 
 
 def test_patterns_are_nested_in_energy_for_every_token():
