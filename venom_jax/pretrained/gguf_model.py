@@ -1,7 +1,7 @@
 """A model of the Llama kind in a GGUF file: architecture, weights under Hugging Face's names, and the tokenizer."""
 
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import tokenizers
@@ -125,10 +125,10 @@ def read_tokenizer(file: File, where: str) -> tokenizers.Tokenizer:
             "model's tokenizer.json with --tokenizer"
         )
     tokens, merges = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.merges")
-    types = values.get("tokenizer.ggml.token_type") or [_NORMAL_TOKEN] * len(tokens or ())
-    if not _texts(tokens) or not _texts(merges) or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+    types = values.get("tokenizer.ggml.token_type", [])
+    if not _texts(tokens) or not _texts(merges) or not len(types) == len(tokens) == len(set(tokens)):
         raise ValueError(f"{where}: the lists of tokens, their types and merges do not make a tokenizer")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         core = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
     except Exception as error:  # the library raises bare Exception for anything it cannot use
@@ -141,7 +141,7 @@ def read_tokenizer(file: File, where: str) -> tokenizers.Tokenizer:
     return core
 
 
-def _texts(value: Any) -> bool:
+def _texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
