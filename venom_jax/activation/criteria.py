@@ -41,6 +41,10 @@ class Statistics(NamedTuple):
         """sqrt(mean x_j^2)."""
         return np.sqrt(self.squares / self.tokens)
 
+    def settled(self) -> "Statistics":
+        """The same with the medians of the channels as the only row of the sample, which is small enough to keep."""
+        return self._replace(sample=np.median(self.sample, axis=0, keepdims=True).astype(np.float32))
+
 
 def collect(x: np.ndarray, sample: np.ndarray | None = None) -> Statistics:
     """Statistics of the inputs x [T, I]; ``sample`` are rows of x, all of them by default.
@@ -76,9 +80,10 @@ def join(parts: Sequence[Statistics]) -> Statistics:
 
 
 def parameters(sparsity: Sparsity, w: np.ndarray, statistics: Statistics | None, mask_weight=None) -> Parameters:
-    """The constants of one layer: channel weight, static shift, factors of the low rank; learned ones start at rest.
+    """The constants of one layer: channel weight, static shift, factors of the low rank, and where learning starts.
 
-    A learned shift starts at 0, bias and scale too. The low rank is the truncated SVD: A = U sqrt(S), B = sqrt(S) V^T.
+    A learned shift starts at the channel medians, bias and scale at 0. The low rank is the truncated SVD,
+    A = U sqrt(S), B = sqrt(S) V^T.
 
     Args:
       sparsity: the setting.
@@ -153,6 +158,7 @@ def shift(name: str, size: int, statistics: Statistics | None) -> np.ndarray | N
         tensor         the mean over the tokens of the median of a token's inputs, one number
         channel        the median over the tokens of each channel
         channel_mean   the mean over the tokens of each channel
+        learned        begins as channel does, at 0 without statistics
 
     Raises:
       ValueError: statistics are needed and missing.
@@ -160,7 +166,7 @@ def shift(name: str, size: int, statistics: Statistics | None) -> np.ndarray | N
     if name not in STATIC_SHIFTS:
         return None
     if name == "learned":
-        return np.zeros(size)
+        return np.zeros(size) if statistics is None else np.median(statistics.sample, axis=0)
     found = _needed(statistics, name)
     match name:
         case "tensor":

@@ -76,15 +76,14 @@ def hidden(
       parameters: what that needs, by the linear layer's name, with a leading L.
       cache: of the tokens before these.
       position: of the first token.
-      valid: tokens that are no padding, for the criterion `clact`.
+      valid: tokens that are no padding, for the criteria that look at other tokens.
       dtype: to compute in; the embedding's by default.
       remat: recompute each layer in the backward.
     """
     dtype = dtype or weights["embedding"].dtype
     place = position + jnp.arange(tokens.shape[1])
     dense = None if sparsity is None or not sparsity.dense_prefix else (place < sparsity.dense_prefix)[None]
-    ropes = np.stack([rope.frequencies(arch.head_dim) for rope in arch.ropes])
-    windows = np.array([_SEES_ALL if w is None else w for w in arch.windows], np.int32)
+    frequencies_windows = frequencies_and_windows(arch)
 
     def layer(patterns, x, scanned):
         block, found, frequencies, window, old = scanned
@@ -102,7 +101,7 @@ def hidden(
     for first, end, patterns in ((0, arch.layers, {}),) if sparsity is None else sparsity.runs(arch.layers):
         names = [name for name in patterns if name in arch.linears]
         found = {name: (parameters or {}).get(name, Parameters()) for name in names}
-        stacked = (weights["blocks"], found, ropes, windows, cache)
+        stacked = (weights["blocks"], found, *frequencies_windows, cache)
         part = jax.tree.map(lambda a, first=first, end=end: a if end - first == arch.layers else a[first:end], stacked)
         run = partial(layer, {name: patterns[name] for name in names})
         x, extended = jax.lax.scan(jax.checkpoint(run, prevent_cse=False) if remat else run, x, part)
@@ -110,6 +109,12 @@ def hidden(
     if cache is not None:
         cache = caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
     return rms_norm(x, weights["final_norm"], arch.norm_epsilon, arch.norm_plus_one), cache
+
+
+def frequencies_and_windows(arch: Architecture) -> tuple[np.ndarray, np.ndarray]:
+    """Of each layer the frequencies of its rotary positions, [L, h/2], and how many tokens back it sees, [L]."""
+    ropes = np.stack([rope.frequencies(arch.head_dim) for rope in arch.ropes])
+    return ropes, np.array([_SEES_ALL if w is None else w for w in arch.windows], np.int32)
 
 
 def logits(arch: Architecture, weights: Weights, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -214,7 +219,8 @@ def _sparse_times(
 ) -> Array:
     earlier = squares.get(name)
     if earlier is not None:
-        squares[name] = squares_so_far(x, earlier)[:, -1]
+        counted = x if valid is None else jnp.where(valid[..., None], x, 0)
+        squares[name] = squares_so_far(counted, earlier)[:, -1]
     if name not in patterns:
         return _dense_times(linears, name, x)
     return sparse_linear(
