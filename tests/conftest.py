@@ -40,6 +40,7 @@ _ARRAY_MODULES = [
     "mvue",
     "permutation",
     "phases",
+    "pretrained.decoder",
     "prune",
     "router",
     "sharded_ffn",

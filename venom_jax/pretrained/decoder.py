@@ -128,7 +128,7 @@ def run_block(
     block: Mapping[str, Any],
     x: Float[Array, "B N D"],
     times: Times,
-    frequencies: Float[Array, " h/2"],
+    frequencies: Float[Array, " h_2"],
     window: Int[Array, ""],
     position: Int[Array, ""] | int = 0,
     cache: Cache | None = None,
@@ -176,7 +176,7 @@ def rms_norm(
 
 
 def rotate(
-    x: Float[Array, "B N H h"], frequencies: Float[Array, " h/2"], place: Int[Array, "#B N"]
+    x: Float[Array, "B N H h"], frequencies: Float[Array, " h_2"], place: Int[Array, "#B N"]
 ) -> Float[Array, "B N H h"]:
     """Features (i, i + h/2) of a token at ``place`` turn by the angle place * frequencies[i]."""
     angle = place[..., None] * frequencies
