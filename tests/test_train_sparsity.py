@@ -374,24 +374,33 @@ def call(program, *flags):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
 
 
+def test_a_report_has_the_table_the_tasks_and_a_picture(subject, texts, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="needs lm-eval (extra eval)")
+    cut = Texts([str(texts[0][0])], [str(texts[1][0])], 16, 4, 0, None)
+    tasks = {"tasks": ["piqa"], "data_dir": ITEMS, "limit": 3}
+    rows = run(
+        subject, cells_of("mitigation=channel+var"), cut, tmp_path, grid.Options(), calibration_windows=4, **tasks
+    )
+    page = (tmp_path / "report.md").read_text()
+    assert "| 2:4 act channel+var |" in page
+    assert "Bytes, modelled" in page
+    assert (tmp_path / report.LAYERS_PICTURE).exists()
+    values = [row["tasks"]["piqa"] for row in rows]
+    assert report.drop(rows[1], rows[0]) == pytest.approx((values[0] - values[1]) / values[0])
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][1]["tasks"]["piqa"] == values[1]
+    again = run(
+        subject, cells_of("mitigation=channel+var"), cut, tmp_path, grid.Options(), calibration_windows=4, **tasks
+    )
+    assert again == rows
+    assert "| 2:4 act channel+var |" in capsys.readouterr().out
+
+
 def test_the_commands(texts, tmp_path, capsys):
     source, out = f"{three_phases()[1]}@12", tmp_path / "out"
     flags = [f"--model={source}", f"--text={texts[0][0]}", f"--calibration={texts[1][0]}", "--window=16"]
-    flags += [
-        f"--output={out}",
-        "--pattern=2:4",
-        "--windows=4",
-        "--tasks=piqa",
-        f"--eval_data_dir={ITEMS}",
-        "--limit=3",
-    ]
-    done = call("sparsify", *flags)
+    done = call("sparsify", *flags, f"--output={out}", "--pattern=2:4", "--windows=4")
     assert done.returncode == 0, done.stderr
-    page = (out / "report.md").read_text()
-    assert "| 2:4 act channel+var |" in page
-    assert "Bytes, modelled" in page
-    assert (out / report.LAYERS_PICTURE).exists()
-    assert json.loads((out / "report.json").read_text())["rows"][1]["tasks"]["piqa"] >= 0
+    assert "| 2:4 act channel+var |" in done.stdout
     usage.report_text(usage.load_model(source, str(out)), texts[0][0])
     assert "(step 12), 2:4 act channel+var: " in capsys.readouterr().out
     shutil.move(out / saved.SETTINGS, out / "away.json")
