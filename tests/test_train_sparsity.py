@@ -22,12 +22,13 @@ from train.sparsity import grid, report, saved, usage
 from train.sparsity.run import Texts, run
 from train.sparsity.subject import architecture_of, load_subject
 from train.sparsity.texts import cut_windows, find_texts
-from venom_jax import Recipe
+from venom_jax import Recipe, pretrained
 from venom_jax.activation import NM, Sparsity, Unstructured
 from venom_jax.pretrained import calibration, comparison, hidden, logits
 
 ITEMS = Path(__file__).parent / "data" / "eval"
 WORDS = tuple("the cat sees a dog and my house is near the old tree where birds sing all day".split())  # noqa: SIM905
+MIXED = (("1.up", None), ("2.q", NM(1, 4)))
 LEARNED = Sparsity(NM(1, 4), shift="learned", learn_bias=True)
 
 
@@ -367,6 +368,42 @@ def test_held_out_text_is_not_calibrated_on(subject, texts, tmp_path):
 def test_a_model_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--tokenizer"):
         load_subject(str(write(tmp_path, CONFIGS["llama"])))
+
+
+@pytest.mark.parametrize(
+    ("family", "sparsity"),
+    [
+        ("llama", Sparsity(NM(2, 4), "wina", "channel", "variance", dense_prefix=2)),
+        ("mistral", Sparsity(NM(8, 16), "clact", "token", "energy")),
+        ("qwen2", Sparsity(Unstructured(0.6), "rms", "tensor", low_rank=3, overrides=MIXED)),
+        ("qwen3", Sparsity(NM(4, 8), "clact_causal", "token_mean", "variance", layers=("k", "v", "gate", "down"))),
+        ("gemma3", Sparsity(NM(2, 4), "pcs", "channel_mean", "variance", learn_bias=True, learn_scale=True)),
+        ("arcee", Sparsity(NM(2, 4), "amber")),
+    ],
+)
+def test_transformers_with_the_hooks_computes_the_same_logits(tmp_path, family, sparsity):
+    torch = pytest.importorskip("torch", reason="needs torch (extra export)")
+    transformers = pytest.importorskip("transformers", reason="needs transformers (extra export)")
+    from train.sparsity.torch_hooks import apply
+
+    model = pretrained.load(write(tmp_path, CONFIGS[family]))
+    arch, weights = model.architecture, model.weights
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, arch.vocab_size, (4, 24)).astype(np.int32)
+    found = calibration.layer_parameters(arch, weights, sparsity, calibration.calibrate(arch, weights, tokens))
+    for name, p in found.items():  # what is learned starts at 0
+        zeros = {field: v for field, v in p._asdict().items() if field in ("bias", "scale") and v is not None}
+        drawn = {field: jnp.asarray(0.1 * rng.normal(size=v.shape), jnp.float32) for field, v in zeros.items()}
+        found[name] = p._replace(**drawn)
+    saved.write(tmp_path / "out", sparsity, found, model={}, calibration={}, seed=0)
+    states, _ = hidden(arch, weights, jnp.asarray(tokens[:1]), sparsity=sparsity, parameters=found)
+    ours = np.asarray(logits(arch, weights, states))[0]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").float().eval()
+    pruned = sum(sparsity.of(i, name) is not None for i in range(arch.layers) for name in arch.linears)
+    assert apply(theirs, tmp_path / "out") == pruned
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens[:1]).long(), use_cache=False).logits[0].numpy()
+    np.testing.assert_allclose(ours / expected.std(), expected / expected.std(), atol=1e-3)
 
 
 def call(program, *flags):

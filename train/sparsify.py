@@ -44,6 +44,7 @@ def main(values: flags.FlagValues) -> None:
         tasks=values.tasks,
         data_dir=Path(values.eval_data_dir) if values.eval_data_dir else None,
         limit=values.limit,
+        torch_hooks=values.write_torch_hooks,
     )
 
 
@@ -70,6 +71,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("learn_steps", 64, "steps for learned parameters, one window each", lower_bound=1)
     flags.DEFINE_float("learn_rate", 1e-3, "their peak learning rate")
     flags.DEFINE_integer("seed", 0, "of calibration and learning")
+    flags.DEFINE_boolean("write_torch_hooks", False, "a file that applies the setting to a model of transformers")
     flags.DEFINE_list("tasks", [], "tasks of lm-eval (extra eval) for every cell of activations")
     flags.DEFINE_string("eval_data_dir", None, "folder with TASK/SPLIT.jsonl or .parquet; else lm-eval downloads")
     flags.DEFINE_integer("limit", None, "only this many items of each task", lower_bound=1)

@@ -1,6 +1,7 @@
 """What `python -m train.sparsify` does: texts to windows, windows to cells, cells to a report."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,9 +9,11 @@ from typing import Any, NamedTuple
 from train.sparsity import usage
 from train.sparsity.grid import Cell, Options, Row, file_name, run_grid
 from train.sparsity.report import table, write_report
-from train.sparsity.saved import read
+from train.sparsity.saved import SETTINGS, read
 from train.sparsity.subject import Subject
 from train.sparsity.texts import cut_windows, find_texts
+
+HOOKS = "torch_hooks.py"
 
 
 class Texts(NamedTuple):
@@ -35,6 +38,7 @@ def run(
     tasks: Sequence[str],
     data_dir: Path | None,
     limit: int | None,
+    torch_hooks: bool = False,
 ) -> list[Row]:
     """Runs a grid, tasks included, and writes and prints its report.
 
@@ -62,6 +66,9 @@ def run(
         "calibration": f"{seen.tokens.size:,} tokens of {len(calibration)} texts",
         "sha256 of the windows": windows.sha256,
     }
+    if torch_hooks:
+        for folder in {path.parent for path in output.rglob(SETTINGS)}:
+            shutil.copyfile(Path(__file__).with_name(HOOKS), folder / HOOKS)
     path = write_report(rows, header, output)
     print(f"\n{table(rows)}\nwritten to {path}")
     return rows
