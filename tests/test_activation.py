@@ -28,7 +28,7 @@ from venom_jax.activation import (
 )
 from venom_jax.activation.criteria import channel_weight, low_rank
 from venom_jax.activation.selection import kth_largest, lower_median
-from venom_jax.activation.settings import as_json, describe, from_json, parse_layers, parse_mitigation
+from venom_jax.activation.settings import as_json, describe, from_json, parse_layers, parse_mitigation, parse_overrides
 
 T, I, O = 12, 64, 24  # noqa: E741 (the layer's letters)
 PATTERNS = {"2:4": NM(2, 4), "4:8": NM(4, 8), "8:16": NM(8, 16), "16:32": NM(16, 32), "3:64": NM(3, 64)}
@@ -329,6 +329,7 @@ def test_names_are_read():
     assert Unstructured(0.7).kept(10) == 3
     assert parse_mitigation("channel+var") == {"shift": "channel", "variance": "variance"}
     assert parse_mitigation("rank64+bias") == {"low_rank": 64, "learn_bias": True}
+    assert parse_overrides(["3.up=dense", "4.q=2:4"]) == (("3.up", None), ("4.q", NM(2, 4)))
     assert parse_layers("safe") == ("k", "v", "gate", "down")
     sparsity = Sparsity(NM(2, 4), shift="channel", variance="variance", layers=("o",), dense_prefix=1)
     assert describe(sparsity) == "2:4 act channel+var o first 1 tokens dense"
@@ -354,6 +355,7 @@ def test_blocks_that_are_pruned_alike_run_together():
         (lambda: Unstructured(0.5, "all"), "'token', 'batch'"),  # pyrefly: ignore
         (lambda: parse_pattern("2/4"), "write N:M"),
         (lambda: parse_mitigation("token+tensor"), "set shift"),
+        (lambda: parse_overrides(["3.up"]), "write N:M"),
         (lambda: parse_mitigation("magic"), "use names out of"),
         (lambda: parse_layers("q,w"), "no layer 'w'"),
         (lambda: Sparsity(criterion="best"), "use one of act"),  # pyrefly: ignore

@@ -16,7 +16,7 @@ from train.sparsity.grid import Options, parse_grid
 from train.sparsity.run import Texts, run
 from train.sparsity.subject import load_subject
 from venom_jax.activation.patterns import parse_pattern
-from venom_jax.activation.settings import Sparsity, parse_layers, parse_mitigation
+from venom_jax.activation.settings import Sparsity, parse_layers, parse_mitigation, parse_overrides
 
 
 @program
@@ -30,6 +30,7 @@ def main(values: flags.FlagValues) -> None:
         stage=values.stage,
         dense_prefix=values.dense_prefix,
         shared_mask=values.shared_mask,
+        overrides=parse_overrides(values.override),
         **parse_mitigation(values.mitigation),
     )
     cells = parse_grid(values.grid, base)
@@ -57,6 +58,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("criterion", "act", "channel weight of the score (docs/activation-sparsity.md)")
     flags.DEFINE_string("mitigation", "channel+var", "shifts, variance, bias, scale, rankR, joined by +; or none")
     flags.DEFINE_string("layers", "all", "all, safe (k,v,gate,down), qwen (o,gate,up,down), or names")
+    flags.DEFINE_list("override", [], "single layers, BLOCK.LAYER=PATTERN or BLOCK.LAYER=dense, such as 3.up=dense")
     flags.DEFINE_string("grid", "", "several settings: 'pattern=2:4,8:16;criterion=act,wina;mitigation=none,var'")
     flags.DEFINE_enum("stage", "both", ["prefill", "decode", "both"], "where the saved setting prunes")
     flags.DEFINE_integer("dense_prefix", 0, "tokens at the beginning that stay dense", lower_bound=0)

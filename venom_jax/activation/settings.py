@@ -1,11 +1,11 @@
 """What is pruned, where, and how the error is made smaller: one frozen value, readable from text."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from venom_jax.activation.patterns import NM, Pattern, Unstructured
+from venom_jax.activation.patterns import NM, Pattern, Unstructured, parse_pattern
 
 Criterion = Literal[
     "act", "clact", "clact_causal", "rms", "amber", "amber_trimmed", "wina", "pcs", "outstanding", "weight_var"
@@ -145,6 +145,19 @@ def parse_layers(text: str) -> tuple[str, ...]:
         known = f"{', '.join(LINEARS)} or a preset {', '.join(PRESETS)}"
         raise ValueError(f"layers {text!r}: no layer {', '.join(map(repr, unknown))}; use {known}")
     return names
+
+
+def parse_overrides(entries: Sequence[str]) -> tuple[tuple[str, Pattern | None], ...]:
+    """`3.up=dense`, `4.q=2:4`: patterns of single layers, as `Sparsity.overrides` takes them.
+
+    Raises:
+      ValueError: no such form.
+    """
+    found = []
+    for entry in entries:
+        name, _, pattern = entry.partition("=")
+        found.append((name, None if pattern == "dense" else parse_pattern(pattern)))
+    return tuple(found)
 
 
 def describe(sparsity: Sparsity) -> str:
