@@ -156,7 +156,7 @@ def test_what_is_saved_computes_the_same_bits(subject, windows, tmp_path):
     tokens = jnp.asarray(windows[0].tokens[0])
     states = comparison.dense_states(subject.architecture, subject.weights, tokens)
     again = comparison.compare(subject.architecture, subject.weights, tokens, states, *found)
-    assert np.mean(again.nll, dtype=np.float64) == rows[1]["losses"][0]
+    assert np.asarray(again.nll).mean(dtype=np.float64) == rows[1]["losses"][0]
     scorer = usage.scorer(usage.Model(subject, *found))
     ids = windows[0].tokens[0].tolist()
     assert scorer([(ids[:1], ids[1:])])[0][0] == pytest.approx(-float(again.nll.sum()), rel=1e-4)

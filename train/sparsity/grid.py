@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -135,7 +136,7 @@ def run_grid(
     for row in done.values():
         check_same(row, key, str(output / CELLS))
     arch, weights = subject.architecture, subject.weights
-    dense = [comparison.dense_states(arch, weights, jnp.asarray(one)) for one in text.tokens]
+    dense: list[Any] = []
     collected: calibration.Collected | None = None
     rows = []
     for cell in (Cell("dense", None), *cells):
@@ -149,6 +150,8 @@ def run_grid(
             continue
         if cell.sparsity is not None and collected is None and cell.weights != "magnitude":
             collected = _calibrated(subject, calibration_text, output, options, say)
+        # Of the whole text once, and not at all where every cell is written already.
+        dense = dense or [comparison.dense_states(arch, weights, jnp.asarray(one)) for one in text.tokens]
         place = output if len(cells) == 1 else output / file_name(cell.name)
         row = _run_cell(subject, cell, text, calibration_text, dense, collected, place, options, say)
         row = {"cell": cell.name, "identity": chosen, "key": key} | row
@@ -219,11 +222,22 @@ def modelled_bytes(arch: Architecture, sparsity: Sparsity | None) -> dict[str, f
     return {"activation_bytes": activations, "decode_weight_bytes": weights}
 
 
-def _run_cell(subject, cell, text, calibration_text, dense, collected, place, options, say) -> Row:
+def _run_cell(
+    subject: Subject,
+    cell: Cell,
+    text: Windows,
+    calibration_text: Windows,
+    dense: Sequence[Array],
+    collected: calibration.Collected | None,
+    place: Path,
+    options: Options,
+    say: Callable[[str], object],
+) -> Row:
+    """A cell's figures; `dense` are the dense model's hidden states of each window."""
     arch, weights, sparsity = subject.architecture, subject.weights, cell.sparsity
     parameters: dict[str, Parameters] = {}
     extra: Row = {}
-    if cell.weights is not None:
+    if cell.weights is not None and sparsity is not None:
         used = collected if cell.weights == "wanda" else None
         weights = calibration.prune_weights(arch, weights, sparsity, used)
         sparsity = None
@@ -240,9 +254,12 @@ def _run_cell(subject, cell, text, calibration_text, dense, collected, place, op
         extra |= {"pruned": pruned_share(arch, sparsity), "settings": as_json(sparsity)}
     sums = []
     for tokens, states in zip(text.tokens, dense, strict=True):
-        nll, kl, agree = jax.device_get(
-            comparison.compare(arch, weights, jnp.asarray(tokens), states, sparsity, parameters)
-        )
+        at = jnp.asarray(tokens)
+        if cell.sparsity is None:
+            found = comparison.compare_states(arch, weights, at, states, states)
+        else:
+            found = comparison.compare(arch, weights, at, states, sparsity, parameters)
+        nll, kl, agree = jax.device_get(found)
         sums.append((float(np.mean(nll, dtype=np.float64)), float(np.mean(kl, dtype=np.float64)), float(agree.mean())))
     losses = [one[0] for one in sums]
     predicted = text.tokens.shape[1] - 1
@@ -305,7 +322,15 @@ def _unpacked(stored: Mapping[str, np.ndarray], at: str) -> Statistics:
     return Statistics(int(tokens), total, squares, largest, float(medians), sample)
 
 
-def _learned(subject, sparsity, parameters, text, place, options, say) -> dict[str, Parameters]:
+def _learned(
+    subject: Subject,
+    sparsity: Sparsity,
+    parameters: dict[str, Parameters],
+    text: Windows,
+    place: Path,
+    options: Options,
+    say: Callable[[str], object],
+) -> dict[str, Parameters]:
     """The parameters after learning, which keeps its state in the cell's folder and continues from there."""
     state = comparison.start_learning(sparsity, parameters)
     leaves, structure = jax.tree.flatten((state.parameters, state.optimizer))

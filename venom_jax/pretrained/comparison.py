@@ -49,6 +49,18 @@ def compare(
 ) -> Compared:
     """The model with pruned inputs (None: with other weights alone) against the dense one's hidden states."""
     states = hidden(arch, weights, tokens[None], sparsity=sparsity, parameters=parameters)[0][0]
+    return compare_states(arch, weights, tokens, states, dense)
+
+
+@partial(jax.jit, static_argnames="arch")
+def compare_states(
+    arch: Architecture,
+    weights: Weights,
+    tokens: Int[Array, " S"],
+    states: Float[Array, "S D"],
+    dense: Float[Array, "S D"],
+) -> Compared:
+    """What `compare` gives, from hidden states of both models."""
 
     def position(pair):
         state, target, label = pair
@@ -125,7 +137,19 @@ def _with(parameters: Mapping[str, Parameters], values: Mapping[str, Mapping[str
 
 
 @partial(jax.jit, static_argnames=("arch", "sparsity", "steps", "rate"))
-def _learning_step(arch, weights, sparsity, parameters, values, optimizer, tokens, *, steps, rate):
+def _learning_step(
+    arch: Architecture,
+    weights: Weights,
+    sparsity: Sparsity,
+    parameters: dict[str, Parameters],
+    values: dict[str, dict[str, Array]],
+    optimizer: Any,
+    tokens: Int[Array, " S"],
+    *,
+    steps: int,
+    rate: float,
+) -> tuple[Any, Any, Float[Array, ""]]:
+    """What is learned and the optimizer's state after one window, and the divergence before it."""
     dense = hidden(arch, weights, tokens[None])[0][0]
 
     def divergence(values):

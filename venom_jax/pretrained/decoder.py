@@ -185,7 +185,17 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
 
-def _attend(arch, query, key, value, place, window, *, whole: bool):
+def _attend(
+    arch: Architecture,
+    query: Float[Array, "B N H h"],
+    key: Float[Array, "B S K h"],
+    value: Float[Array, "B S K h"],
+    place: Int[Array, " N"],
+    window: Int[Array, ""],
+    *,
+    whole: bool,
+) -> Float[Array, "B N H h"]:
+    """Causal attention; `place` is each query's, keys stand at 0 and behind it."""
     if whole and all(w is None for w in arch.windows):
         fused = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
         return jax.nn.dot_product_attention(
