@@ -25,7 +25,7 @@ def evaluate_pruned(values: flags.FlagValues) -> None:
         raise ValueError("--sparse and --ema are of runs; leave them out with --model and --sparsity")
     model = usage.from_flags(values)
     if values.text is not None:
-        usage.report_text(model, Path(values.text))
+        usage.report_text(model, Path(values.text), text_field=values.text_field)
         return
     data_dir = None if values.eval_data_dir is None else Path(values.eval_data_dir)
     text, table = usage.run_tasks(model, values.tasks, data_dir=data_dir, limit=values.limit)

@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import app, flags
 
 from train.command import keep_compiled_programs, program
+from train.config.settings import trust_imports
 from train.sparsity.grid import Options, parse_grid
 from train.sparsity.run import Texts, run
 from train.sparsity.subject import load_subject
@@ -23,6 +24,7 @@ from venom_jax.activation.settings import Sparsity, parse_layers, parse_mitigati
 def main(values: flags.FlagValues) -> None:
     """The command."""
     keep_compiled_programs()
+    trust_imports(values.gin_allow_imports)
     base = Sparsity(
         parse_pattern(values.pattern),
         values.criterion,
@@ -79,4 +81,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("limit", None, "only this many items of each task", lower_bound=1)
     flags.DEFINE_string("tokenizer", None, "a tokenizer.json in place of the model's own")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "to compute in; default: as the weights are stored")
+    flags.DEFINE_boolean("gin_allow_imports", False, "let a run's configuration import modules: runs their code")
     app.run(main)

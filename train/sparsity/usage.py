@@ -161,9 +161,9 @@ def run_tasks(model: Model, tasks: Sequence[str], **options: Any) -> tuple[str, 
     return harness.run_tasks(scorer(model), model.subject.tokenizer, tasks, model_args=args, generate=writer, **options)
 
 
-def report_text(model: Model, path: Path) -> None:
+def report_text(model: Model, path: Path, *, text_field: str = "text") -> None:
     """Prints bits per byte of a file."""
-    score = score_text(scorer(model), model.subject.tokenizer, path)
+    score = score_text(scorer(model), model.subject.tokenizer, path, text_field=text_field)
     print(
         f"{model.subject.name}, {model.forward}: {score.bits_per_byte:.4f} bits per byte (loss {score.loss:.4f}) of "
         f"{path}: {score.documents:,} documents, {score.tokens:,} tokens, {score.bytes:,} bytes"
