@@ -62,6 +62,7 @@ def test_the_tutorial_has_its_commands():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_the_model
 def test_the_tutorial_runs(environment, tmp_path):
     script = "\n".join(["set -e", *(line for line in lines() if not line.startswith("pip "))])
