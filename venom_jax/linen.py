@@ -25,8 +25,8 @@ from venom_jax import layer, memory_of_phase
 from venom_jax.calibrate import Layer
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import PackedWeights
-from venom_jax.fp8 import EightBitWeights
 from venom_jax.formats import VNM
+from venom_jax.fp8 import EightBitWeights
 from venom_jax.pattern import WEIGHT_GEMMS, Pattern, Recipe
 from venom_jax.placement import Hints, Mesh, Names
 from venom_jax.prune import vnm as prune_vnm

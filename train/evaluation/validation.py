@@ -5,10 +5,12 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from train.config.schedule import Phase
@@ -16,8 +18,10 @@ from train.config.settings import RunConfig, load_config
 from train.data import sources
 from train.data.documents import describe_skipped
 from train.data.token_files import Windows, eval_batches
+from train.data.tokenizer import Tokenizer
 from train.evaluation import harness
 from train.evaluation.likelihood import Scorer, score_text
+from train.evaluation.sampling import cached_model, sample
 from train.model.mesh import ONE_DEVICE, Layout
 from train.state import checkpoint
 from train.state.remote import Remote, is_remote
@@ -199,12 +203,26 @@ def report_text(run: Restored, path: Path, *, text_field: str, sparse: bool) -> 
             print(line)
 
 
+def _generate(run: Restored, params: dict, tokenizer: Tokenizer, prompt: Sequence[int], **options: Any) -> list[int]:
+    """Tokens behind a prompt by the dense model, as lm-eval's tasks ask for them."""
+    return sample(
+        cached_model(run.graphdef, jnp.dtype(run.config.train.dtype)),
+        (params, run.state.method),
+        prompt,
+        seq_len=run.config.train.seq_len,
+        vocab_size=tokenizer.vocab_size,
+        stop_id=tokenizer.eos_id,
+        **options,
+    )
+
+
 def report_tasks(run: Restored, workdir: Path, tasks: Sequence[str], *, sparse: bool, **options: Any) -> None:
     """Prints lm-eval's table and writes its JSON as `WORKDIR/lm_eval-STEP-dense.json` (and `-sparse`)."""
     tokenizer = sources.open_split(run.config, "train").tokenizer
     for name, scorer in run.scorers(sparse=sparse):
         model_args = {"workdir": str(workdir), "step": run.step, "forward": name}
-        text, table = harness.run_tasks(scorer, tokenizer, tasks, model_args=model_args, **options)
+        writer = partial(_generate, run, run.dense_params(), tokenizer) if name == "dense" else None
+        text, table = harness.run_tasks(scorer, tokenizer, tasks, model_args=model_args, generate=writer, **options)
         print(f"step {run.step}, {name}:\n{table}", flush=True)
         output = workdir / f"lm_eval-{run.step}-{name}.json"
         try:

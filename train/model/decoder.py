@@ -25,6 +25,8 @@ from venom_jax.dispatch import Implementation
 from venom_jax.ffn import pack_weights
 from venom_jax.fp8 import EightBitWeights, linear
 from venom_jax.packed_ffn import FFN_RESIDUALS
+from venom_jax.pretrained.decoder import rms_norm as rms_norm
+from venom_jax.pretrained.decoder import rotate
 
 ATTENTION_INPUTS = "attention_inputs"
 
@@ -46,13 +48,6 @@ REMAT_POLICIES = {
     "dots": _keep_products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*B D"]:
-    """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32 and returned in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (normed * scale).astype(x.dtype)
 
 
 class Documents(NamedTuple):
@@ -79,10 +74,7 @@ def rotary(
     """
     half = x.shape[-1] // 2
     place = position if jnp.ndim(position) else position + jnp.arange(x.shape[1])
-    angle = jnp.asarray(place)[..., None] * base ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+    return rotate(x, base ** (-jnp.arange(half) / half), jnp.atleast_2d(jnp.asarray(place)))
 
 
 def attention_implementation(dtype: Any) -> Literal["cudnn"] | None:
