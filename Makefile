@@ -4,14 +4,16 @@
 #   make faults   kills, damaged files, full disks (as root: it mounts small disks), bad numbers, random input, a long run
 #   make audit    known vulnerabilities of what constraints.txt names; without a network it says so and passes
 #   make docs     the documentation with the API reference, into build/site
+#   make aot      what compiles for GPUs that are not there, 150 MB; without it those tests skip
 #   make lint     style, types, who imports whom       make format   apply the style
 #   make clean    remove caches; runs/ and .venv stay
 
 BIN := .venv/bin
 DEMO_RUN ?= runs/demo
 PYTEST_ARGS ?=
+AOT := jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 
-.PHONY: demo test faults audit docs lint format clean
+.PHONY: demo test faults aot audit docs lint format clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.installed-demo
@@ -24,6 +26,10 @@ faults: .venv/.installed-test
 	mkdir -p build
 	FAULTS_LOG=build/faults.jsonl $(BIN)/python -m pytest -n 2 tests/faults tests/test_train_step_guard.py $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -n 2 -m slow --ignore=tests/faults $(PYTEST_ARGS)
+
+# In a folder of their own: jax would look for a GPU with them in every process.
+aot: .venv/.created pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target .venv/aot $(AOT)
 
 audit: .venv/.installed-dev
 	$(BIN)/python -m tests.audit

@@ -8,7 +8,8 @@ from pallas_kernels import device, tile_order
 from pallas_kernels.array_types import Array
 from pallas_kernels.tiles import FP8, GRANULE
 
-Implementation = Literal["reference", "hopper"]
+Implementation = Literal["reference", "hopper", "warp"]
+"""jnp; the kernels of Hopper (`wgmma.sp`, the copy engine); those of single warps (`mma.sp`, sm_80 and later)."""
 
 KERNEL_DTYPES = ("bfloat16", "float16")
 """Operands of 16 bits; of 8 bits, `tiles.FP8`."""
@@ -16,14 +17,15 @@ OUT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def resolve(implementation: Implementation | None, dtype=jnp.bfloat16) -> Implementation:
-    """The implementation to run: a named one or none, never another; None takes "hopper" on a Hopper GPU.
+    """The implementation to run: a named one or none, never another; None chooses by the GPU's family.
 
     Args:
       dtype: of the operands. On a GPU that has no kernels for 8 bits nobody wants the reference, unless by name.
 
     Raises:
       ValueError: no such implementation.
-      NotImplementedError: "hopper" without a Hopper GPU, or operands of 8 bits on another GPU.
+      NotImplementedError: "hopper" without a Hopper GPU, "warp" without a GPU that has sparse tensor cores, or operands
+        of 8 bits on other GPUs and for "warp".
     """
     gpu = device.current()
     if implementation is None:
@@ -33,7 +35,8 @@ def resolve(implementation: Implementation | None, dtype=jnp.bfloat16) -> Implem
                 f"this process has {gpu.name} of compute capability {gpu.compute_capability}. Use bfloat16, or "
                 "implementation='reference', which multiplies in float32."
             )
-        return "hopper" if device.hopper_available() else "reference"
+        family = device.family()
+        return family if family in ("hopper", "warp") else "reference"
     if implementation not in get_args(Implementation):
         raise ValueError(f"{implementation=}; use one of {get_args(Implementation)} or None")
     if implementation == "hopper" and not device.hopper_available():
@@ -41,6 +44,17 @@ def resolve(implementation: Implementation | None, dtype=jnp.bfloat16) -> Implem
         raise NotImplementedError(
             f"{implementation=} needs a GPU of compute capability {device.HOPPER} (H100, H200); this process has "
             f"{found}. Use None or 'reference'."
+        )
+    if implementation == "warp" and is_fp8(dtype):
+        raise NotImplementedError(
+            f"{implementation=} has no products of {jnp.dtype(dtype).name}: only Hopper's kernels have. Use bfloat16, "
+            "or implementation='reference', which multiplies in float32."
+        )
+    if implementation == "warp" and device.family() is None:
+        found = "no GPU" if gpu is None else f"{gpu.name} of compute capability {gpu.compute_capability}"
+        raise NotImplementedError(
+            f"{implementation=} needs sparse tensor cores, a GPU of compute capability 8.0 or later (A100 and all "
+            f"since); this process has {found}. Use None or 'reference'."
         )
     return implementation
 
@@ -134,6 +148,13 @@ FP8_SIZES = 16
 def in_rows(values: Array) -> Array:
     """Values [R, C/2], whichever order they come in."""
     return values if values.ndim == 2 else tile_order.from_tiles(values)
+
+
+def check_tile(implementation: Implementation, config: object | None) -> None:
+    """Raise ValueError for a tile of another implementation's kernels."""
+    kinds = {"hopper": "TileConfig", "warp": "WarpTile"}
+    if config is not None and type(config).__name__ != kinds[implementation]:
+        raise ValueError(f"{config=} is no tile of the {implementation} kernels, which take a {kinds[implementation]}")
 
 
 def check_multiple(of: int, **sizes: int) -> None:

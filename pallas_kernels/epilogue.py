@@ -1,6 +1,7 @@
 """What happens to an accumulator before it is written: one description, read by the kernels and by the reference."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -56,6 +57,15 @@ class Epilogue:
                 raise ValueError(f"{self} and {name}={'an array' if array is not None else None} contradict each other")
             if array is not None and (array.shape != shape or array.dtype != dtype):
                 raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; want {dtype}{list(shape)}")
+
+
+def activate(epilogue: Epilogue, acc, maximum: Callable):
+    """The epilogue's arithmetic on scaled sums without arrays; `maximum(acc, 0)` passes NaN on."""
+    if epilogue.alpha != 1.0:
+        acc = acc * epilogue.alpha
+    if epilogue.activation is not None:
+        acc = maximum(acc, 0.0)
+    return acc * acc if epilogue.activation == "relu2" else acc
 
 
 def apply(

@@ -3,11 +3,13 @@
     python -m tests.sanitize                 each case compared with the reference, where its input is honest
     python -m tests.sanitize --only_run pack sparse24        the cases of these names, not compared
 
-`tests.sanitizer` runs them under compute-sanitizer. Needs a Hopper GPU. Without pytest and with operands from numpy, so
+`tests.sanitizer` runs them under compute-sanitizer. Needs a Hopper GPU; with KERNELS=warp in the environment the
+kernels of single warps run, on any GPU that has sparse tensor cores. Without pytest and with operands from numpy, so
 that the tool has little else to watch.
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ from tests.helpers import relative_error
 from venom_jax import Recipe, sparse_ffn
 from venom_jax.dispatch import Implementation
 
+KERNELS: Any = os.environ.get("KERNELS", "hopper")
 LIMIT = 2e-2  # of bfloat16 results: an operand may be rounded the other way
 HONEST = np.array([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], np.uint32)  # (low, high) with low < high
 Case = tuple[str, bool, Callable[[Implementation], object]]  # name, whether a reference says what comes out, work
@@ -90,7 +93,7 @@ def products() -> Iterator[Case]:
                     operand=normal(2, *shape, dtype=jnp.dtype(out_dtype)) if epilogue.operand else None,
                     row_scale=normal(3, m, dtype=np.float32) if epilogue.row_scale else None,
                     implementation=implementation,
-                    config=config,
+                    config=None if implementation == "warp" else config,
                 )
 
             tile = "" if config is None else f" in {config.tile_m}x{config.tile_n}"
@@ -421,7 +424,7 @@ def main(arguments: list[str]) -> int:
     chosen = choose_cases([name for name in arguments if not name.startswith("--")])
     for name, has_reference, work in chosen:
         start = time.perf_counter()
-        found = jax.tree.leaves(jax.device_get(work("hopper")))
+        found = jax.tree.leaves(jax.device_get(work(KERNELS)))
         compared = compare and has_reference
         error = error_of(work, found) if compared else 0.0
         wrong += error > LIMIT

@@ -89,7 +89,15 @@ def test_without_tables_nothing_is_claimed():
     assert "1.25x" not in elsewhere
 
 
-@pytest.mark.parametrize("gpu", ["a100", "NVIDIA A100-SXM4-80GB", "RTX 4090", "B200", "rtx5090", "cpu"])
+@pytest.mark.parametrize("gpu", ["a100", "NVIDIA A100-SXM4-80GB", "RTX 4090", "rtx5090", "RTX PRO 6000"])
+def test_gpus_of_the_other_kernels_are_told_that_nothing_was_measured(gpu):
+    text = advise.advise(SHAPE, gpu, [ffn("act24", 1.25)])
+    assert text.count("| not measured |") == len(bench.RECIPES)
+    assert f"{gpu} runs {advise.WARP}" in text
+    assert "1.25x" not in text
+
+
+@pytest.mark.parametrize("gpu", ["B200", "cpu"])
 def test_other_gpus_are_told_that_nothing_is_faster(gpu):
     text = advise.advise(SHAPE, gpu, [ffn("act24", 1.25)])
     assert text.count("| not faster than dense |") == len(bench.RECIPES)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.grouped24 import api as grouped
-from pallas_kernels.hopper.schedule import Schedule
 from pallas_kernels.pack import api as packing
 from pallas_kernels.pack.activations import Packed
+from pallas_kernels.schedule import Schedule
 from pallas_kernels.sparse24 import sparse24
 from pallas_kernels.tiles import Problem, TileConfig
 from tests.kernels import bounds

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.hopper.schedule import Schedule
 from pallas_kernels.measure import bench, counters, power, roofline
+from pallas_kernels.schedule import Schedule
 from pallas_kernels.tiles import Problem, TileConfig
 
 NARROW = TileConfig(warpgroup_m=64, warpgroup_n=256)

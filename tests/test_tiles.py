@@ -10,8 +10,8 @@ import pytest
 
 from pallas_kernels import device, tuned
 from pallas_kernels.epilogue import Epilogue
-from pallas_kernels.hopper.schedule import raster
 from pallas_kernels.measure import tune
+from pallas_kernels.schedule import raster
 from pallas_kernels.tile_order import from_tiles, to_tiles
 from pallas_kernels.tiles import Problem, TileConfig
 

@@ -207,7 +207,7 @@ VALID = {
         (Train, "dtype", "float16", "one of 'float32', 'bfloat16'"),
         (Train, "accumulation", 3, "must be a multiple of Train.accumulation=3"),
         (Train, "loss_chunks", 3, "must be a multiple of Train.loss_chunks=3"),
-        (Train, "implementation", "triton", "one of 'reference', 'hopper' or None"),
+        (Train, "implementation", "triton", "one of 'reference', 'hopper', 'warp' or None"),
         (Train, "remat", "some", "one of 'none', 'dots', 'full'"),
         (Train, "seed", -1, "at least 0"),
     ],

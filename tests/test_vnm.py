@@ -13,9 +13,9 @@ import pytest
 from pallas_kernels import device
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.hopper import gather
-from pallas_kernels.hopper.schedule import next_in_place
 from pallas_kernels.measure import vnm as bench
 from pallas_kernels.measure.vnm_shapes import Case, cases
+from pallas_kernels.schedule import next_in_place
 from pallas_kernels.sparse24 import sparse24
 from pallas_kernels.tiles import TileConfig
 from pallas_kernels.vnm import api, best_form, hopper, vnm, vnm_transposed

@@ -28,17 +28,18 @@ MEASURED = Path(__file__).with_name("measured.json")  # the rows of TABLES, with
 TABLES = ("ffn.json", "kernels.json", "train.json")
 
 KERNELS = "all six products on sparse tensor cores, by default, in bf16 and fp16, and in fp8 by precision"
+WARP = "all six products on sparse tensor cores, by default, in bf16 and fp16; compiled for it, run on an H200 alone"
 REFERENCE = "the masked reference: the same results, by dense products, not faster than dense"
 
 # GPU, compute capability, what runs there today.
 SUPPORT = (
     ("H100, H200, H800, GH200", device.HOPPER, KERNELS),
-    ("A100, A30", "8.0", REFERENCE),
-    ("RTX 30, A10, A40, RTX A6000", "8.6", REFERENCE),
-    ("RTX 40, L4, L40, RTX 6000 Ada", "8.9", REFERENCE),
+    ("A100, A30", "8.0", WARP),
+    ("RTX 30, A10, A40, RTX A6000", "8.6", WARP),
+    ("RTX 40, L4, L40, RTX 6000 Ada", "8.9", WARP),
     ("B100, B200, GB200 (Blackwell)", "10.0", REFERENCE),
     ("B300, GB300 (Blackwell)", "10.3", REFERENCE),
-    ("RTX 50 (Blackwell)", "12.0", REFERENCE),
+    ("RTX 50, RTX PRO 6000 (Blackwell)", "12.0", WARP),
     ("any other device, CPUs, TPUs", "", REFERENCE),
 )
 
@@ -50,7 +51,7 @@ _CAPABILITIES = (
     (r"l4|l40s?|rtx (40\d\d|6000 ada)", "8.9"),
     (r"g?b[12]00", "10.0"),
     (r"g?b300", "10.3"),
-    (r"rtx 50\d\d", "12.0"),
+    (r"rtx (50\d\d|pro \d000)", "12.0"),
     (r"cpu|tpu", ""),
 )
 
@@ -163,13 +164,15 @@ def advise(shape: Shape, gpu: str, rows: Sequence[Row], masters: str = "float32"
     """
     if min(shape.d_model, shape.d_ffn, shape.tokens) < 1:
         raise ValueError(f"sizes must be positive, got {shape}")
-    hopper = compute_capability(gpu) == device.HOPPER
+    family = device.family_of(compute_capability(gpu))
+    runs = {"hopper": KERNELS, "warp": WARP}.get(family or "", REFERENCE)
+    kernels = runs != REFERENCE
     measured = [m for m in measurements(rows) if m.masters == masters]
     here = [m for m in measured if is_same_gpu(gpu, m.device)]
     lines = [
         f"# {shape}, {masters} weights, on {gpu}",
         "",
-        f"{gpu} runs {KERNELS if hopper else REFERENCE}.",
+        f"{gpu} runs {runs}.",
         "",
         "Forward and backward of the FFN alone against XLA's dense one. Attention, logits and the dense phases of a",
         "run are not in it; they make the gain of a whole run smaller.",
@@ -178,10 +181,10 @@ def advise(shape: Shape, gpu: str, rows: Sequence[Row], masters: str = "float32"
         "|---|---|---|---|---|",
     ]
     for name, recipe in RECIPES.items():
-        speed, ms, dense_ms = _verdict(name, shape, here, hopper)
+        speed, ms, dense_ms = _verdict(name, shape, here, kernels)
         pattern = str(recipe.pattern) if recipe.routed or recipe.activations else ""
         lines.append(f"| {name} | {pattern} | {speed} | {ms} | {dense_ms} |")
-    if hopper:
+    if kernels:
         lines += ["", "## Break-even", "", *_break_even(gpu, masters, here, measured, rows)]
         lines += ["", "## Whole training steps", "", *_training_steps(gpu, rows)]
     lines += ["", "## What runs where", "", "| GPU | compute capability | runs |", "|---|---|---|"]
@@ -189,13 +192,13 @@ def advise(shape: Shape, gpu: str, rows: Sequence[Row], masters: str = "float32"
     return "\n".join(lines) + "\n"
 
 
-def _verdict(name: str, shape: Shape, here: Sequence[Measurement], hopper: bool) -> tuple[str, str, str]:
+def _verdict(name: str, shape: Shape, here: Sequence[Measurement], kernels: bool) -> tuple[str, str, str]:
     recipe = RECIPES[name]
     try:
         recipe.check(shape.d_model, shape.d_ffn)
     except ValueError as error:
         return f"cannot run: {error}", "", ""
-    if not hopper:
+    if not kernels:
         return "not faster than dense", "", ""
     reason = packed_ffn.unsupported(recipe, shape.d_model, shape.d_ffn)
     if reason is not None:

@@ -13,7 +13,7 @@ from pallas_kernels import device, dispatch
 from venom_jax import packed_ffn
 from venom_jax.pattern import Recipe
 
-Implementation = Literal["reference", "hopper"]
+Implementation = Literal["reference", "hopper", "warp"]
 
 Kernels = dispatch.Implementation
 """Which kernels the packed form calls; "reference" is their jnp form, for tests."""
@@ -44,7 +44,8 @@ def warn_reference(reason: str) -> None:
 def resolve_implementation(implementation: Implementation | None) -> Implementation:
     """Check a name before anything is compiled: a named implementation is taken or refused, never replaced.
 
-    None is "hopper" on a Hopper GPU, and elsewhere "reference".
+    None is "hopper" on a Hopper GPU, "warp" on the other GPUs with sparse tensor cores but B200's family, and elsewhere
+    "reference" (`pallas_kernels.device`).
 
     Raises:
       ValueError: no such implementation.
@@ -68,28 +69,29 @@ def choose_kernels(
 ) -> Kernels | None:
     """The kernels for the packed form, or None for the masked form.
 
-    With implementation None the packed form runs where it can: on a Hopper GPU, where recipe, sizes and dtype suit the
-    kernels and the arrays are one device's part, since XLA cannot split a kernel. Where one of these is missing on such
-    a GPU, `ReferenceWarning` says which, once. `local`: the arrays are one device's part, whatever JAX says of it.
+    With implementation None the packed form runs where it can: on a GPU whose family has kernels, where recipe, sizes
+    and dtype suit them and the arrays are one device's part, since XLA cannot split a kernel. Where one of these is
+    missing on such a GPU, `ReferenceWarning` says which, once. `local`: the arrays are one device's part, whatever JAX
+    says of it.
 
     Raises:
       ValueError, NotImplementedError: as `resolve_implementation`; also where a named implementation does not take
         the recipe, the sizes or the dtype, and for eight bits on a GPU that has none, unless the reference is named.
     """
     chosen = resolve_implementation(implementation)
-    if recipe.in_fp8 and implementation is None:
-        chosen = dispatch.resolve(None, jnp.float8_e4m3fn)
+    if recipe.in_fp8 and implementation in (None, "warp"):
+        chosen = dispatch.resolve(implementation, jnp.float8_e4m3fn)
     if chosen == "reference":
         return None
     reason = packed_ffn.unsupported(recipe, d_model, d_ffn)
     if reason is None and jnp.dtype(dtype).name not in dispatch.KERNEL_DTYPES:
         reason = f"tokens are {jnp.dtype(dtype).name}, the kernels take {' or '.join(dispatch.KERNEL_DTYPES)}"
     if reason is not None and implementation is not None:
-        raise NotImplementedError(f"implementation = 'hopper': {reason}. Use implementation = None or 'reference'.")
+        raise NotImplementedError(f"implementation = {chosen!r}: {reason}. Use implementation = None or 'reference'.")
     if reason is None and implementation is None and not (local or device.arrays_lie_on_one_device()):
         reason = UNKNOWN_MESH
     if reason is None:
-        return "hopper"
+        return chosen
     if not recipe.is_dense:
         warn_reference(reason)
     return None

@@ -71,7 +71,7 @@ def pack_weights(
       beta: the frozen scales of y1, y3, dy2, dx (`venom_jax.threshold.optimal_scale`).
       dtype: of the stored values; 8-bit ones are e4m3.
       recipe: needed where its precision is "fp8".
-      implementation: "reference", "hopper", or None to choose by device, sizes and dtypes.
+      implementation: "reference", "hopper", "warp", or None to choose by device, sizes and dtypes.
 
     Raises:
       ValueError, NotImplementedError: as `pallas_kernels.pack.api.pack_thresholded`.
@@ -110,8 +110,8 @@ def sparse_ffn(
       recipe: what is sparse.
       packed: `pack_weights(...)`, to threshold (in eight bits: to cast) once per optimizer step instead of once per
         call. The caller keeps it in step with w1, w2 and beta. Not for transposable masks.
-      implementation: "reference", "hopper", or None to choose (`venom_jax.dispatch.choose_kernels`). A named one never
-        falls back.
+      implementation: "reference", "hopper", "warp", or None to choose (`venom_jax.dispatch.choose_kernels`). A named
+        one never falls back.
       return_density: also return the share of the computed hidden activations that are positive, f32 [].
 
     Returns:

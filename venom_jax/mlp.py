@@ -120,7 +120,7 @@ class SparseMLP(nnx.Module):
           packed: `venom_jax.pack_weights` of this layer, to threshold or cast the weights once for several calls.
           key: for the random router.
           return_stats: return (y, FFNStats) instead of y.
-          implementation: "reference", "hopper", or None to choose by device; see `venom_jax.sparse_ffn`.
+          implementation: "reference", "hopper", "warp", or None to choose by device; see `venom_jax.sparse_ffn`.
           axis: inside `jax.shard_map`, the mesh axis over whose devices the layer's neurons are cut; see
             `venom_jax.sharded_ffn`. Statistics are then those of this device's tokens.
           out_sharding: of y, a NamedSharding or PartitionSpec; None is x's.

@@ -145,9 +145,9 @@ def route(
     Args:
       bias: balance bias, added to the scores for this choice only; longer arrays are cut to E.
       learned, key, axis: as in `scores`.
-      implementation: "reference"; "hopper", the kernel that scores and chooses reading x once, for the routers
-        `cosine`, `dot` and `learned`; None takes it where `pallas_kernels.permute.api.choose_experts` says. Its scores
-        differ from the reference's in their last bits.
+      implementation: "reference"; "hopper" or "warp", the kernel that scores and chooses reading x once, for the
+        routers `cosine`, `dot` and `learned`; None takes it where `pallas_kernels.permute.api.choose_experts` says. Its
+        scores differ from the reference's in their last bits.
 
     Raises:
       NotImplementedError: the named implementation does not run here, or not this router.
@@ -162,7 +162,7 @@ def route(
         x, cosine = jax.lax.stop_gradient(x), recipe.router != "dot"
         rows = _rows(w1, recipe, learned, axis)
         return permute.choose_experts(x, rows, bias, recipe.top_k, cosine=cosine, implementation=implementation)
-    if implementation == "hopper":
+    if implementation in ("hopper", "warp"):
         raise NotImplementedError(f"no kernel scores with router = {recipe.router!r}; use implementation=None.")
     return permute_reference.choose_top(scores(x, w1, recipe, key=key, axis=axis), bias, recipe.top_k)
 

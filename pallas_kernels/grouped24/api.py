@@ -10,16 +10,20 @@ Operands of 8 bits (e4m3 and e5m2, any two): groups start at multiples of 128, t
 and so are the tokens and the contraction; b is given along the contraction (`b_k_major`).
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.array_types import Array, Float, Int, Metadata
 from pallas_kernels.epilogue import Epilogue, apply
-from pallas_kernels.grouped24 import hopper, reference
+from pallas_kernels.grouped24 import hopper, reference, warp
 from pallas_kernels.sparse24.reference import to_dense
 from pallas_kernels.tiles import GRANULE, PROMOTE, Mode, Problem, TileConfig
+from pallas_kernels.warp.tiles import WarpTile
 
 _PLAIN = Epilogue()
+_KERNELS: dict[str, Any] = {"hopper": hopper, "warp": warp}
 
 
 def rows(
@@ -137,7 +141,7 @@ def _run(
     column_scale=None,
     promote: int | None = None,
     implementation: dispatch.Implementation | None = None,
-    config: TileConfig | None = None,
+    config: TileConfig | WarpTile | None = None,
 ):
     chosen, fp8 = dispatch.resolve(implementation, b.dtype), dispatch.is_fp8(b.dtype)
     dispatch.check_multiple(GRANULE, **sizes)
@@ -170,9 +174,11 @@ def _run(
     epilogue.check(
         shaped, row_scale, column_scale, out_shape=out_shape, rows=rows, columns=columns, out_dtype=out_dtype
     )
-    if chosen == "hopper":
+    if chosen != "reference":
         dispatch.check_kernel_dtypes(b.dtype, out_dtype)
-        return hopper.grouped24(problem, values, metadata, b, group_sizes, shaped, row_scale, config, column_scale)
+        dispatch.check_tile(chosen, config)
+        options = (shaped, row_scale, config, column_scale)
+        return _KERNELS[chosen].grouped24(problem, values, metadata, b, group_sizes, *options)
     unit, (a, b) = problem.tile_k, dispatch.widened(to_dense(dispatch.in_rows(values), metadata), b)
     acc = _REFERENCE[mode](a, b.T if b_k_major else b, group_sizes, groups, unit)
     if row_scale is not None and mode == "columns":

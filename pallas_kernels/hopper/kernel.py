@@ -16,7 +16,7 @@ from jax import lax
 
 from pallas_kernels import tile_order
 from pallas_kernels.hopper import gather, main_loop, packing, ring, scales
-from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, next_in_place, sort_groups
+from pallas_kernels.schedule import Schedule, Tile, ceil_div, next_in_place, sort_groups
 from pallas_kernels.tiles import (
     GRANULE,
     MAX_TILE,

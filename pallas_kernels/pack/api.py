@@ -70,7 +70,7 @@ def pack_activations(
         a, options = jax.nn.relu(y), {"interleaved": interleaved, "group_sizes": group_sizes}
         squared, over_tokens = eight_bits.pack(a, scale, features=features, tokens=tokens, **options)
         return PackedActivations(None, squared, over_tokens, jnp.sum(a > 0, dtype=jnp.float32))
-    if chosen == "hopper" and (features or tokens):
+    if chosen != "reference" and (features or tokens):
         return packed_of(hopper.pack_activations(y, along, interleaved=interleaved, relu=True))
     a = jax.nn.relu(y)
     along_features = activations.pack_features(a) if features else None
@@ -117,7 +117,7 @@ def take_activations(
         if chosen == "hopper":
             return taken_of(hopper.take_scaled(dy2, *given, first, **options), features, tokens)
         return TakenActivations(*eight_bits.take(dy2, *given, group_sizes=group_sizes, **options), tokens)
-    if chosen == "hopper":
+    if chosen != "reference":
         found = hopper.take_activations(dy2, features, tokens, interleaved=interleaved)
         return taken_of(found, features, tokens)
     along_features, along_tokens = None, None
@@ -180,7 +180,7 @@ def pack_thresholded(
     fits = takes and not any(n % GRANULE for n in w.shape)
     if implementation is None and not (fits and device.arrays_lie_on_one_device()):
         implementation = "reference"
-    if dispatch.resolve(implementation) == "hopper":
+    if dispatch.resolve(implementation) != "reference":
         if not takes:
             raise NotImplementedError(
                 f"the kernel packs float32 or bfloat16 into {dispatch.KERNEL_DTYPES}; got {w.dtype} into "
@@ -234,7 +234,7 @@ def pack_thresholded8(
 def _choose(implementation: dispatch.Implementation | None, y: Array, *, scaled: bool) -> dispatch.Implementation:
     dispatch.check_multiple(GRANULE, rows=y.shape[0], columns=y.shape[1])
     chosen = dispatch.resolve(implementation)
-    if chosen == "hopper":
+    if chosen != "reference":
         dispatch.check_kernel_dtypes(y.dtype, y.dtype)
         if scaled and y.dtype != jnp.bfloat16:
             raise NotImplementedError(

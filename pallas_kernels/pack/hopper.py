@@ -292,10 +292,12 @@ class MlirMachine(Machine):
         return self._ptx(f"max.NaN.{self._type}x2 $0, $1, $2;", pair, 0)
 
     def multiply(self, pair: Word, other: Word) -> Word:
-        return self._ptx(f"mul.{self._type}x2 $0, $1, $2;", pair, other)
+        # x y + (-0), by the one instruction of the three that sm_80 has: the same bits, signs of zeros kept.
+        return self._ptx(f"fma.rn.{self._type}x2 $0, $1, $2, $3;", pair, other, 0x80008000)
 
     def add(self, pair: Word, other: Word) -> Word:
-        return self._ptx(f"add.{self._type}x2 $0, $1, $2;", pair, other)
+        one = 0x3F803F80 if self._type == "bf16" else 0x3C003C00
+        return self._ptx(f"fma.rn.{self._type}x2 $0, $1, $2, $3;", pair, one, other)
 
     def warp_sum(self, word: Word) -> Word:
         return Word(utils.redux(word.value, to_value(0xFFFFFFFF), nvvm.ReductionKind.ADD))

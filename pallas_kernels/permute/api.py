@@ -23,7 +23,7 @@ def gather_rows(
     Raises:
       NotImplementedError: the named implementation does not take this device, dtype or D.
     """
-    if _choose(implementation, tokens) == "hopper":
+    if _choose(implementation, tokens) != "reference":
         return hopper.gather_rows(tokens, token_of_row)
     return reference.gather_rows(tokens, token_of_row)
 
@@ -39,7 +39,7 @@ def sum_copies(
     Raises:
       NotImplementedError: as `gather_rows`.
     """
-    if _choose(implementation, rows) == "hopper":
+    if _choose(implementation, rows) != "reference":
         return hopper.sum_copies(rows, row_of_slot)
     return reference.sum_copies(rows, row_of_slot)
 
@@ -62,7 +62,7 @@ def sort_into_groups(
     """
     if align % 4:
         raise ValueError(f"groups of rows are padded to {align=}, which is no multiple of 4.")
-    if dispatch.resolve(implementation) == "hopper" and groups <= threads.MAX_GROUPS:
+    if dispatch.resolve(implementation) != "reference" and groups <= threads.MAX_GROUPS:
         return hopper.sort_into_groups(group, groups, align=align, interleaved=interleaved)
     return reference.sort_into_groups(group, groups, align=align, interleaved=interleaved)
 
@@ -91,7 +91,7 @@ def choose_experts(
     reason = _no_choice(x, means)
     if implementation is None and (reason is not None or not device.arrays_lie_on_one_device()):
         implementation = "reference"
-    if dispatch.resolve(implementation) == "hopper":
+    if dispatch.resolve(implementation) != "reference":
         if reason is not None:
             raise NotImplementedError(f"{reason}. Use implementation='reference'.")
         return hopper.choose_experts(x, means, bias, top_k, cosine=cosine)
@@ -110,7 +110,7 @@ def _no_choice(x: Array, means: Array) -> str | None:
 
 def _choose(implementation: dispatch.Implementation | None, rows: Array) -> dispatch.Implementation:
     chosen = dispatch.resolve(implementation)
-    if chosen == "hopper" and (
+    if chosen != "reference" and (
         rows.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or rows.shape[1] * rows.dtype.itemsize % 16
     ):
         raise NotImplementedError(

@@ -1,5 +1,7 @@
 """out = epilogue(A B), A 2:4 sparse along k: validate, choose the implementation, run it."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
@@ -7,10 +9,12 @@ from pallas_kernels.array_types import Array, Float, Metadata, accumulator
 from pallas_kernels.epilogue import Epilogue, apply
 from pallas_kernels.metadata import TILE
 from pallas_kernels.pack.reference import contraction_order
-from pallas_kernels.sparse24 import hopper, reference
+from pallas_kernels.sparse24 import hopper, reference, warp
 from pallas_kernels.tiles import TileConfig
+from pallas_kernels.warp.tiles import WarpTile
 
 _PLAIN = Epilogue()
+_KERNELS: dict[str, Any] = {"hopper": hopper, "warp": warp}
 
 
 def sparse24(
@@ -28,7 +32,7 @@ def sparse24(
     column_scale: Float[Array, "_n"] | None = None,
     promote: int | None = None,
     implementation: dispatch.Implementation | None = None,
-    config: TileConfig | None = None,
+    config: TileConfig | WarpTile | None = None,
 ) -> Float[Array, "_m _n"]:
     """out[m, n] = epilogue(sum_k A[m, k] b[k, n]), accumulated in f32.
 
@@ -53,8 +57,8 @@ def sparse24(
       epilogue, operand, row_scale, column_scale: see `Epilogue`.
       promote: of 8 bits, columns of A within which sums must reach f32, a multiple of 256; None or 0: the tensor core
         sums up all of them. Weight gradients want `tiles.PROMOTE`.
-      implementation: "reference", "hopper", or None to choose by device and, on Hopper, by `dense_wins`.
-      config: a tile to use instead of the tuned one (hopper).
+      implementation: "reference", "hopper", "warp", or None to choose by device and, of kernels, by `dense_wins`.
+      config: a tile to use instead of the tuned one: `TileConfig` for "hopper", `WarpTile` for "warp".
 
     Returns:
       out [m, n], or [n, m] if `transpose_out`.
@@ -78,12 +82,13 @@ def sparse24(
     out_dtype = dispatch.out_dtype_of(b, out_dtype)
     out_shape = (n, m) if transpose_out else (m, n)
     epilogue.check(operand, row_scale, column_scale, out_shape=out_shape, rows=m, columns=n, out_dtype=out_dtype)
-    if chosen == "hopper":
+    if chosen != "reference":
         dispatch.check_kernel_dtypes(b.dtype, out_dtype)
         # The reference multiplies 8 bits in f32: no kernel is so small that it would lose.
-        if implementation == "hopper" or fp8 or not dense_wins(m, n, k):
+        dispatch.check_tile(chosen, config)
+        if implementation == chosen or fp8 or not dense_wins(m, n, k):
             options = (b_k_major, transpose_out, out_dtype.name, epilogue, operand, row_scale, config, b_interleaved)
-            return hopper.sparse24(values, metadata, b, *options, column_scale, promote or 0)
+            return _KERNELS[chosen].sparse24(values, metadata, b, *options, column_scale, promote or 0)
     if b_interleaved:
         b = contraction_order(b, interleaved=True)
     values = jnp.pad(dispatch.in_rows(values), ((0, -m % TILE), (0, -k % TILE // 2)))

@@ -1,6 +1,6 @@
 """out = A B and out = A^T B, A V:N:M sparse: validate, choose the implementation, run it."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,12 @@ from pallas_kernels import dispatch
 from pallas_kernels.array_types import Array, Float, Int, Metadata, accumulator
 from pallas_kernels.sparse24 import dense_wins, sparse24
 from pallas_kernels.tiles import GRANULE, TileConfig
-from pallas_kernels.vnm import hopper, reference
+from pallas_kernels.vnm import hopper, reference, warp
 from pallas_kernels.vnm.shapes import BLOCK_ROWS
+from pallas_kernels.warp.tiles import WarpTile
 
 Form = Literal["vnm", "sparse24", "dense"]
+_KERNELS: dict[str, Any] = {"hopper": hopper, "warp": warp}
 
 
 def vnm(
@@ -25,7 +27,7 @@ def vnm(
     transpose_out: bool = False,
     out_dtype=None,
     implementation: dispatch.Implementation | None = None,
-    config: TileConfig | None = None,
+    config: TileConfig | WarpTile | None = None,
 ) -> Float[Array, "_R _n"]:
     """out[r, n] = sum_j A[r, j] b[columns[block of r, j], n], accumulated in f32; A is the compressed matrix [R, K].
 
@@ -40,8 +42,8 @@ def vnm(
         Hopper GPU where `best_form` says so.
       transpose_out: give out^T [n, R].
       out_dtype: bfloat16, float16 or float32; None is b's.
-      implementation: "reference", "hopper", or None to choose by device and, on Hopper, by `best_form`.
-      config: a tile to use instead of the chosen one (hopper).
+      implementation: "reference", "hopper", "warp", or None to choose by device and, of kernels, by `best_form`.
+      config: a tile to use instead of the chosen one: `TileConfig` for "hopper", `WarpTile` for "warp".
 
     Returns:
       out [R, n], or [n, R]; R with the padding of the stored matrix.
@@ -55,16 +57,17 @@ def vnm(
     k, n = b.shape
     dispatch.check_multiple(8, n=n)
     out_dtype = jnp.dtype(b.dtype if out_dtype is None else out_dtype)
-    if chosen == "hopper":
+    if chosen != "reference":
         dispatch.check_kernel_dtypes(b.dtype, out_dtype)
+        dispatch.check_tile(chosen, config)
         v = rows // columns.shape[0]
         form: Form = "vnm"
         if implementation is None and config is None:
             form = best_form(rows, n, k, v=v, compressed=compressed, has_24=as_24 is not None)
         if form == "vnm":
-            return hopper.vnm(values, metadata, columns, b, transpose_out, out_dtype.name, config)
+            return _KERNELS[chosen].vnm(values, metadata, columns, b, transpose_out, out_dtype.name, config)
         if form == "sparse24" and as_24 is not None:
-            return sparse24(*as_24, b, transpose_out=transpose_out, out_dtype=out_dtype, implementation="hopper")
+            return sparse24(*as_24, b, transpose_out=transpose_out, out_dtype=out_dtype, implementation=chosen)
         a = reference.to_dense(values, metadata, columns, k)
         out = jnp.dot(a, b, preferred_element_type=jnp.float32)
     else:

@@ -3,7 +3,8 @@
 All of it runs on the device from `group_sizes`; the host never learns a size.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -13,9 +14,23 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
 
-from pallas_kernels.tiles import Problem, TileConfig
+from pallas_kernels.tiles import Problem
 
 type Index = jax.Array | int
+
+
+@runtime_checkable
+class Raster(Protocol):
+    """What the schedule asks of a tile: its sides, and the order in which tiles are computed."""
+
+    @property
+    def tile_m(self) -> int: ...
+    @property
+    def tile_n(self) -> int: ...
+    @property
+    def raster_m(self) -> int: ...
+    @property
+    def raster_n(self) -> int: ...
 
 
 class Tile(NamedTuple):
@@ -58,7 +73,7 @@ def next_in_place(stage, stages: int, steps: int):
     return near, ahead >= steps, ahead - jnp.where(ahead >= steps, steps, 0)
 
 
-def raster(index, m_tiles, n_tiles, config: TileConfig):
+def raster(index, m_tiles, n_tiles, config: Raster):
     """The (m, n) tile of a linear index: strip by strip along n, in a strip band by band along m, in a band down m."""
     strip = lax.div(index, config.raster_n * m_tiles)
     in_strip = index - strip * (config.raster_n * m_tiles)
@@ -118,10 +133,10 @@ def round_up(size, unit: int):
     return ceil_div(jnp.maximum(size, 0), jnp.int32(unit)) * unit
 
 
-class Schedule:
+class Schedule[Config: Raster]:
     """The tiles of a problem. `groups_ref` holds group_sizes [G], or for the contraction what `sort_groups` writes."""
 
-    def __init__(self, problem: Problem, config: TileConfig, groups_ref):
+    def __init__(self, problem: Problem, config: Config, groups_ref):
         self.problem, self.config, self.groups_ref = problem, config, groups_ref
         p = problem
         self.m_tiles, self.n_tiles = -(-p.m // config.tile_m), -(-p.n // config.tile_n)
@@ -204,3 +219,29 @@ class Schedule:
 
     def _ragged_rows(self) -> int:
         return self.problem.m if self.problem.mode == "rows" else self.problem.n
+
+
+def for_each_tile(schedule: Schedule, visit: Callable[[Tile, Tile, jax.Array, Any], Any], state):
+    """visit(tile, the next one, whether there is a next one, state) -> state for each of this block's tiles.
+
+    Returns the last state. Blocks are numbered along the grid's axis "sm".
+    """
+    sm, num_sms = lax.axis_index("sm"), lax.axis_size("sm")
+    in_turns = schedule.problem.mode == "contraction"
+    count = schedule.count()
+    rounds = ceil_div(count - (0 if in_turns else sm), num_sms)
+
+    def index_of(i):
+        # Where sizes fall from round to round, walk every other round backwards, or the first blocks get the most.
+        return i * num_sms + (jnp.where(lax.rem(i, 2) == 1, num_sms - 1 - sm, sm) if in_turns else sm)
+
+    def round_(i, carry):
+        cursor, state = carry
+        cursor, tile = schedule.locate(cursor, index_of(i))
+        # Beyond the last tile: some other one, or, where the last round has gaps, one without stages.
+        following = index_of(i + 1) if in_turns else jnp.minimum(index_of(i + 1), count - 1)
+        _, following = schedule.locate(cursor, following)
+        return cursor, visit(tile, following, i + 1 < rounds, state)
+
+    _, state = lax.fori_loop(0, rounds, round_, (schedule.start(), state))
+    return state
