@@ -182,8 +182,8 @@ class TileConfig:
             return f"{problem}: what is packed are weights times tokens [n, k], whole or by columns, token-major"
         if packs and (problem.epilogue != Epilogue() or problem.out_dtype != problem.dtype):
             return f"{problem}: what is packed passes through no other epilogue, and is rounded to the operands' type"
-        if problem.a != "sparse" and not packs:
-            return f"{problem}: a dense product is XLA's, unless its result is packed"
+        if problem.a != "sparse" and not packs and problem.mode == "dense":
+            return f"{problem}: a dense product is XLA's, unless it runs over groups or its result is packed"
         if packs and self.warpgroups == 2 and self.warpgroup_n > 192:
             return f"{self.warpgroup_n=}: four warpgroups begin with 128 registers a thread, too few for that product"
         if problem.b_interleaved and (problem.mode != "dense" or problem.b_k_major or problem.v):

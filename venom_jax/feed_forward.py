@@ -12,14 +12,13 @@ Without a gate, a bias, dropout and weights p, and with the squared ReLU, this i
 Here in reference form, masked arrays and dense products; `venom_jax.packed_feed_forward` is what runs on kernels.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.array_types import Array, Bool, Float, Int, accumulator
+from pallas_kernels.array_types import Array, Float, Int, accumulator
 from pallas_kernels.grouped24 import reference as grouped
 from pallas_kernels.pack import reference as pack
 from pallas_kernels.pack.api import pack_thresholded
@@ -28,7 +27,8 @@ from venom_jax import activation as activations
 from venom_jax import packed_feed_forward as packed_form
 from venom_jax.activation import Activation
 from venom_jax.dispatch import Implementation, Kernels, choose_kernels
-from venom_jax.ffn import rows_in_groups, rows_of_kernels, weight_operand
+from venom_jax.ffn import PackedWeights, rows_in_groups, rows_of_kernels, weight_operand
+from venom_jax.ffn_parts import Form, Opening, Operands, Weights, sum_by_expert, weights_of_rows
 from venom_jax.formats import Sparse24
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 from venom_jax.permutation import Grouping
@@ -38,39 +38,12 @@ from venom_jax.threshold import threshold_gradient
 _COLUMNS, _ROWS = 1, 0
 
 
-class Weights(NamedTuple):
-    """The masters of one layer, or of all experts one after the other along F."""
-
-    w1: Array
-    """[D, F], of the gate where there is one."""
-    w2: Array
-    """[F, D]."""
-    up: Array | None = None
-    """[D, F] Wu, with a gate."""
-    b1: Array | None = None
-    """[F]."""
-    b_up: Array | None = None
-    """[F]."""
-
-
 class Packed(NamedTuple):
     """The weights that products read 2:4, packed once per optimizer step."""
 
     w1: Sparse24
     w2: Sparse24
     up: Sparse24 | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """All that is static of one call."""
-
-    recipe: Recipe
-    kernels: Kernels | None
-    activation: Activation
-    clamp: float
-    dropout: float
-    axis: str | None
 
 
 def pack_weights(
@@ -173,6 +146,8 @@ def _form(x, weights, route, route_weights, recipe, activation, clamp, dropout, 
     if reason := _ablation(recipe):
         raise NotImplementedError(f"{reason}: an ablation of the plain layer, `venom_jax.sparse_ffn`.")
     kernels = choose_kernels(implementation, recipe, d_model, d_ffn, x.dtype, local=axis is not None)
+    if recipe.is_dense:
+        kernels = None  # nothing is sparse: the masked form is the plain layer
     if kernels is not None and (reason := packed_form.unsupported(x.dtype, gated=weights.up is not None)):
         if implementation is not None:
             raise NotImplementedError(f"implementation = 'hopper': {reason}. Use None or 'reference'.")
@@ -245,17 +220,6 @@ def _backward(form, residuals, cotangents):
 _layer.defvjp(_forward, _backward)
 
 
-class Operands(NamedTuple):
-    """Whole weights as one pass reads them: the first of the pass (W1, Wu) along D or F, and W2; dense or packed."""
-
-    w1: Array
-    w2: Array
-    up: Array | None
-    sparse_w1: Sparse24 | None = None
-    sparse_up: Sparse24 | None = None
-    sparse_w2: Sparse24 | None = None
-
-
 def _operands(form, weights, beta, beta_up, packed, dtype, gemms, after=None) -> Operands:
     """The operands of the forward's products, or of the backward's, gathered where devices hold parts."""
 
@@ -268,12 +232,13 @@ def _operands(form, weights, beta, beta_up, packed, dtype, gemms, after=None) ->
     first, second = gemms
     recipe = form.recipe
     if form.kernels is None:
-        up = None
+        up = own = own_up = None
+        if packed is not None:
+            own, own_up = (PackedWeights(first_packed, packed.w2) for first_packed in (packed.w1, packed.up))
         if weights.up is not None:
-            own = None if packed is None else packed._replace(w1=packed.up)
-            up = weight_operand(first, recipe, weights.up, beta.at[0].set(beta_up), own, dtype)
-        w1 = weight_operand(first, recipe, weights.w1, beta, packed, dtype)
-        w2 = weight_operand(second, recipe, weights.w2, beta, packed, dtype)
+            up = weight_operand(first, recipe, weights.up, beta.at[0].set(beta_up), own_up, dtype)
+        w1 = weight_operand(first, recipe, weights.w1, beta, own, dtype)
+        w2 = weight_operand(second, recipe, weights.w2, beta, own, dtype)
         return Operands(whole(w1, _COLUMNS), whole(w2, _ROWS), whole(up, _COLUMNS))
     w1, up, w2 = (None if w is None else w.astype(dtype) for w in (weights.w1, weights.up, weights.w2))
     reads_sparse_w1, reads_sparse_w2 = (gemm in recipe.weights for gemm in (first, second))
@@ -287,68 +252,6 @@ def _operands(form, weights, beta, beta_up, packed, dtype, gemms, after=None) ->
     else:
         w2 = whole(w2, _ROWS)
     return Operands(w1, w2, up, sparse_w1, sparse_up, sparse_w2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Opening:
-    """What happens to g and u between the product and the activation: biases, dropout, zeros in padding rows."""
-
-    form: Form
-    grouping: Grouping | None
-    tokens: int
-    weights: Weights
-    key_data: Array | None
-
-    @property
-    def changes(self) -> bool:
-        """Whether there is anything to do."""
-        return self.weights.b1 is not None or self.weights.b_up is not None or self.key_data is not None
-
-    def gate(self, g: Float[Array, "R Fe"]) -> Float[Array, "R Fe"]:
-        """g + b1, and 0 where dropout or padding closes the gate: h, dg and du are then zero by themselves."""
-        if not self.changes:
-            return g
-        g = self._biased(g, self.weights.b1)
-        return jnp.where(self._open(g.shape), g, 0)
-
-    def up(self, u: Float[Array, "R Fe"]) -> Float[Array, "R Fe"]:
-        """u + bu."""
-        return self._biased(u, self.weights.b_up)
-
-    def _biased(self, y, bias):
-        if bias is None:
-            return y
-        if self.form.axis is not None:
-            bias = gather(bias, self.form.axis, 0)
-        by_expert = bias.reshape(self.form.recipe.experts, -1)
-        of_row = by_expert[0] if len(by_expert) == 1 else by_expert[self.grouping.expert_of_row]
-        return (y.astype(accumulator(y.dtype)) + of_row).astype(y.dtype)
-
-    def _open(self, shape: tuple[int, ...]) -> Bool[Array, "R Fe"]:
-        rows = shape[0]
-        if self.grouping is None:
-            real, slot = jnp.arange(rows) < self.tokens, jnp.minimum(jnp.arange(rows), self.tokens - 1)
-        else:
-            real, slot = self.grouping.token_of_row < self.tokens, slots_of_rows(self.grouping)
-        if self.key_data is None:
-            return jnp.broadcast_to(real[:, None], shape)
-        slots = self.tokens * self.form.recipe.top_k
-        key = jax.random.wrap_key_data(self.key_data)
-        kept = jax.random.bernoulli(key, 1 - self.form.dropout, (slots, shape[1]))
-        return kept[slot] & real[:, None]
-
-
-def slots_of_rows(grouping: Grouping) -> Int[Array, "R"]:
-    """Which of the T k copies each row holds; 0 in padding rows."""
-    slots = grouping.row_of_slot.reshape(-1)
-    empty = jnp.zeros(grouping.token_of_row.shape, jnp.int32)
-    return empty.at[slots].set(jnp.arange(len(slots), dtype=jnp.int32), unique_indices=True)
-
-
-def weights_of_rows(grouping: Grouping, p: Float[Array, "T k"]) -> Float[Array, "R"]:
-    """p of each row, 0 in padding rows."""
-    empty = jnp.zeros(grouping.token_of_row.shape, p.dtype)
-    return empty.at[grouping.row_of_slot.reshape(-1)].set(p.reshape(-1), unique_indices=True)
 
 
 class _Saved(NamedTuple):
@@ -398,7 +301,7 @@ def masked_backward(form: Form, x, operands: Operands, grouping: Grouping | None
         dg, du = gated_gradients(dh, c, u, squared=form.activation != "relu")
     factor = activations.clamp_factor(c, form.activation, form.clamp)
     dg = dg if factor is None else dg * factor
-    biases = [None if g is None else _by_expert(recipe, grouping, g).reshape(-1) for g in (dg, du)]
+    biases = [None if g is None else sum_by_expert(recipe, grouping, g).reshape(-1) for g in (dg, du)]
 
     by_neuron = [None if w is None else w.T.reshape(recipe.experts, -1, len(w)) for w in (operands.w1, operands.up)]
     dx = _over_features(grouping, dg, by_neuron[0])
@@ -450,13 +353,3 @@ def _over_tokens(grouping: Grouping | None, a, b):
 
 def _into_w1(grouping: Grouping | None, rows, dg):
     return jnp.moveaxis(_over_tokens(grouping, rows, dg), 0, 1).reshape(rows.shape[1], -1)
-
-
-def _by_expert(recipe: Recipe, grouping: Grouping | None, g):
-    """The sum over each expert's rows: [E, Fe], f32."""
-    wide = g.astype(accumulator(g.dtype))
-    if grouping is None or recipe.experts == 1:
-        return jnp.sum(wide, axis=0, keepdims=True)
-    return jax.ops.segment_sum(wide, grouping.expert_of_row, num_segments=recipe.experts)
-
-

@@ -51,7 +51,7 @@ def matmul(
 
     Args:
       values: stored entries of A tile by tile (tile_order.py), [m / 64, k / 64, 8, 256], or row by row, [m, k / 2].
-      metadata: uint32 [m / 64, k / 64, 128].
+      metadata: uint32 [m / 64, k / 64, 128]; None with a dense A, whose array stands for values.
       b: [k, n], or [n, k] when `problem.b_k_major`; for rows' groups k runs over groups x k.
       groups: None, or int32 [G], the rows of each group.
       columns: where `problem.v` is set, int32 [m / v, k]: the row of b [any, n] for each of the k columns of A, for
@@ -62,8 +62,8 @@ def matmul(
     if row_scale is not None:
         row_scale = jnp.pad(row_scale, (0, MAX_TILE))  # a tile at the edge reads scales it does not use
     extra = {"groups": groups, "columns": columns, "operand": operand, "row_scale": row_scale}
-    operands = {"values": values, "metadata": metadata, "b": b}
-    operands |= {name: array for name, array in extra.items() if array is not None}
+    operands = {"values": values, "metadata": metadata, "b": b} | extra
+    operands = {name: array for name, array in operands.items() if array is not None}
     out = {"out": jax.ShapeDtypeStruct(problem.out_shape, problem.out_dtype)}
     return _launch(operands, out, problem, config, num_sms)["out"]
 
