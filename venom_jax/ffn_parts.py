@@ -1,4 +1,4 @@
-"""What the two forms of `venom_jax.feed_forward` share: its arrays, and what is done to rows between products."""
+"""What the two forms of `venom_jax.general_ffn` share: its arrays, and what is done to rows between products."""
 
 import dataclasses
 from typing import NamedTuple
@@ -40,6 +40,7 @@ class Form:
     clamp: float
     dropout: float
     axis: str | None
+    partial: bool = False
 
 
 class Operands(NamedTuple):

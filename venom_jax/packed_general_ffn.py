@@ -1,4 +1,4 @@
-"""The layer of `venom_jax.feed_forward` over packed operands: what runs on sparse tensor cores.
+"""The layer of `venom_jax.general_ffn` over packed operands: what runs on sparse tensor cores.
 
 Without a gate the products and the packing are those of `venom_jax.packed_ffn`; other activations change the packed
 values one by one. With a gate W1 and Wu stand side by side for each expert, [D, E, 2 Fe]: g and u are one product and
@@ -96,7 +96,7 @@ class _Products:
 def forward(
     form: Form, x: Array, operands: Operands, grouping: Grouping | None, p: Array | None, opening: Opening
 ) -> tuple[Array, Array, Saved]:
-    """(y, density, what the backward needs); arguments as `feed_forward.masked_forward`."""
+    """(y, density, what the backward needs); arguments as `general_ffn.masked_forward`."""
     recipe, products = form.recipe, _Products(form, grouping, len(x))
     rows = products.order.enter(x)
     along = {"features": recipe.activations, "tokens": recipe.wgrad == "24"}
@@ -144,7 +144,7 @@ def _forward_gated(form, products: _Products, rows: Array, operands, along, open
 def backward(
     form: Form, x: Array, operands: Operands, grouping: Grouping | None, p: Array | None, saved: Saved, dy: Array
 ) -> tuple[Array, Weights, Array | None]:
-    """(dx, gradients before any threshold's, dp); arguments as `feed_forward.masked_backward`."""
+    """(dx, gradients before any threshold's, dp); arguments as `general_ffn.masked_backward`."""
     products = _Products(form, grouping, len(x))
     rows, dy_rows = products.order.enter(x), _enter_weighted(products, dy, p)
     run = _backward_plain if operands.up is None else _backward_gated

@@ -2,16 +2,17 @@
 
     g = x S(W1) + b1     u = x S(Wu) + bu     h = phi(g) * u     y = sum over a token's experts of p h W2
     dh = p dy S(W2)^T    du = dh phi(g)       dg = dh phi'(g) u
-    dx = dg W1^T + du Wu^T     dW2 = h^T (p dy)     dW1 = x^T dg     dWu = x^T du     dp = <h W2, dy>
+    dx = dg W1^T + du Wu^T     dW2 = h^T (p dy)     dW1 = x^T dg     dWu = x^T du     dp = <h, dy S(W2)^T>
 
 Without a gate u is 1. phi is one of `venom_jax.activation`; where the gate is closed h, dg and du are zero, so what
 `venom_jax.ffn` says of the squared ReLU holds for all of them: two of each four h are kept by magnitude (without a gate
 by that of relu(g)), dg and du live where h does, and for the weight gradients all are pruned once more along tokens.
 Without a gate, a bias, dropout and weights p, and with the squared ReLU, this is `venom_jax.sparse_ffn`.
 
-Here in reference form, masked arrays and dense products; `venom_jax.packed_feed_forward` is what runs on kernels.
+Here in reference form, masked arrays and dense products; `venom_jax.packed_general_ffn` is what runs on kernels.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from pallas_kernels.pack import reference as pack
 from pallas_kernels.pack.api import pack_thresholded
 from pallas_kernels.pack.gated import gated_gradients, gated_product
 from venom_jax import activation as activations
-from venom_jax import packed_feed_forward as packed_form
+from venom_jax import packed_general_ffn as packed_form
 from venom_jax.activation import Activation
 from venom_jax.dispatch import Implementation, Kernels, choose_kernels
 from venom_jax.ffn import PackedWeights, rows_in_groups, rows_of_kernels, weight_operand
@@ -83,6 +84,7 @@ def feed_forward(
     packed: Packed | None = None,
     implementation: Implementation | None = None,
     axis: str | None = None,
+    partial: bool = False,
     return_density: bool = False,
 ) -> Any:
     """y = sum over each token's experts of p (phi(x W1 + b1) * (x Wu + bu)) W2, with the sparse backward of `recipe`.
@@ -102,13 +104,15 @@ def feed_forward(
       implementation: "reference", "hopper", or None to choose.
       axis: inside `jax.shard_map`, the mesh axis over whose devices the neurons (or experts) are cut; the weights are
         then this device's part, and are gathered for each pass.
-      return_density: also return the share of computed gates that are open, f32 [].
+      partial: entries of route that are equal to the number of experts stand for experts elsewhere, and give zeros.
+      return_density: also return the share of computed gates that are open, f32 []; where `partial`, of all copies.
 
     Raises:
       ValueError: sizes, arrays or options that do not belong together.
       NotImplementedError: the recipe, or the named implementation here.
     """
     form = _form(x, weights, route, route_weights, recipe, activation, clamp, dropout, key, implementation, axis)
+    form = dataclasses.replace(form, partial=partial)
     ones = jnp.ones(len(WEIGHT_GEMMS), jnp.float32)
     beta = ones if beta is None else beta
     beta_up = ones[0] if beta_up is None else beta_up
@@ -176,14 +180,24 @@ def _layer(form: Form, x, weights, p, beta, beta_up, packed, route, key_data):
 
 
 def _forward(form, x, weights, p, beta, beta_up, packed, route, key_data):
-    rows = rows_in_groups if form.kernels is None else rows_of_kernels
-    grouping = rows(form.recipe, route, len(x), form.kernels or "reference")
+    grouping = _grouping(form, route, len(x))
     if packed is None and form.recipe.weights and form.kernels is not None:
         packed = pack_weights(weights, beta, beta_up, dtype=x.dtype, implementation=form.kernels)
     run = masked_forward if form.kernels is None else packed_form.forward
     operands = _operands(form, weights, beta, beta_up, packed, x.dtype, ("y1", "y3"))
     y, density, saved = run(form, x, operands, grouping, p, Opening(form, grouping, len(x), weights, key_data))
     return (y, density), (x, weights, p, beta, beta_up, packed, grouping, saved)
+
+
+def _grouping(form: Form, route: Array | None, tokens: int) -> Grouping | None:
+    """The order of rows. What is computed elsewhere makes a last group, of which no product hears."""
+    order = rows_in_groups if form.kernels is None else rows_of_kernels
+    kernels = form.kernels or "reference"
+    if not (form.partial and form.recipe.routed):
+        return order(form.recipe, route, tokens, kernels)
+    recipe = dataclasses.replace(form.recipe, experts=form.recipe.experts + 1)
+    grouping = order(recipe, route, tokens, kernels)
+    return dataclasses.replace(grouping, group_sizes=grouping.group_sizes[: -recipe.token_blocks])
 
 
 def _backward(form, residuals, cotangents):
