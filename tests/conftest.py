@@ -31,7 +31,9 @@ from jaxtyping import install_import_hook
 # that validate plain values themselves (venom_jax.pattern, venom_jax.dispatch) are left to their own messages.
 _ARRAY_MODULES = [
     "calibrate",
+    "expert_parallel",
     "ffn",
+    "ffn_parts",
     "formats",
     "linen",
     "mlp",

@@ -31,7 +31,9 @@ from venom_jax.threshold import optimal_scale, sparse_weight
 _FORWARD: dict[WeightGemm, tuple[str, int]] = {"y1": ("w1", -2), "y3": ("w2", -2)}
 _READS: dict[WeightGemm, tuple[str, int]] = _FORWARD | {"dy2": ("w2", -1), "dx": ("w1", -1)}
 
-_STACKED = ("w1", "w2", "beta", "bias", "permutation", "router")
+_STACKED = ("w1", "w2", "up", "b1", "b_up", "beta", "beta_up", "bias", "permutation", "router")
+_PERMUTED = ("w1", "w2", "up", "b1", "b_up")
+"""What a layer has for each neuron; a gate's other factor `up` goes with W1 in all that happens."""
 
 Path = tuple[str, ...]
 
@@ -123,6 +125,9 @@ def transition(
             return jnp.zeros_like(value)
         if name == "beta":
             return _new_beta(params, layer, value, old, new, moved=bool(orders))
+        if name == "beta_up":
+            as_w1 = _new_beta(params, layer, jnp.tile(value[..., None], 4), old, new, moved=bool(orders), w1="up")
+            return as_w1[..., WEIGHT_GEMMS.index("y1")]
         if name == "router" and calibrate.refits(old, new):
             return _fit_router(_leaf(params, (*layer, "w1")), new, _sample(inputs, layer), value)
         return value
@@ -159,10 +164,14 @@ def bake(params: Any, method: Any, recipe: StackRecipe) -> Any:
     layers = _find_layers(params)
 
     def new_value(path: Path, value: Array) -> Array:
-        if path[:-1] not in layers or path[-1] not in baked:
+        name = "w1" if path[-1] == "up" else path[-1]
+        if path[:-1] not in layers or name not in baked:
             return value
-        gemm = baked[path[-1]]
-        beta = _leaf(method, (*path[:-1], "beta"))[..., WEIGHT_GEMMS.index(gemm), None, None]
+        gemm = baked[name]
+        if path[-1] == "up":
+            beta = _leaf(method, (*path[:-1], "beta_up"))[..., None, None]
+        else:
+            beta = _leaf(method, (*path[:-1], "beta"))[..., WEIGHT_GEMMS.index(gemm), None, None]
         s = sparse_weight(value.astype(jnp.float32), _FORWARD[gemm][1], recipe.weight_mask)
         return (beta * s).astype(value.dtype)
 
@@ -261,8 +270,11 @@ def _paste(tree: Any, part: Any, layer: Path, count: int, first: int) -> Any:
     return _map_named(new_value, tree)
 
 
-def _new_beta(params: Any, layer: Path, beta: Array, old: Recipe, new: Recipe, moved: bool) -> Array:
-    """The scales of a phase: those that the last one had stay, but where neurons moved into other fours along F."""
+def _new_beta(params: Any, layer: Path, beta: Array, old: Recipe, new: Recipe, moved: bool, w1: str = "w1") -> Array:
+    """The scales of a phase: those that the last one had stay, but where neurons moved into other fours along F.
+
+    w1: the weight that stands for W1.
+    """
     for index, gemm in enumerate(WEIGHT_GEMMS):
         other_fours = moved and (gemm in ("y3", "dx") or new.weight_mask == "transposable")
         kept = gemm in new.weights and gemm in old.weights and new.weight_mask == old.weight_mask
@@ -271,7 +283,7 @@ def _new_beta(params: Any, layer: Path, beta: Array, old: Recipe, new: Recipe, m
         scale = jnp.ones(beta.shape[:-1], beta.dtype)
         if gemm in new.weights:
             name, axis = _READS[gemm]
-            w = _leaf(params, (*layer, name))
+            w = _leaf(params, (*layer, w1 if name == "w1" else name))
             each = [optimal_scale(one, axis, new.weight_mask) for one in w.reshape(-1, *w.shape[-2:])]
             scale = jnp.stack(each).reshape(beta.shape[:-1]).astype(beta.dtype)
         beta = beta.at[..., index].set(scale)
@@ -353,15 +365,17 @@ def _layer_seed(seed: int, layer: int) -> int:
 
 def _permute(tree: Any, orders: dict[Path, Array], params: Any) -> Any:
     """Reorder the neurons of every leaf whose path ends in an FFN weight's path and that has its shape."""
-    weights = {(*path, name): order for path, order in orders.items() for name in ("w1", "w2")}
+    names = {path for path, _ in _named_leaves(params)}
+    weights = {(*path, name): order for path, order in orders.items() for name in _PERMUTED if (*path, name) in names}
     shapes = {path: _leaf(params, path).shape for path in weights}
 
     def new_value(path: Path, value: Array) -> Array:
         for weight, order in weights.items():
             if path[-len(weight) :] == weight and value.shape == shapes[weight]:
-                if weight[-1] == "w1":
-                    return jnp.take_along_axis(value, order[..., None, :], axis=-1)
-                return jnp.take_along_axis(value, order[..., :, None], axis=-2)
+                if weight[-1] == "w2":
+                    return jnp.take_along_axis(value, order[..., :, None], axis=-2)
+                one_each = weight[-1] in ("b1", "b_up")
+                return jnp.take_along_axis(value, order if one_each else order[..., None, :], axis=-1)
         return value
 
     return _map_named(new_value, tree)
