@@ -43,10 +43,10 @@ def loop(made: SparseMoE, x, recipe=None):
                 made, x[t], w1[:, own], None if made.up is None else np.asarray(made.up[...])[:, own], recipe
             )
             y[t] += weight * (h @ w2[own])
-        if made.shared_w1 is not None:
-            up = None if made.shared_up is None else np.asarray(made.shared_up[...])
-            h = _activated(made, x[t], np.asarray(made.shared_w1[...], np.float64), up, recipe)
-            y[t] += h @ np.asarray(made.shared_w2[...], np.float64)
+        if made.shared is not None:
+            up = None if made.shared.up is None else np.asarray(made.shared.up[...])
+            h = _activated(made, x[t], np.asarray(made.shared.w1[...], np.float64), up, recipe)
+            y[t] += h @ np.asarray(made.shared.w2[...], np.float64)
     return y
 
 

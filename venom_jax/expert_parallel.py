@@ -25,7 +25,7 @@ def exchanged(
     x: Float[Array, "T D"],
     weights: Weights,
     experts: int,
-    scales: tuple[Array, Array],
+    scales: tuple[Array, Array | None],
     packed: Packed | None,
     route: Int[Array, "T k"],
     p: Float[Array, "T k"],

@@ -81,7 +81,7 @@ def feed_forward(
     clamp: float = activations.CLAMP,
     dropout: float = 0.0,
     key: Array | None = None,
-    packed: Packed | None = None,
+    packed: Packed | PackedWeights | None = None,
     implementation: Implementation | None = None,
     axis: str | None = None,
     partial: bool = False,
@@ -100,7 +100,7 @@ def feed_forward(
       activation, clamp: see `venom_jax.activation`.
       dropout: the rate at which hidden activations are zeroed, and the others divided by 1 - rate, before anything is
         pruned; needs `key`. A recipe sees the same mask in both forms.
-      packed: `pack_weights(...)` of these weights.
+      packed: `pack_weights(...)` of these weights; without a gate `venom_jax.pack_weights` will do.
       implementation: "reference", "hopper", or None to choose.
       axis: inside `jax.shard_map`, the mesh axis over whose devices the neurons (or experts) are cut; the weights are
         then this device's part, and are gathered for each pass.
@@ -116,6 +116,10 @@ def feed_forward(
     ones = jnp.ones(len(WEIGHT_GEMMS), jnp.float32)
     beta = ones if beta is None else beta
     beta_up = ones[0] if beta_up is None else beta_up
+    if isinstance(packed, PackedWeights):
+        packed = Packed(packed.w1, packed.w2)
+    if packed is not None and (packed.up is None) != (weights.up is None):
+        raise ValueError("packed weights and masters disagree about a gate: pack with general_ffn.pack_weights.")
     key_data = None if not dropout else jax.random.key_data(_typed(key))
     y, density = _layer(form, x, weights, route_weights, beta, beta_up, packed, route, key_data)
     if dropout:

@@ -115,7 +115,7 @@ class SparseMLP(nnx.Module):
           x: [..., D]; all leading axes together are the batch whose tokens are routed and pruned.
           recipe: what is sparse in this call, forward and backward.
           packed: `venom_jax.pack_weights` of this layer, to threshold the weights once for several calls; of a layer
-            with a gate, biases, dropout or another activation `venom_jax.general_ffn.pack_weights`.
+            with a gate `venom_jax.general_ffn.pack_weights`.
           key: for the random router.
           dropout_key: of the mask of this call; None drops nothing.
           return_stats: return (y, FFNStats) instead of y.

@@ -24,7 +24,7 @@ from venom_jax.dispatch import Implementation
 from venom_jax.expert_parallel import exchanged
 from venom_jax.ffn_parts import Weights
 from venom_jax.general_ffn import Packed, feed_forward
-from venom_jax.mlp import Method
+from venom_jax.mlp import Method, SparseMLP
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 
 Scores = Literal["softmax", "sigmoid"]
@@ -115,9 +115,9 @@ class SparseMoE(nnx.Module):
     Attributes:
       router: Param [D, E].
       w1: Param [D, E Fe], expert after expert.   w2: Param [E Fe, D].   up: Param [D, E Fe], or None without gates.
-      shared_w1, shared_w2, shared_up: the same of the shared experts, which every token computes; None without.
+      shared: the shared experts, which every token computes, as one `SparseMLP`; None without.
       bias: Method [E], of the choice; see `updated_bias`.
-      beta, shared_beta: Method [4], frozen scales as in `SparseMLP`; beta_up, shared_beta_up: Method [], those of up.
+      beta: Method [4], frozen scales as in `SparseMLP`; beta_up: Method [], that of up, or None.
 
     Example:
       >>> moe = SparseMoE(64, 32, experts=8, experts_per_token=2, rngs=nnx.Rngs(0))
@@ -155,7 +155,8 @@ class SparseMoE(nnx.Module):
           gated, activation, clamp: of every expert; see `venom_jax.general_ffn`.
           scores, renormalise, scale: see `choose`.
           param_dtype: of the masters; keep f32, the compute dtype is that of x.
-          w1_init (also of up), w2_init, router_init: w1_init and w2_init are given the shape of one expert.
+          w1_init (also of up), w2_init, router_init: w1_init and w2_init are given the shape of one expert, and that
+            of all shared ones together.
           rngs: a stream `params`.
         """
         sizes = {"d_model": d_model, "d_expert": d_expert, "experts_per_token": experts_per_token}
@@ -183,13 +184,12 @@ class SparseMoE(nnx.Module):
         self.router = nnx.Param(router_init(rngs.params(), (d_model, experts), param_dtype))
         self.w1, self.w2 = nnx.Param(columns(experts)), nnx.Param(rows(experts))
         self.up = nnx.Param(columns(experts)) if gated else None
-        self.shared_w1 = nnx.Param(columns(shared_experts)) if shared_experts else None
-        self.shared_w2 = nnx.Param(rows(shared_experts)) if shared_experts else None
-        self.shared_up = nnx.Param(columns(shared_experts)) if shared_experts and gated else None
+        made = {"param_dtype": param_dtype, "w1_init": w1_init, "w2_init": w2_init, "rngs": rngs}
+        made |= {"gated": gated, "activation": activation, "clamp": clamp}
+        self.shared = SparseMLP(d_model, shared_experts * d_expert, **made) if shared_experts else None
         self.bias = Method(jnp.zeros(experts, jnp.float32))
-        self.beta, self.beta_up = Method(jnp.ones(len(WEIGHT_GEMMS), jnp.float32)), Method(jnp.ones((), jnp.float32))
-        self.shared_beta = Method(jnp.ones(len(WEIGHT_GEMMS), jnp.float32)) if shared_experts else None
-        self.shared_beta_up = Method(jnp.ones((), jnp.float32)) if shared_experts else None
+        self.beta = Method(jnp.ones(len(WEIGHT_GEMMS), jnp.float32))
+        self.beta_up = Method(jnp.ones((), jnp.float32)) if gated else None
 
     def __call__(
         self,
@@ -211,9 +211,9 @@ class SparseMoE(nnx.Module):
           return_stats: return (y, MoEStats) instead of y.
           implementation: "reference", "hopper", or None to choose by device.
           axis: inside `jax.shard_map`, the mesh axis over whose devices the neurons of w1, w2 and up are cut; the
-            experts of a pass are gathered (FSDP). The others are whole on each device. Statistics are of its tokens.
+            experts of a pass are gathered (FSDP), the shared ones' too. Statistics are of its tokens.
           expert_axis: instead, the mesh axis over whose devices whole experts are parted: tokens travel to them, and
-            their outputs back, by all-to-all (`venom_jax.expert_parallel`).
+            their outputs back, by all-to-all (`venom_jax.expert_parallel`). Shared experts are whole on each.
 
         Returns:
           y of x's shape and dtype.
@@ -234,7 +234,7 @@ class SparseMoE(nnx.Module):
         routing = choose(logits, self.bias[...], self.top_k, **options)
         shape = {"activation": self.activation, "clamp": self.clamp, "implementation": implementation}
         weights = Weights(self.w1[...], self.w2[...], None if self.up is None else self.up[...])
-        scales = (self.beta[...], self.beta_up[...])
+        scales = (self.beta[...], None if self.beta_up is None else self.beta_up[...])
         if expert_axis is None:
             own = dataclasses.replace(recipe, experts=self.experts, top_k=self.top_k)
             shape |= {"packed": packed, "axis": axis, "return_density": True}
@@ -244,20 +244,11 @@ class SparseMoE(nnx.Module):
             y, density = exchanged(
                 tokens, *experts, routing.route, routing.weights, expert_axis, recipe=recipe, **shape
             )
-        if self.shared_w1 is not None:
-            y = y + self._shared(tokens, recipe, self.shared_w1, implementation)
+        if self.shared is not None:
+            y = y + self.shared(tokens, recipe=recipe, implementation=implementation, axis=axis)
         y = y.reshape(x.shape)
         if not return_stats:
             return y
         dropped = 1 - routing.load.sum() / (len(tokens) * self.top_k)
         stats = MoEStats(density, routing.load, dropped, routing.entropy, routing.balance_loss, routing.z_loss)
         return y, stats
-
-    def _shared(self, tokens: Array, recipe: Recipe, w1: nnx.Param, implementation: Implementation | None) -> Array:
-        assert self.shared_w2 is not None
-        assert self.shared_beta is not None
-        assert self.shared_beta_up is not None
-        weights = Weights(w1[...], self.shared_w2[...], None if self.shared_up is None else self.shared_up[...])
-        scales = (self.shared_beta[...], self.shared_beta_up[...])
-        options = {"activation": self.activation, "clamp": self.clamp, "implementation": implementation}
-        return feed_forward(tokens, weights, None, None, *scales, recipe=recipe, **options)

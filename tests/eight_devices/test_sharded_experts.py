@@ -21,8 +21,14 @@ RECIPES = {"dense": Recipe(), "act24": Recipe.act24(token_blocks=4), "weights": 
 CUT = {"w1": P(None, "devices"), "up": P(None, "devices"), "w2": P("devices")}
 
 
-def specs(state):
-    return jax.tree.map_with_path(lambda path, _: CUT.get(path[0].key, P()), state)
+def specs(state, how):
+    """Where experts are whole, the shared ones are on every device."""
+
+    def spec(path, _):
+        names = [entry.key for entry in path if hasattr(entry, "key")]
+        return P() if how == "expert_axis" and "shared" in names else CUT.get(names[-1], P())
+
+    return jax.tree.map_with_path(spec, state)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -52,7 +58,7 @@ def test_a_mixture_is_that_of_one_device(how, experts, recipe):
             y, load = apply(params, x, local, **{how: "devices"})
             return y, jax.lax.psum(load, "devices")
 
-        tree = specs(params)
+        tree = specs(params, how)
         run = jax.shard_map(
             one, mesh=MESH, in_specs=(tree, P("devices")), out_specs=(P("devices"), P()), check_vma=False
         )

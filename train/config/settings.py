@@ -24,6 +24,8 @@ from gin import config_parser
 import configs
 from train.config.schedule import PhaseSchedule, resolve_step
 from venom_jax import LayerRecipes, Recipe, StackRecipe
+from venom_jax.activation import CLAMP, Activation
+from venom_jax.activation import check as check_activation
 from venom_jax.dispatch import Implementation
 
 CONFIG_ROOT = Path(configs.__path__[0]).parent
@@ -91,11 +93,37 @@ class Model:
     # id of the token at which a document begins (the data's end-of-document token): attention then stays inside a
     # document and positions count from its beginning.  None: documents in one sequence see each other.
     document_start: int | None = None
+    gated: bool = False  # FFN: (phi(x W1) * (x Wu)) W2
+    activation: Activation = "relu2"  # phi; relu2_clamped is (s tanh(relu / s))^2
+    clamp: float = CLAMP  # s
+    # A mixture of experts in place of each FFN, 0: none.  Of each a token computes experts_per_token, chosen by a
+    # learned router, and all shared_experts; an expert has d_expert neurons (None: d_ffn).
+    experts: int = 0
+    experts_per_token: int = 2
+    shared_experts: int = 0
+    d_expert: int | None = None
+    expert_scores: Literal["softmax", "sigmoid"] = "softmax"
+    expert_balance_rate: float = 1e-3  # step of the bias that balances the experts' load; 0: none
+    expert_balance_loss: float = 0.0  # weights of two terms of the training loss, each summed over layers:
+    expert_z_loss: float = 0.0  # 1 where load is even, and the mean (log sum exp of the router's logits)^2
 
     def __post_init__(self):
         _check_types(self)
         _at_least(self, 1, "vocab_size", "d_model", "d_ffn", "layers", "heads", "kv_heads")
-        _at_least(self, 0, "document_start")
+        _at_least(self, 1, "experts_per_token", "d_expert")
+        _at_least(self, 0, "document_start", "experts", "shared_experts")
+        _at_least(self, 0, "expert_balance_rate", "expert_balance_loss", "expert_z_loss")
+        check_activation(self.activation, self.clamp)
+        if self.experts == 1 or (self.experts and self.experts_per_token > self.experts):
+            raise ValueError(
+                f"Model.experts={self.experts} with Model.experts_per_token={self.experts_per_token}: use at least 2 "
+                "experts, and no more per token than there are; 0 experts for a plain FFN"
+            )
+        if not self.experts and (self.shared_experts or self.d_expert):
+            raise ValueError(
+                f"Model.shared_experts={self.shared_experts}, Model.d_expert={self.d_expert} describe experts, and "
+                "Model.experts=0 has none; bind it"
+            )
         if self.d_model % self.heads or (self.d_model // self.heads) % 2:
             raise ValueError(
                 f"Model.d_model={self.d_model} must be an even multiple of Model.heads={self.heads}: "
@@ -111,6 +139,30 @@ class Model:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.heads
+
+    @property
+    def expert_neurons(self) -> int:
+        """Of one expert, or of the FFN where there are none."""
+        return self.d_expert if self.experts and self.d_expert else self.d_ffn
+
+    @property
+    def neurons(self) -> int:
+        """Of all experts of a layer."""
+        return self.expert_neurons * (self.experts + self.shared_experts if self.experts else 1)
+
+    @property
+    def active_neurons(self) -> int:
+        """What a token computes."""
+        return self.expert_neurons * (self.experts_per_token + self.shared_experts if self.experts else 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """relu(x W1)^2 W2 and nothing else."""
+        return not self.gated and not self.experts and self.activation == "relu2"
+
+    @property
+    def ffn_matrices(self) -> int:
+        return 3 if self.gated else 2
 
 
 def _is_source(entry: Any) -> bool:
@@ -403,7 +455,17 @@ class RunConfig:
     def __post_init__(self):
         schedule = self.phases.resolve(self.train.steps, self.model.layers)
         for phase in schedule.phases:
-            phase.recipe.check(self.model.d_model, self.model.d_ffn)
+            phase.recipe.check(self.model.d_model, self.model.expert_neurons)
+            if self.model.experts and phase.recipe.routed:
+                raise ValueError(
+                    f"Model.experts={self.model.experts} and the recipe of phase {phase.label} routes by itself "
+                    f"(experts={phase.recipe.experts}): use a recipe without routing, such as act24, inside experts"
+                )
+        if self.train.diagnosis_every and not self.model.is_plain:
+            raise ValueError(
+                f"Train.diagnosis_every={self.train.diagnosis_every} looks into a plain squared-ReLU FFN; with "
+                "Model.gated, Model.experts or another Model.activation bind 0"
+            )
         object.__setattr__(self, "schedule", schedule)
         for name in ("warmup", "decay"):
             resolve_step(getattr(self.learning_rate, name), self.train.steps, f"LearningRate.{name}")

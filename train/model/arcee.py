@@ -28,6 +28,11 @@ def config_json(config: Model, *, seq_len: int, eos_id: int, dtype: str) -> dict
     Raises:
       NotImplementedError: the architecture lacks something that the model has.
     """
+    if not config.is_plain:
+        raise NotImplementedError(
+            "ArceeForCausalLM has a squared-ReLU FFN without a gate; Model.gated, Model.experts and another "
+            "Model.activation have no export"
+        )
     if config.qk_norm:
         raise NotImplementedError("ArceeForCausalLM has no norm on queries and keys; Model.qk_norm=True has no export")
     return {

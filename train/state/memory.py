@@ -53,7 +53,7 @@ def estimate(config: RunConfig, data: int, fsdp: int) -> Memory:
     shape, train = config.model, config.train
     state, wide = abstract_state(config), jnp.dtype(train.dtype).itemsize
     width = (shape.heads + 2 * shape.key_value_heads) * shape.head_dim
-    layer = shape.d_model * (width + shape.d_model + 2 * shape.d_ffn)
+    layer = shape.d_model * (width + shape.d_model + shape.ffn_matrices * shape.neurons)
     head = shape.d_model * shape.vocab_size
     copies = 1 if train.accumulation == 1 else 2  # the sum so far, and a microbatch's
     # Of one layer: weights that come while another's are in use, and its gradients before they are scattered.
@@ -72,14 +72,17 @@ def estimate(config: RunConfig, data: int, fsdp: int) -> Memory:
 
 def _activations(config: RunConfig, width: int) -> tuple[int, int]:
     """Bytes a token: kept by a layer, and of one layer's work."""
-    d, f, wide = config.model.d_model, config.model.d_ffn, jnp.dtype(config.train.dtype).itemsize
+    shape = config.model
+    # A gate leaves two arrays of hidden activations; experts their inputs and outputs, a copy for each.
+    d, f, wide = shape.d_model, shape.active_neurons * (shape.ffn_matrices - 1), jnp.dtype(config.train.dtype).itemsize
     recipes = [part for recipe in config.schedule.recipes for _, _, part in recipe.parts(config.model.layers)]
     # a, or a packed twice at 9/16 of its size, of the neurons that a token computes; without recomputation dense keeps
     # a^2 as well.
     shares = [1.0 if recipe.is_dense else recipe.top_k / recipe.experts * 9 / 8 for recipe in recipes]
     both = [2 * share if recipe.is_dense else share for recipe, share in zip(recipes, shares, strict=True)]
     hidden, unpruned = wide * f * max(shares), wide * f * max(both)
-    everything = 2 * 4 * d + wide * (4 * d + 2 * width) + unpruned
+    copies = wide * 2 * d * shape.experts_per_token if shape.experts else 0
+    everything = copies + 2 * 4 * d + wide * (4 * d + 2 * width) + unpruned
     unrolled = wide * (1.5 * d + width) + unpruned  # a loop keeps the norms' float32 and the projections, too
     kept = {
         "none": unrolled if config.train.unroll >= config.model.layers else everything,
