@@ -134,7 +134,7 @@ class Logger:
             return
         self._watch.learn(step, values["loss"])
         phase = self._config.schedule.phases[phase_index]
-        if not phase.recipe.routed:
+        if not (phase.recipe.routed or self._config.model.experts):
             values = {name: value for name, value in values.items() if not name.startswith("load_")}
         rate = self._throughput.measure(step)
         values["tokens_per_second"] = round(rate, 1)
