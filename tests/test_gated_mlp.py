@@ -1,5 +1,7 @@
 """SparseMLP with a gate, another activation, biases and dropout, through phases too."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ D, F = 32, 128
 X = jax.random.normal(jax.random.key(0), (64, D))
 
 
-def layer(**options):
+def layer(**options) -> Any:
     made = SparseMLP(D, F, max_experts=4, rngs=nnx.Rngs(0), **options)
     for bias in (made.b1, made.b_up, made.b2):
         if bias is not None:
@@ -69,6 +71,7 @@ def test_bad_activation_is_named():
 
 def test_linen():
     module = linen.sparse_mlp(D, F, gated=True)
-    variables = module.init(jax.random.key(0), X)
+    variables: Any = module.init(jax.random.key(0), X)
     assert variables["params"]["up"].shape == (D, F)
-    assert module.apply(variables, X, recipe=Recipe.act24()).shape == X.shape
+    y: Any = module.apply(variables, X, recipe=Recipe.act24())
+    assert y.shape == X.shape

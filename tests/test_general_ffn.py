@@ -1,6 +1,8 @@
 """Gated layers, other activations, biases, dropout and weighted experts: the reference, and the form of the kernels."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,7 @@ def run(x, weights, dy, recipe, kernels=None, activation="relu2", dropout=0.0, c
     route, p = routed(len(x), recipe)
     key = jax.random.key(7) if dropout else None
     form = _form(x, weights, route, p, recipe, activation, clamp, dropout, key, "reference", None)
-    form = form.__class__(**{**form.__dict__, "kernels": kernels})
+    form = dataclasses.replace(form, kernels=kernels)
     data = None if key is None else jax.random.key_data(key)
 
     def apply(x, weights, p):
@@ -52,7 +54,7 @@ def run(x, weights, dy, recipe, kernels=None, activation="relu2", dropout=0.0, c
     return y, density, dx, dp, *found
 
 
-def dense(x, weights, p, route, recipe, activation="relu2", clamp=1.0):
+def dense(x, weights, p, route, recipe, activation: Any = "relu2", clamp=1.0):
     """The layer without any sparsity but the route, by a loop over the experts."""
     experts = recipe.experts
     y = 0.0
@@ -87,7 +89,7 @@ def test_dense_gradients_are_those_of_autodiff(gated, biases, recipe, activation
         x, weights, dy = jax.tree.map(lambda t: t.astype(jnp.float64), inputs(gated=gated, biases=biases))
         route, p = routed(len(x), recipe)
         found = run(x, weights, dy, recipe, activation=activation)
-        y, vjp = jax.vjp(lambda *a: dense(*a, route, recipe, activation), x, weights, p)
+        y, vjp = jax.vjp(lambda x, w, p: dense(x, w, p, route, recipe, activation), x, weights, p)
         dx, gradient, dp = vjp(dy)
         expected = (y, dx, dp, *gradient)
         for out, ref in zip((found[0], *found[2:]), expected, strict=True):
@@ -120,7 +122,7 @@ def test_lossless_gate_equals_dense():
     x = jnp.where((jnp.arange(128) < 64)[:, None], x, 0.0)
     with jax.default_matmul_precision("highest"):
         found = run(x, weights, dy, Recipe.act24())
-        y, vjp = jax.vjp(lambda *a: dense(*a, None, None, Recipe()), x, weights)
+        y, vjp = jax.vjp(lambda x, w: dense(x, w, None, None, Recipe()), x, weights)
         dx, gradient = vjp(dy)
     for out, ref in zip((found[0], found[2], *found[4:7]), (y, dx, *gradient[:3]), strict=True):
         assert_close(out, ref)
@@ -208,7 +210,7 @@ def test_bad_input_is_named():
     x, weights, _ = inputs(biases=True)
     apply = functools.partial(feed_forward, x, weights, recipe=Recipe())
     with pytest.raises(ValueError, match=r"activation = 'gelu'; use one of 'relu2', 'relu', 'relu2_clamped'"):
-        apply(activation="gelu")
+        apply(activation="gelu")  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match="clamp = 0"):
         apply(clamp=0.0)
     with pytest.raises(ValueError, match=r"dropout = 1.0: use a rate"):

@@ -1,6 +1,7 @@
 """The mixture of experts against a loop over experts in float64, at every edge of the routing."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,13 @@ from flax import nnx
 
 from tests import brute_force
 from tests.helpers import assert_close, relative_error
-from venom_jax import Recipe, SparseMoE, moe, phases
+from venom_jax import Recipe, SparseMoE, linen, moe, phases
 from venom_jax.mlp import Method
 
 D, FE = 32, 64
 
 
-def layer(experts=4, top_k=2, **options):
+def layer(experts=4, top_k=2, **options: Any) -> Any:
     return SparseMoE(D, FE, experts=experts, experts_per_token=top_k, rngs=nnx.Rngs(0), **options)
 
 
@@ -195,6 +196,16 @@ def test_nan_stays_with_its_token():
     others = np.arange(64) != 7
     assert np.isnan(y[7]).all()
     np.testing.assert_array_equal(np.asarray(y)[others], np.asarray(clean)[others])
+
+
+def test_linen():
+    module = linen.sparse_moe(D, FE, experts=4, experts_per_token=2, shared_experts=1)
+    variables: Any = module.init(jax.random.key(0), tokens())
+    assert variables["params"]["shared"]["w1"].shape == (D, FE)
+    found: Any = module.apply(variables, tokens(), recipe=Recipe.act24(), return_stats=True)
+    y, stats = found
+    assert y.shape == (70, D)
+    assert stats.load.sum() == 140
 
 
 def test_bad_input_is_named():

@@ -43,7 +43,8 @@ def test_emulated(along, squared):
 @pytest.mark.parametrize("along", ALONG)
 @pytest.mark.parametrize("shape", [(64, 64), (192, 128), (4096, 1408)])
 def test_hopper(shape, along, squared):
-    check(*shape, along, squared)
+    rows, columns = shape
+    check(rows, columns, along, squared)
 
 
 @pytest.mark.parametrize("squared", [True, False])

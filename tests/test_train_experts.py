@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,15 @@ from train.state.state import initial_state
 from train.step.step import make_gradients
 from venom_jax import Recipe
 
-GATED = {"gated": True, "activation": "relu"}
-EXPERTS = {"experts": 4, "experts_per_token": 2, "shared_experts": 1, "d_expert": 16, "expert_scores": "sigmoid"}
-SHAPES = {"gated": GATED, "experts": EXPERTS, "gated experts": GATED | EXPERTS}
+GATED: dict[str, Any] = {"gated": True, "activation": "relu"}
+EXPERTS: dict[str, Any] = {
+    "experts": 4,
+    "experts_per_token": 2,
+    "shared_experts": 1,
+    "d_expert": 16,
+    "expert_scores": "sigmoid",
+}
+SHAPES: dict[str, dict[str, Any]] = {"gated": GATED, "experts": EXPERTS, "gated experts": GATED | EXPERTS}
 PHASES = ((0, "dense"), (4, "all24"), (10, "dense"))
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.array_types import Array, Float, Int
+from venom_jax.ffn import PackedWeights
 from venom_jax.ffn_parts import Weights
 from venom_jax.general_ffn import Packed, feed_forward
 from venom_jax.pattern import Recipe
@@ -26,7 +27,7 @@ def exchanged(
     weights: Weights,
     experts: int,
     scales: tuple[Array, Array | None],
-    packed: Packed | None,
+    packed: Packed | PackedWeights | None,
     route: Int[Array, "T k"],
     p: Float[Array, "T k"],
     axis: str,

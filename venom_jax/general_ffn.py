@@ -120,7 +120,7 @@ def feed_forward(
         packed = Packed(packed.w1, packed.w2)
     if packed is not None and (packed.up is None) != (weights.up is None):
         raise ValueError("packed weights and masters disagree about a gate: pack with general_ffn.pack_weights.")
-    key_data = None if not dropout else jax.random.key_data(_typed(key))
+    key_data = None if not dropout or key is None else jax.random.key_data(_typed(key))
     y, density = _layer(form, x, weights, route_weights, beta, beta_up, packed, route, key_data)
     if dropout:
         y = (y.astype(jnp.float32) / (1 - dropout)).astype(y.dtype)
@@ -201,6 +201,7 @@ def _grouping(form: Form, route: Array | None, tokens: int) -> Grouping | None:
         return order(form.recipe, route, tokens, kernels)
     recipe = dataclasses.replace(form.recipe, experts=form.recipe.experts + 1)
     grouping = order(recipe, route, tokens, kernels)
+    assert grouping is not None, "a route makes groups"
     return dataclasses.replace(grouping, group_sizes=grouping.group_sizes[: -recipe.token_blocks])
 
 
@@ -217,7 +218,7 @@ def _backward(form, residuals, cotangents):
             del w, beta
             return gradient
 
-    def of_master(name: str, scale, dimension: int):
+    def of_master(name: str, scale, dimension: int) -> Any:
         master, gradient = getattr(weights, name), getattr(found, name)
         if master is None:
             return None
@@ -241,7 +242,7 @@ _layer.defvjp(_forward, _backward)
 def _operands(form, weights, beta, beta_up, packed, dtype, gemms, after=None) -> Operands:
     """The operands of the forward's products, or of the backward's, gathered where devices hold parts."""
 
-    def whole(part, dimension):
+    def whole(part, dimension) -> Any:
         return part if form.axis is None or part is None else gather(part, form.axis, dimension, after=after)
 
     def whole_packed(part):
@@ -258,7 +259,8 @@ def _operands(form, weights, beta, beta_up, packed, dtype, gemms, after=None) ->
         w1 = weight_operand(first, recipe, weights.w1, beta, own, dtype)
         w2 = weight_operand(second, recipe, weights.w2, beta, own, dtype)
         return Operands(whole(w1, _COLUMNS), whole(w2, _ROWS), whole(up, _COLUMNS))
-    w1, up, w2 = (None if w is None else w.astype(dtype) for w in (weights.w1, weights.up, weights.w2))
+    w1, w2 = weights.w1.astype(dtype), weights.w2.astype(dtype)
+    up = None if weights.up is None else weights.up.astype(dtype)
     reads_sparse_w1, reads_sparse_w2 = (gemm in recipe.weights for gemm in (first, second))
     sparse_w1 = sparse_up = sparse_w2 = None
     if reads_sparse_w1:  # where the packed operand stands in, the dense one is not read
@@ -306,7 +308,7 @@ def masked_backward(form: Form, x, operands: Operands, grouping: Grouping | None
     c = activations.squashed(a, form.activation, form.clamp)
     rows, dy_rows = (t if grouping is None else grouping.apply(t) for t in (x, dy))
     dp = None
-    if p is not None:
+    if p is not None and grouping is not None:
         of_row = weights_of_rows(grouping, p)
         unweighted = _forth(recipe, grouping, dy_rows, operands.w2.T)
         dots = jnp.sum(_hidden(form, a, u).astype(unweighted.dtype) * unweighted, axis=1)

@@ -1,4 +1,4 @@
-"""SparseMLP and VNMLinear for flax.linen models, through nnx's bridge.
+"""SparseMLP, SparseMoE and VNMLinear for flax.linen models, through nnx's bridge.
 
     class Block(nn.Module):
         @nn.compact
@@ -14,6 +14,7 @@ from typing import Any
 from flax import linen, nnx
 
 from venom_jax.mlp import SparseMLP
+from venom_jax.moe import SparseMoE
 from venom_jax.pattern import Pattern
 from venom_jax.vnm import VNMLinear
 
@@ -23,6 +24,11 @@ def sparse_mlp(
 ) -> linen.Module:
     """A linen module with the parameters and call arguments of `SparseMLP`."""
     return nnx.bridge.to_linen(SparseMLP, d_model, d_ffn, max_experts=max_experts, name=name, **options)
+
+
+def sparse_moe(d_model: int, d_expert: int, *, name: str | None = None, **options: Any) -> linen.Module:
+    """A linen module with the parameters and call arguments of `SparseMoE`; its biases are under `Method`."""
+    return nnx.bridge.to_linen(SparseMoE, d_model, d_expert, name=name, **options)
 
 
 def vnm_linear(d_in: int, d_out: int, *, pattern: Pattern, name: str | None = None, **options: Any) -> linen.Module:

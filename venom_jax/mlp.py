@@ -170,7 +170,5 @@ class SparseMLP(nnx.Module):
 
     def _weights(self) -> Weights:
         """The masters, of which a layer has some or all."""
-        w1, w2, up, b1, b_up = (
-            None if param is None else param[...] for param in (self.w1, self.w2, self.up, self.b1, self.b_up)
-        )
-        return Weights(w1, w2, up, b1, b_up)
+        up, b1, b_up = (None if param is None else param[...] for param in (self.up, self.b1, self.b_up))
+        return Weights(self.w1[...], self.w2[...], up, b1, b_up)

@@ -22,6 +22,7 @@ from venom_jax import activation as activations
 from venom_jax.activation import Activation
 from venom_jax.dispatch import Implementation
 from venom_jax.expert_parallel import exchanged
+from venom_jax.ffn import PackedWeights
 from venom_jax.ffn_parts import Weights
 from venom_jax.general_ffn import Packed, feed_forward
 from venom_jax.mlp import Method, SparseMLP
@@ -184,7 +185,7 @@ class SparseMoE(nnx.Module):
         self.router = nnx.Param(router_init(rngs.params(), (d_model, experts), param_dtype))
         self.w1, self.w2 = nnx.Param(columns(experts)), nnx.Param(rows(experts))
         self.up = nnx.Param(columns(experts)) if gated else None
-        made = {"param_dtype": param_dtype, "w1_init": w1_init, "w2_init": w2_init, "rngs": rngs}
+        made: dict[str, Any] = {"param_dtype": param_dtype, "w1_init": w1_init, "w2_init": w2_init, "rngs": rngs}
         made |= {"gated": gated, "activation": activation, "clamp": clamp}
         self.shared = SparseMLP(d_model, shared_experts * d_expert, **made) if shared_experts else None
         self.bias = Method(jnp.zeros(experts, jnp.float32))
@@ -196,7 +197,7 @@ class SparseMoE(nnx.Module):
         x: Float[Array, "*batch D"],
         *,
         recipe: Recipe = _DENSE,
-        packed: Packed | None = None,
+        packed: Packed | PackedWeights | None = None,
         return_stats: bool = False,
         implementation: Implementation | None = None,
         axis: str | None = None,
@@ -207,7 +208,7 @@ class SparseMoE(nnx.Module):
         Args:
           x: [..., D]; all leading axes together are the batch.
           recipe: what is sparse inside the experts: one without routing, which the experts are.
-          packed: `venom_jax.general_ffn.pack_weights` of w1, w2 and up.
+          packed: `venom_jax.general_ffn.pack_weights` of w1, w2 and up (not of the shared experts).
           return_stats: return (y, MoEStats) instead of y.
           implementation: "reference", "hopper", or None to choose by device.
           axis: inside `jax.shard_map`, the mesh axis over whose devices the neurons of w1, w2 and up are cut; the
@@ -232,7 +233,7 @@ class SparseMoE(nnx.Module):
         logits = jnp.dot(tokens.astype(jnp.float32), self.router[...].astype(jnp.float32), precision="highest")
         options = {"scores": self.scores, "renormalise": self.renormalise, "scale": self.scale}
         routing = choose(logits, self.bias[...], self.top_k, **options)
-        shape = {"activation": self.activation, "clamp": self.clamp, "implementation": implementation}
+        shape: dict[str, Any] = {"activation": self.activation, "clamp": self.clamp, "implementation": implementation}
         weights = Weights(self.w1[...], self.w2[...], None if self.up is None else self.up[...])
         scales = (self.beta[...], None if self.beta_up is None else self.beta_up[...])
         if expert_axis is None:

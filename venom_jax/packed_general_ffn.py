@@ -66,7 +66,7 @@ class _Products:
             return jnp.dot(rows, weight if transposed else weight.T)
         return dense_groups.columns(weight, rows, self.grouping.expert_sizes, transposed=transposed, **self.options)
 
-    def back(self, packed: Packed | None, dense: Array | None, weight: Array, *, k_major: bool) -> Array:
+    def back(self, packed: Packed | None, dense: Any, weight: Array, *, k_major: bool) -> Array:
         """Activations [R, Fe] times the weight of each row's expert, [F, D] or, `k_major`, [D, F]: [R, D]."""
         if self.grouping is None:
             if packed is None:
@@ -78,14 +78,14 @@ class _Products:
             return dense_groups.rows(dense, *operands, b_k_major=k_major, **self.options)
         return grouped.rows(*packed, *operands, b_k_major=k_major, **self.options)
 
-    def over_tokens(self, packed: Packed | None, dense: Array | None, rows: Array, dtype: Any) -> Array:
+    def over_tokens(self, packed: Packed | None, dense: Any, rows: Array, dtype: Any) -> Array:
         """sum over tokens of activations [R, Fe] and rows [R, D]: [F, D] in `dtype`."""
         if packed is not None or self.grouping is None:
             return self.order.over_tokens(packed, dense, rows, dtype, transpose=False)
         out = dense_groups.contraction(dense, rows, self.grouping.expert_sizes, out_dtype=dtype, **self.options)
         return out.reshape(-1, rows.shape[1])
 
-    def into_w1(self, packed: Packed | None, dense: Array | None, rows: Array, dtype: Any) -> Array:
+    def into_w1(self, packed: Packed | None, dense: Any, rows: Array, dtype: Any) -> Array:
         """As `over_tokens`, [D, F]."""
         if packed is not None or self.grouping is None:
             return self.order.over_tokens(packed, dense, rows, dtype, transpose=True)
@@ -150,7 +150,7 @@ def backward(
     run = _backward_plain if operands.up is None else _backward_gated
     dx, found, dots = run(form, products, rows, dy_rows, operands, saved)
     dp = None
-    if p is not None:
+    if p is not None and grouping is not None:
         of_copy = dots[grouping.row_of_slot].astype(p.dtype)
         dp = jnp.where(p == 0, 0, of_copy / jnp.where(p == 0, 1, p))
     return products.order.leave(dx, x.dtype), found, dp
@@ -158,20 +158,26 @@ def backward(
 
 def _backward_plain(form, products: _Products, rows, dy_rows, operands, saved: Saved):
     recipe, order, w2 = form.recipe, products.order, operands.w2
-    dense, features, tokens = saved.dense, saved.features, saved.tokens
+    dense: Any = saved.dense
+    features: Any = saved.features
+    tokens = saved.tokens
     if dense is None and recipe.wgrad != "24":
         dense = pack_activations.unpack(features)
     slope_features, slope_tokens = (_each(t, lambda v: _half_slope(form, v)) for t in (features, tokens))
-    dense_dg, dense_h = None, None
+    taken: Any = None
+    dh: Any = None
+    dense_dg: Any = None
+    dense_h: Any = None
     if dense is None:
         taken = order.take_hidden(dy_rows, operands.sparse_w2, w2, slope_features, slope_tokens)
     else:
         dh = products.forth(dy_rows, operands.sparse_w2, w2, transposed=False)
-        options = {"interleaved": order.interleaved, **products.options}
+        options: dict[str, Any] = {"interleaved": order.interleaved, **products.options}
         taken = api.take_activations(dh, slope_features, slope_tokens, **options)
         dense_dg, dense_h = 2 * dh * _half_slope(form, dense), _value(form, dense)
     if features is not None:
-        dots = _dots(form, features.values, taken.features.values)
+        gradient: Any = taken.features
+        dots = _dots(form, features.values, gradient.values)
     else:
         wide = (t.astype(accumulator(rows.dtype)) for t in (dense_h, dh))
         dots = jnp.sum(jnp.multiply(*wide), axis=1)
@@ -184,7 +190,8 @@ def _backward_plain(form, products: _Products, rows, dy_rows, operands, saved: S
     if tokens is not None and form.activation != "relu2":
         hidden = _each(tokens, lambda v: _value(form, v))
     dtypes = {"dtype": jnp.float32}
-    b1 = _bias_gradient(products, dense_dg if of_features is None else pack_activations.unpack(of_features))
+    dg: Any = dense_dg if of_features is None else pack_activations.unpack(of_features)
+    b1 = _bias_gradient(products, dg)
     found = Weights(
         products.into_w1(of_tokens, dense_dg if tokens is None else None, rows, **dtypes),
         products.over_tokens(hidden, dense_h if tokens is None else None, dy_rows, **dtypes),
@@ -194,12 +201,17 @@ def _backward_plain(form, products: _Products, rows, dy_rows, operands, saved: S
 
 
 def _backward_gated(form, products: _Products, rows, dy_rows, operands, saved: Saved):
-    gates, squared = saved.gates, form.activation != "relu"
+    gates: Any = saved.gates
+    squared = form.activation != "relu"
     options = {"squared": squared, "interleaved": products.order.interleaved}
     dh = products.forth(dy_rows, operands.sparse_w2, operands.w2, transposed=False)
-    taken = gated.take_gated(dh, gates, **options, **products.options)
+    taken: Any = gated.take_gated(dh, gates, **options, **products.options)
     _, wide = _side_by_side(form, operands)
-    dense = dense_h = dense_both = dense_dg = dense_du = None
+    dense: Any = None
+    dense_h: Any = None
+    dense_both: Any = None
+    dense_dg: Any = None
+    dense_du: Any = None
     if saved.dense is not None:
         dense = jnp.split(saved.dense, 2, axis=1)
     elif gates.token_gate is None:
@@ -242,7 +254,7 @@ def _backward_gated(form, products: _Products, rows, dy_rows, operands, saved: S
 def _enter_weighted(products: _Products, dy: Array, p: Array | None) -> Array:
     if p is None:
         return products.order.enter(dy)
-    grouping = products.grouping
+    grouping: Any = products.grouping
     of_row = weights_of_rows(grouping, p.astype(jnp.float32))
     return permute.gather_rows(dy, grouping.token_of_row, of_row, **products.options)
 
@@ -250,7 +262,8 @@ def _enter_weighted(products: _Products, dy: Array, p: Array | None) -> Array:
 def _leave(products: _Products, y: Array, p: Array | None, dtype: Any) -> Array:
     if p is None:
         return products.order.leave(y, dtype)
-    slots = products.grouping.row_of_slot
+    grouping: Any = products.grouping
+    slots = grouping.row_of_slot
     return permute.sum_copies(y, slots, p.astype(jnp.float32), **products.options).astype(dtype)
 
 
@@ -272,7 +285,7 @@ def _side_by_side(form, operands) -> tuple[Sparse24 | None, Array]:
     return Sparse24(values, words, (gate.shape[0], 2 * gate.shape[1]), gate.axis), wide
 
 
-def _value(form, a: Array | None) -> Array | None:
+def _value(form, a: Array | None) -> Any:
     if a is None:
         return None
     return activations.value(activations.squashed(a, form.activation, form.clamp), form.activation)
@@ -295,7 +308,7 @@ def _clamped_values(form, gradient: Array, a: Array, *, squashed: bool = False) 
     return gradient if factor is None else gradient * factor
 
 
-def _each(packed: Packed | None, function) -> Packed | None:
+def _each(packed: Packed | None, function) -> Any:
     return None if packed is None else packed._replace(values=function(packed.values))
 
 

@@ -1,6 +1,7 @@
 """Mixtures of experts and gated layers over devices equal those on one: weights gathered, or tokens exchanged."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,8 @@ def test_a_gated_layer_with_its_neurons_cut(recipe):
     shapes = ((D, 256), (256, D), (D, 256), (256,), (256,))
     weights = Weights(*(jax.random.normal(key, shape) / 8 for key, shape in zip(keys, shapes, strict=True)))
     x = jax.random.normal(jax.random.key(1), (TOKENS, D))
-    cut = Weights(P(None, "devices"), P("devices"), P(None, "devices"), P("devices"), P("devices"))
+    specs: list[Any] = [P(None, "devices"), P("devices"), P(None, "devices"), P("devices"), P("devices")]
+    cut = Weights(*specs)
 
     def loss(x, weights, axis=None):
         return jnp.sin(feed_forward(x, weights, recipe=recipe, axis=axis)).sum()
