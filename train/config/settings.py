@@ -85,6 +85,12 @@ class Model:
     heads: int
     kv_heads: int | None = None  # None: one key-value head for each query head
     rope_base: float = 10000.0
+    # YaRN: positions of contexts rope_factor times as long as rope_original_length; 1 is none (train/model/rope.py).
+    rope_factor: float = 1.0
+    rope_original_length: int | None = None
+    rope_fast: float = 32.0  # turns within the original length above which a pair of features is left as it is,
+    rope_slow: float = 1.0  # and below which it turns rope_factor times slower
+    rope_attention_factor: float | None = None  # of cosine and sine; None: 0.1 ln(rope_factor) + 1
     norm_epsilon: float = 1e-5
     init_std: float = 0.02  # embedding, head, qkv; projections into the residual stream get this / sqrt(2 layers)
     ffn_init_std: float = 0.03  # W1
@@ -114,6 +120,15 @@ class Model:
         _at_least(self, 0, "document_start", "experts", "shared_experts")
         _at_least(self, 0, "expert_balance_rate", "expert_balance_loss", "expert_z_loss")
         check_activation(self.activation, self.clamp)
+        if self.rope_factor < 1 or (self.rope_factor > 1) != (self.rope_original_length is not None):
+            raise ValueError(
+                f"Model.rope_factor={self.rope_factor} with Model.rope_original_length={self.rope_original_length}: "
+                "YaRN takes a factor above 1 and the length it stretches; leave both out for plain RoPE"
+            )
+        if not 0 < self.rope_slow < self.rope_fast:
+            raise ValueError(
+                f"Model.rope_slow={self.rope_slow} must lie between 0 and Model.rope_fast={self.rope_fast}"
+            )
         if self.experts == 1 or (self.experts and self.experts_per_token > self.experts):
             raise ValueError(
                 f"Model.experts={self.experts} with Model.experts_per_token={self.experts_per_token}: use at least 2 "

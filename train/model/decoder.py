@@ -20,6 +20,7 @@ from train.config.settings import Model
 from train.model.cross_entropy import head_logits
 from train.model.embedding import look_up
 from train.model.mesh import Shards
+from train.model.rope import frequencies
 from venom_jax import (
     FFNStats,
     Method,
@@ -83,16 +84,19 @@ def find_documents(tokens: Int[Array, "B S"], start: int) -> Documents:
 
 
 def rotary(
-    x: Float[Array, "B S H h"], base: float, position: Int[Array, "B S"] | Int[Array, ""] | int = 0
+    x: Float[Array, "B S H h"],
+    frequency: Float[Array, " h_2"],
+    position: Int[Array, "B S"] | Int[Array, ""] | int = 0,
+    factor: float = 1.0,
 ) -> Float[Array, "B S H h"]:
-    """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * base^(-2i/h).
+    """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * frequency_i.
 
+    frequency, factor: from ``rope.frequencies``.
     position: of each token, or of the first one in each row.
     """
-    half = x.shape[-1] // 2
     place = position if jnp.ndim(position) else position + jnp.arange(x.shape[1])
-    angle = jnp.asarray(place)[..., None] * base ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+    angle = jnp.asarray(place)[..., None] * frequency
+    cos, sin = (factor * part[..., None, :] for part in (jnp.cos(angle), jnp.sin(angle)))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
@@ -132,7 +136,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             query = rms_norm(query, self.query_scale[...], config.norm_epsilon)
             key = rms_norm(key, self.key_scale[...], config.norm_epsilon)
-        query, key = (rotary(part, config.rope_base, position) for part in (query, key))
+        frequency, factor = frequencies(config)
+        query, key = (rotary(part, frequency, position, factor) for part in (query, key))
         return checkpoint_name((query, key, value), ATTENTION_INPUTS)
 
     def mix(

@@ -105,6 +105,7 @@ def _differing_phase(saved: list, wanted: list) -> str:
 
 _LATER_SHAPE = (
     *("qk_norm", "document_start", "gated", "activation", "clamp", "experts", "experts_per_token", "shared_experts"),
+    *("rope_factor", "rope_original_length", "rope_fast", "rope_slow", "rope_attention_factor"),
     *("d_expert", "expert_scores", "expert_balance_rate", "expert_balance_loss", "expert_z_loss"),
 )
 # Fields that checkpoints may lack because they are older: these had the default.
