@@ -1,6 +1,6 @@
 """What a run is: frozen, validated dataclasses, bound from gin files.
 
-This module holds every gin configurable of the project.  They are registered, not decorated: built from Python they
+This module and shape.py hold every gin configurable of the project.  They are registered, not decorated: built from Python they
 ignore gin.  gin checks names, never types, so each dataclass checks its own fields when it is built, long before
 anything is compiled.
 """
@@ -11,8 +11,6 @@ import difflib
 import math
 import re
 import tokenize
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,166 +21,17 @@ from gin import config_parser
 
 import configs
 from train.config.schedule import PhaseSchedule, resolve_step
+from train.config.shape import NAMES, Model, at_least, check_types, matches
 from venom_jax import LayerRecipes, Recipe, StackRecipe
-from venom_jax.activation import CLAMP, Activation
-from venom_jax.activation import check as check_activation
 from venom_jax.dispatch import Implementation
 
 CONFIG_ROOT = Path(configs.__path__[0]).parent
-NAMES = "train.config"
-"""The module in gin's full names, such as `train.config.Model`: what a user's file may hold, wherever the class is."""
 PRESETS = ("dense", "act24", "all24", "venom")
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether ``value`` has the annotated type; an int is a float, a bool is not an int."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(_matches(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    origin = typing.get_origin(hint) or hint
-    return hint is Any or isinstance(value, origin)
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
-    if typing.get_args(hint):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if hint is types.NoneType:
-        return "None"
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def _check_types(config: Any) -> None:
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if item.init and not _matches(value, hints[item.name]):
-            raise ValueError(f"{type(config).__name__}.{item.name}={value!r} must be {_describe(hints[item.name])}")
-
-
-def _at_least(config: Any, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"{type(config).__name__}.{name}={value!r} must be at least {minimum}")
-
-
-@gin.register(module=NAMES)
-@dataclass(frozen=True)
-class Model:
-    """The decoder: RMSNorm, RoPE, (grouped-query) attention, squared-ReLU FFN."""
-
-    vocab_size: int
-    d_model: int
-    d_ffn: int
-    layers: int
-    heads: int
-    kv_heads: int | None = None  # None: one key-value head for each query head
-    rope_base: float = 10000.0
-    # YaRN: positions of contexts rope_factor times as long as rope_original_length; 1 is none (train/model/rope.py).
-    rope_factor: float = 1.0
-    rope_original_length: int | None = None
-    rope_fast: float = 32.0  # turns within the original length above which a pair of features is left as it is,
-    rope_slow: float = 1.0  # and below which it turns rope_factor times slower
-    rope_attention_factor: float | None = None  # of cosine and sine; None: 0.1 ln(rope_factor) + 1
-    norm_epsilon: float = 1e-5
-    init_std: float = 0.02  # embedding, head, qkv; projections into the residual stream get this / sqrt(2 layers)
-    ffn_init_std: float = 0.03  # W1
-    tied_head: bool = False
-    qk_norm: bool = False  # RMSNorm, with a scale for each feature, on every query and key before the rotation
-    # id of the token at which a document begins (the data's end-of-document token): attention then stays inside a
-    # document and positions count from its beginning.  None: documents in one sequence see each other.
-    document_start: int | None = None
-    gated: bool = False  # FFN: (phi(x W1) * (x Wu)) W2
-    activation: Activation = "relu2"  # phi; relu2_clamped is (s tanh(relu / s))^2
-    clamp: float = CLAMP  # s
-    # A mixture of experts in place of each FFN, 0: none.  Of each a token computes experts_per_token, chosen by a
-    # learned router, and all shared_experts; an expert has d_expert neurons (None: d_ffn).
-    experts: int = 0
-    experts_per_token: int = 2
-    shared_experts: int = 0
-    d_expert: int | None = None
-    expert_scores: Literal["softmax", "sigmoid"] = "softmax"
-    expert_balance_rate: float = 1e-3  # step of the bias that balances the experts' load; 0: none
-    expert_balance_loss: float = 0.0  # weights of two terms of the training loss, each summed over layers:
-    expert_z_loss: float = 0.0  # 1 where load is even, and the mean (log sum exp of the router's logits)^2
-
-    def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 1, "vocab_size", "d_model", "d_ffn", "layers", "heads", "kv_heads")
-        _at_least(self, 1, "experts_per_token", "d_expert")
-        _at_least(self, 0, "document_start", "experts", "shared_experts")
-        _at_least(self, 0, "expert_balance_rate", "expert_balance_loss", "expert_z_loss")
-        check_activation(self.activation, self.clamp)
-        if self.rope_factor < 1 or (self.rope_factor > 1) != (self.rope_original_length is not None):
-            raise ValueError(
-                f"Model.rope_factor={self.rope_factor} with Model.rope_original_length={self.rope_original_length}: "
-                "YaRN takes a factor above 1 and the length it stretches; leave both out for plain RoPE"
-            )
-        if not 0 < self.rope_slow < self.rope_fast:
-            raise ValueError(
-                f"Model.rope_slow={self.rope_slow} must lie between 0 and Model.rope_fast={self.rope_fast}"
-            )
-        if self.experts == 1 or (self.experts and self.experts_per_token > self.experts):
-            raise ValueError(
-                f"Model.experts={self.experts} with Model.experts_per_token={self.experts_per_token}: use at least 2 "
-                "experts, and no more per token than there are; 0 experts for a plain FFN"
-            )
-        if not self.experts and (self.shared_experts or self.d_expert):
-            raise ValueError(
-                f"Model.shared_experts={self.shared_experts}, Model.d_expert={self.d_expert} describe experts, and "
-                "Model.experts=0 has none; bind it"
-            )
-        if self.d_model % self.heads or (self.d_model // self.heads) % 2:
-            raise ValueError(
-                f"Model.d_model={self.d_model} must be an even multiple of Model.heads={self.heads}: "
-                "RoPE turns pairs of features; change one of the two"
-            )
-        if self.heads % self.key_value_heads:
-            raise ValueError(f"Model.heads={self.heads} must be a multiple of Model.kv_heads={self.kv_heads}")
-
-    @property
-    def key_value_heads(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.heads
-
-    @property
-    def expert_neurons(self) -> int:
-        """Of one expert, or of the FFN where there are none."""
-        return self.d_expert if self.experts and self.d_expert else self.d_ffn
-
-    @property
-    def neurons(self) -> int:
-        """Of all experts of a layer."""
-        return self.expert_neurons * (self.experts + self.shared_experts if self.experts else 1)
-
-    @property
-    def active_neurons(self) -> int:
-        """What a token computes."""
-        return self.expert_neurons * (self.experts_per_token + self.shared_experts if self.experts else 1)
-
-    @property
-    def is_plain(self) -> bool:
-        """relu(x W1)^2 W2 and nothing else."""
-        return not self.gated and not self.experts and self.activation == "relu2"
-
-    @property
-    def ffn_matrices(self) -> int:
-        return 3 if self.gated else 2
 
 
 def _is_source(entry: Any) -> bool:
     good = isinstance(entry, list | tuple) and len(entry) == 2
-    return good and isinstance(entry[0], str) and _matches(entry[1], float) and entry[1] > 0
+    return good and isinstance(entry[0], str) and matches(entry[1], float) and entry[1] > 0
 
 
 @gin.register(module=NAMES)
@@ -195,7 +44,7 @@ class Data:
     synthetic: bool = False  # tokens drawn at random, to try or to time a run
 
     def __post_init__(self):
-        _check_types(self)
+        check_types(self)
         if not isinstance(self.sources, list | tuple) or not all(map(_is_source, self.sources)):
             raise ValueError(f"Data.sources={self.sources!r} must be a list of (folder, weight), weights positive")
         if (self.folder is not None) + bool(self.sources) + self.synthetic != 1:
@@ -221,8 +70,8 @@ class Optimizer:
     ema: float | None = None  # decay of a moving average of the parameters, such as 0.999; None: no average
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 0, "b1", "b2", "epsilon", "weight_decay")
+        check_types(self)
+        at_least(self, 0, "b1", "b2", "epsilon", "weight_decay")
         if self.b1 >= 1 or self.b2 >= 1:
             raise ValueError(f"Optimizer.b1={self.b1} and Optimizer.b2={self.b2} must be below 1")
         if self.clip is not None and self.clip <= 0:
@@ -247,8 +96,8 @@ class LearningRate:
     rewarm: int = 0  # steps of a linear rise from 0 after each change of experts or top_k; 0: none
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 0, "rewarm")
+        check_types(self)
+        at_least(self, 0, "rewarm")
         if not 0 < self.peak < math.inf:
             raise ValueError(f"LearningRate.peak={self.peak} must be positive and finite")
         if not 0 <= self.final_fraction <= 1:
@@ -311,7 +160,7 @@ class Phases:
     rescale: bool = False  # where a token computes more neurons from a phase on, scale W2 so that outputs change least
 
     def __post_init__(self):
-        _check_types(self)
+        check_types(self)
         entries = self.schedule
         if not isinstance(entries, list | tuple) or not entries:
             raise ValueError(f"Phases.schedule={entries!r} must be a list of (start, recipe)")
@@ -347,7 +196,7 @@ class Phases:
 
 
 def _is_pair(entry: Any) -> bool:
-    return isinstance(entry, list | tuple) and len(entry) == 2 and _matches(entry[0], int | float)
+    return isinstance(entry, list | tuple) and len(entry) == 2 and matches(entry[0], int | float)
 
 
 def _is_one(what: Any) -> bool:
@@ -394,8 +243,8 @@ class Train:
     sample_every: int = 0  # also a sample after every so many steps; 0: at the end only
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(
+        check_types(self)
+        at_least(
             self,
             1,
             "steps",
@@ -410,7 +259,7 @@ class Train:
             "loss_chunks",
             "unroll",
         )
-        _at_least(self, 0, "seed", "diagnosis_every", "sample_tokens", "sample_every", "keep_every", "z_loss")
+        at_least(self, 0, "seed", "diagnosis_every", "sample_tokens", "sample_every", "keep_every", "z_loss")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"Train.batch_size={self.batch_size} must be a multiple of Train.accumulation={self.accumulation}"
@@ -430,8 +279,8 @@ class Guard:
     max_skips: int = 10  # consecutive steps left out before the run stops all the same
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 1, "window", "max_skips")
+        check_types(self)
+        at_least(self, 1, "window", "max_skips")
         if self.spike is not None and not self.spike > 0:
             raise ValueError(f"Guard.spike={self.spike} must be positive (nats), or None for no limit")
 
@@ -448,8 +297,8 @@ class Mesh:
     fsdp: int | None = None
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 1, "data", "fsdp")
+        check_types(self)
+        at_least(self, 1, "data", "fsdp")
 
 
 @dataclass(frozen=True)
