@@ -1,6 +1,6 @@
 """What a run is: frozen, validated dataclasses, bound from gin files.
 
-This module and shape.py hold every gin configurable of the project.  They are registered, not decorated: built from Python they
+This module names every gin configurable of the project.  They are registered, not decorated: built from Python they
 ignore gin.  gin checks names, never types, so each dataclass checks its own fields when it is built, long before
 anything is compiled.
 """
@@ -20,18 +20,23 @@ import gin
 from gin import config_parser
 
 import configs
+from train.config import checks
 from train.config.schedule import PhaseSchedule, resolve_step
-from train.config.shape import NAMES, Model, at_least, check_types, matches
+from train.config.shape import Model
 from venom_jax import LayerRecipes, Recipe, StackRecipe
 from venom_jax.dispatch import Implementation
 
 CONFIG_ROOT = Path(configs.__path__[0]).parent
+NAMES = "train.config"
+"""The module in gin's full names, such as `train.config.Model`: what a user's file may hold, wherever the class is."""
 PRESETS = ("dense", "act24", "all24", "venom")
+
+gin.register(module=NAMES)(Model)
 
 
 def _is_source(entry: Any) -> bool:
     good = isinstance(entry, list | tuple) and len(entry) == 2
-    return good and isinstance(entry[0], str) and matches(entry[1], float) and entry[1] > 0
+    return good and isinstance(entry[0], str) and checks.matches(entry[1], float) and entry[1] > 0
 
 
 @gin.register(module=NAMES)
@@ -44,7 +49,7 @@ class Data:
     synthetic: bool = False  # tokens drawn at random, to try or to time a run
 
     def __post_init__(self):
-        check_types(self)
+        checks.check_types(self)
         if not isinstance(self.sources, list | tuple) or not all(map(_is_source, self.sources)):
             raise ValueError(f"Data.sources={self.sources!r} must be a list of (folder, weight), weights positive")
         if (self.folder is not None) + bool(self.sources) + self.synthetic != 1:
@@ -70,8 +75,8 @@ class Optimizer:
     ema: float | None = None  # decay of a moving average of the parameters, such as 0.999; None: no average
 
     def __post_init__(self):
-        check_types(self)
-        at_least(self, 0, "b1", "b2", "epsilon", "weight_decay")
+        checks.check_types(self)
+        checks.at_least(self, 0, "b1", "b2", "epsilon", "weight_decay")
         if self.b1 >= 1 or self.b2 >= 1:
             raise ValueError(f"Optimizer.b1={self.b1} and Optimizer.b2={self.b2} must be below 1")
         if self.clip is not None and self.clip <= 0:
@@ -96,8 +101,8 @@ class LearningRate:
     rewarm: int = 0  # steps of a linear rise from 0 after each change of experts or top_k; 0: none
 
     def __post_init__(self):
-        check_types(self)
-        at_least(self, 0, "rewarm")
+        checks.check_types(self)
+        checks.at_least(self, 0, "rewarm")
         if not 0 < self.peak < math.inf:
             raise ValueError(f"LearningRate.peak={self.peak} must be positive and finite")
         if not 0 <= self.final_fraction <= 1:
@@ -160,7 +165,7 @@ class Phases:
     rescale: bool = False  # where a token computes more neurons from a phase on, scale W2 so that outputs change least
 
     def __post_init__(self):
-        check_types(self)
+        checks.check_types(self)
         entries = self.schedule
         if not isinstance(entries, list | tuple) or not entries:
             raise ValueError(f"Phases.schedule={entries!r} must be a list of (start, recipe)")
@@ -196,7 +201,7 @@ class Phases:
 
 
 def _is_pair(entry: Any) -> bool:
-    return isinstance(entry, list | tuple) and len(entry) == 2 and matches(entry[0], int | float)
+    return isinstance(entry, list | tuple) and len(entry) == 2 and checks.matches(entry[0], int | float)
 
 
 def _is_one(what: Any) -> bool:
@@ -243,8 +248,8 @@ class Train:
     sample_every: int = 0  # also a sample after every so many steps; 0: at the end only
 
     def __post_init__(self):
-        check_types(self)
-        at_least(
+        checks.check_types(self)
+        checks.at_least(
             self,
             1,
             "steps",
@@ -259,7 +264,7 @@ class Train:
             "loss_chunks",
             "unroll",
         )
-        at_least(self, 0, "seed", "diagnosis_every", "sample_tokens", "sample_every", "keep_every", "z_loss")
+        checks.at_least(self, 0, "seed", "diagnosis_every", "sample_tokens", "sample_every", "keep_every", "z_loss")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"Train.batch_size={self.batch_size} must be a multiple of Train.accumulation={self.accumulation}"
@@ -279,8 +284,8 @@ class Guard:
     max_skips: int = 10  # consecutive steps left out before the run stops all the same
 
     def __post_init__(self):
-        check_types(self)
-        at_least(self, 1, "window", "max_skips")
+        checks.check_types(self)
+        checks.at_least(self, 1, "window", "max_skips")
         if self.spike is not None and not self.spike > 0:
             raise ValueError(f"Guard.spike={self.spike} must be positive (nats), or None for no limit")
 
@@ -297,8 +302,8 @@ class Mesh:
     fsdp: int | None = None
 
     def __post_init__(self):
-        check_types(self)
-        at_least(self, 1, "data", "fsdp")
+        checks.check_types(self)
+        checks.at_least(self, 1, "data", "fsdp")
 
 
 @dataclass(frozen=True)

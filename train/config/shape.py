@@ -1,62 +1,13 @@
-"""The model's shape as gin binds it, and the checks of fields that every configurable makes of itself."""
+"""The model's shape; settings.py gives it to gin."""
 
-import dataclasses
-import types
-import typing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import gin
-
+from train.config import checks
 from venom_jax.activation import CLAMP, Activation
 from venom_jax.activation import check as check_activation
 
-NAMES = "train.config"
-"""The module in gin's full names, such as `train.config.Model`: what a user's file may hold, wherever the class is."""
 
-
-def matches(value: Any, hint: Any) -> bool:
-    """Whether ``value`` has the annotated type; an int is a float, a bool is not an int."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(matches(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    origin = typing.get_origin(hint) or hint
-    return hint is Any or isinstance(value, origin)
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
-    if typing.get_args(hint):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if hint is types.NoneType:
-        return "None"
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def check_types(config: Any) -> None:
-    """Raise ValueError where a field's value has not the annotated type."""
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if item.init and not matches(value, hints[item.name]):
-            raise ValueError(f"{type(config).__name__}.{item.name}={value!r} must be {_describe(hints[item.name])}")
-
-
-def at_least(config: Any, minimum: float, *names: str) -> None:
-    """Raise ValueError where a field of these names is below the minimum."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"{type(config).__name__}.{name}={value!r} must be at least {minimum}")
-
-
-@gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Model:
     """The decoder: RMSNorm, RoPE, (grouped-query) attention, squared-ReLU FFN."""
@@ -97,11 +48,11 @@ class Model:
     expert_z_loss: float = 0.0  # 1 where load is even, and the mean (log sum exp of the router's logits)^2
 
     def __post_init__(self):
-        check_types(self)
-        at_least(self, 1, "vocab_size", "d_model", "d_ffn", "layers", "heads", "kv_heads")
-        at_least(self, 1, "experts_per_token", "d_expert")
-        at_least(self, 0, "document_start", "experts", "shared_experts")
-        at_least(self, 0, "expert_balance_rate", "expert_balance_loss", "expert_z_loss")
+        checks.check_types(self)
+        checks.at_least(self, 1, "vocab_size", "d_model", "d_ffn", "layers", "heads", "kv_heads")
+        checks.at_least(self, 1, "experts_per_token", "d_expert")
+        checks.at_least(self, 0, "document_start", "experts", "shared_experts")
+        checks.at_least(self, 0, "expert_balance_rate", "expert_balance_loss", "expert_z_loss")
         check_activation(self.activation, self.clamp)
         if self.rope_factor < 1 or (self.rope_factor > 1) != (self.rope_original_length is not None):
             raise ValueError(
