@@ -95,8 +95,8 @@ def feed_forward(
       route: the experts of each token, distinct; None without routing.
       route_weights: p, f32, with a gradient; None is 1. The kernels divide by p: where it is 0 they give 0 for dp.
       beta, beta_up: frozen scales of the sparse weights (`venom_jax.sparse_ffn`), and that of Wu; None is 1.
-      recipe: what is sparse. Ablations of `venom_jax.sparse_ffn` are refused: products sparse along F, transposable
-        masks, wgrad other than "24" and "dense", hidden = "full".
+      recipe: what is sparse. What only `venom_jax.sparse_ffn` has is refused: products sparse along F,
+        transposable masks, wgrad other than "24" and "dense", token_copy = "rebuilt", hidden = "full".
       activation, clamp: see `venom_jax.activation`.
       dropout: the rate at which hidden activations are zeroed, and the others divided by 1 - rate, before anything is
         pruned; needs `key`. A recipe sees the same mask in both forms.
@@ -152,7 +152,7 @@ def _form(x, weights, route, route_weights, recipe, activation, clamp, dropout, 
     if route_weights is not None and (route is None or route_weights.shape != route.shape):
         raise ValueError(f"route_weights {route_weights.shape} weigh the experts of a route; got route {route}.")
     if reason := _ablation(recipe):
-        raise NotImplementedError(f"{reason}: an ablation of the plain layer, `venom_jax.sparse_ffn`.")
+        raise NotImplementedError(f"{reason}: of the plain layer only, `venom_jax.sparse_ffn`; use a recipe without.")
     kernels = choose_kernels(implementation, recipe, d_model, d_ffn, x.dtype, local=axis is not None)
     if recipe.is_dense:
         kernels = None  # nothing is sparse: the masked form is the plain layer
@@ -170,6 +170,8 @@ def _ablation(recipe: Recipe) -> str | None:
         return f"weight_mask = {recipe.weight_mask!r}"
     if recipe.wgrad not in ("24", "dense"):
         return f"wgrad = {recipe.wgrad!r}"
+    if recipe.token_copy != "kept":
+        return f"token_copy = {recipe.token_copy!r}"
     return "hidden = 'full'" if recipe.routed and recipe.hidden == "full" else None
 
 
