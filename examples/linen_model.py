@@ -2,7 +2,7 @@
 
     python examples/linen_model.py
 
-Shows `venom_jax.linen.sparse_mlp`, which is used like any linen module. Its weights are under `params`; the state that
+Shows `venom_jax.linen.SparseMLP`, which is used like any linen module. Its weights are under `params`; the state that
 no gradient reaches (frozen scales, balance bias, order of the neurons) is a collection of its own, `Method`, which is
 passed to `apply` beside the parameters. `phases.transition` takes both as linen keeps them.
 
@@ -31,7 +31,7 @@ class Sorter(nn.Module):
     def __call__(self, numbers, recipe: Recipe):
         x = nn.Dense(64)(numbers)
         for i in range(self.layers):
-            ffn = venom_jax.linen.sparse_mlp(d_model=64, d_ffn=256, max_experts=4, name=f"ffn_{i}")
+            ffn = venom_jax.linen.SparseMLP(d_ffn=256, max_experts=4, name=f"ffn_{i}")
             x = x + ffn(nn.RMSNorm()(x), recipe=recipe)
         return nn.Dense(numbers.shape[-1])(x)
 

@@ -1,10 +1,11 @@
 """The problem a kernel solves and the tile it solves it in: frozen data, and the one statement of the constraints."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from pallas_kernels import tile_order
 from pallas_kernels.device import HOPPER_SMEM_BYTES
 from pallas_kernels.epilogue import Epilogue
 
@@ -14,14 +15,29 @@ AForm = Literal["sparse", "k_major", "m_major"]
 """A is 2:4 along k, or dense as an array [m, k] or [k, m]."""
 
 GRANULE = 64
-"""Rows, and logical columns of A, that one metadata word per thread covers: groups start at multiples of it."""
+"""Rows, and logical columns of A, that one metadata word per thread covers."""
 TILE_K = 64
-"""Logical columns of A in one stage: what one metadata word per thread covers."""
+"""Logical columns of A in one stage of 16-bit operands: what one metadata word per thread covers."""
+STAGE_BYTES = 128
+"""Bytes of a row of B in one stage: the widest swizzle. 64 columns of 16 bits, 128 of 8."""
+FP8 = ("float8_e4m3fn", "float8_e5m2")
+"""Operands of 8 bits: any two may be multiplied."""
+PROMOTE = 1024
+"""Columns of A after which the sums of a product with a mean are promoted, unless the caller says else.
+
+The tensor core keeps 13 fractional bits of a sum of 8-bit products and cuts the rest. Over 16384 columns of squares
+times numbers with a mean that is a bias of 2 to 10 %; promoted every 1024 columns it is 0.2 to 0.5 % (docs/log.md).
+"""
 MAX_TILE = 256
 """The copy engine's largest box side."""
 MAX_GROUPS = 128
-GROUP_TABLE_BYTES = 2048
-"""The contraction's sorted groups in shared memory: group, start and size of each, rounded up to 1 KiB."""
+SCALE_SLOTS = 4
+"""Tiles whose scales may be in shared memory: one in the epilogue, one multiplied, and others ahead."""
+ALIGNMENT = 1024
+"""Bytes at a multiple of which each array in shared memory begins."""
+BARRIER_BYTES = 8
+STATIC_BYTES = 16
+"""Shared memory that a kernel has beside what it asks for: the symbol that all of that hangs on, aligned."""
 LOAD_REGISTERS = 40
 """Registers of a loading thread."""
 GATHER_REGISTERS = 72
@@ -71,6 +87,41 @@ class Problem:
     packing: Packing | None = None
     b_interleaved: bool = False
     a: AForm = "sparse"
+    b_type: str = ""
+    """B's type where it is not A's: of 8 bits each may have its own."""
+    promote: int = 0
+    """Columns of A within which the tensor core's sums of 8-bit products must reach f32; 0: whenever."""
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the operands have 8 bits."""
+        return self.dtype in FP8
+
+    @property
+    def tile_k(self) -> int:
+        """Logical columns of A in one stage; groups of tokens start at multiples of it."""
+        return tile_order.columns(self.dtype)
+
+    @property
+    def b_dtype(self) -> str:
+        """B's type."""
+        return self.b_type or self.dtype
+
+    @property
+    def packed_dtype(self) -> str:
+        """The type to which a result that is packed is rounded before two of four are chosen."""
+        return "bfloat16" if self.is_fp8 else self.dtype
+
+    @property
+    def scale_entries(self) -> tuple[int, int]:
+        """Row scales (rows of A's side, over all groups) and column scales."""
+        return self.m * (self.groups if self.mode == "contraction" else 1), self.n
+
+    @property
+    def stages_scales(self) -> bool:
+        """Whether scales are copied to shared memory while the tile is multiplied (hopper/scales.py)."""
+        e = self.epilogue
+        return e.column_scale or (e.row_scale and self.is_fp8)
 
     @property
     def out_shape(self) -> tuple[int, int]:
@@ -93,6 +144,8 @@ class TileConfig:
       is stored at once all the same.
     gather_lag: where rows of B are gathered (hopper/gather.py), 0: the copies announce a stage themselves; else their
       threads do, after so many more stages were begun.
+    promote: columns of A after which the tensor core's sums of 8-bit products are added to others in f32, a multiple
+      of 256; 0: never.
     """
 
     warpgroup_m: int = 64
@@ -105,6 +158,7 @@ class TileConfig:
     raster_n: int = 1024
     deferred: bool = False
     gather_lag: int = 0
+    promote: int = 0
 
     @property
     def tile_m(self) -> int:
@@ -133,17 +187,25 @@ class TileConfig:
         return self.store_slots if problem.packing is None else self.warpgroup_m * self.warpgroup_n // GRANULE**2
 
     def smem_bytes(self, problem: Problem) -> int:
-        sparse = problem.a == "sparse"
-        a = self.tile_m * TILE_K * (1 if sparse else 2)  # half of the columns or all, two bytes each
-        metadata = self.tile_m * TILE_K // 8 if sparse else 0
-        b = self.tile_n * TILE_K * 2
-        chunk = GRANULE * CHUNK_BYTES
-        barriers = 1024
-        return self.stages * (a + metadata + b) + self.warpgroups * self.chunks(problem) * chunk + barriers
+        """Shared memory that the kernel asks for: its arrays (`hopper.kernel._scratch`) and its barriers."""
+        p, sparse = problem, problem.a == "sparse"
+        parts = [
+            self.stages * self.tile_m * STAGE_BYTES // (2 if sparse else 1),  # half of the columns or all
+            self.stages * self.tile_m * p.tile_k // 8 if sparse else 0,
+            self.stages * self.tile_n * STAGE_BYTES,
+            self.warpgroups * self.chunks(p) * GRANULE * CHUNK_BYTES,
+            2 * self.stages * BARRIER_BYTES,  # the ring's own
+            3 * p.groups * 4 if p.mode == "contraction" else 0,
+            self.stages * TILE_K * 4 if p.v else 0,
+            SCALE_SLOTS * (self.tile_m + self.tile_n) * 4 if p.stages_scales else 0,
+        ]
+        return sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts) + self.barriers(p) * BARRIER_BYTES
 
-    def index_bytes(self) -> int:
-        """Shared memory of the ring's indices where rows are gathered, a word for each of a stage's, in whole KiB."""
-        return -(-self.stages * TILE_K * 4 // 1024) * 1024
+    def barriers(self, problem: Problem) -> int:
+        """Barriers beside the ring's: for slots that an operand or scales are read into, and for handing parts over."""
+        slots = 0 if problem.is_fp8 and problem.epilogue.operand is None else self.warpgroups * self.store_slots
+        slots += 2 * SCALE_SLOTS * problem.stages_scales
+        return slots + (0 if problem.packing is None else 2 * self.warpgroups)
 
     def violation(self, problem: Problem) -> str | None:
         """THE statement of what a tile must satisfy: the first broken rule in words, or None."""
@@ -159,15 +221,22 @@ class TileConfig:
             return f"{self.warpgroup_m} x {self.warpgroup_n}: more than 192 accumulators a thread would spill"
         if self.deferred and self.warpgroup_m * self.warpgroup_n > 128 * 128:
             return f"{self.warpgroup_m} x {self.warpgroup_n}, deferred: two results of a thread would spill"
+        copies = (2 if self.promote else 1) + (0.5 if self.deferred else 0)
+        if self.promote and self.warpgroup_m * self.warpgroup_n * copies > 128 * 200:
+            return f"{self.warpgroup_m} x {self.warpgroup_n}, {self.promote=}: two sums of a thread would spill"
+        if self.promote % (2 * problem.tile_k) or (self.promote and not problem.is_fp8):
+            return f"{self.promote=}, {problem.dtype}: an even number of stages, for operands of 8 bits"
+        if problem.promote and not 0 < self.promote <= problem.promote:
+            return f"{self.promote=}: the product wants its sums in f32 every {problem.promote} columns"
         if min(self.raster_m, self.raster_n) < 1:
             return f"{self.raster_m=}, {self.raster_n=}: a strip is at least one tile wide and a band one tile high"
         if self.stages < 2 or self.store_slots < 1:
             return f"{self.stages=}, {self.store_slots=}: at least two stages and one slot are needed"
         if not 0 <= self.gather_lag <= self.stages - 2:
             return f"{self.gather_lag=}, {self.stages=}: two stages must be with the tensor core or on the way there"
-        tables = GROUP_TABLE_BYTES * (problem.mode == "contraction") + self.index_bytes() * bool(problem.v)
-        if self.smem_bytes(problem) + tables > HOPPER_SMEM_BYTES:
-            return f"{self.smem_bytes(problem) + tables} bytes of shared memory exceed {HOPPER_SMEM_BYTES}"
+        limit = HOPPER_SMEM_BYTES - STATIC_BYTES
+        if self.smem_bytes(problem) > limit:
+            return f"{self.smem_bytes(problem)} bytes of shared memory exceed {limit}"
         if problem.groups > MAX_GROUPS:
             return f"{problem.groups=}: at most {MAX_GROUPS} groups, one per thread of a warpgroup"
         if problem.v and (problem.v % self.tile_m or self.tile_n not in GATHER_TILE_N):
@@ -177,19 +246,35 @@ class TileConfig:
             )
         if problem.v and (problem.mode != "dense" or problem.b_k_major or problem.m % problem.v):
             return f"{problem}: rows of B are gathered for whole blocks of v rows, without groups, from B [k, n]"
+        if problem.v and problem.stages_scales:
+            return f"{problem}: the warps that would fetch scales of columns gather rows of B"
         packs = problem.packing is not None
         if packs and not (problem.mode in ("dense", "columns") and problem.b_k_major and problem.transpose_out):
             return f"{problem}: what is packed are weights times tokens [n, k], whole or by columns, token-major"
-        if packs and (problem.epilogue != Epilogue() or problem.out_dtype != problem.dtype):
-            return f"{problem}: what is packed passes through no other epilogue, and is rounded to the operands' type"
-        if problem.a != "sparse" and not packs and problem.mode == "dense":
+        scales = dict.fromkeys(("row_scale", "column_scale", "powers_of_two"), False) if problem.is_fp8 else {}
+        others: Any = {
+            name: value for name, value in dataclasses.asdict(problem.epilogue).items() if name not in scales
+        }
+        if packs and (Epilogue(**others) != Epilogue() or problem.out_dtype != problem.packed_dtype):
+            return f"{problem}: what is packed passes through no other epilogue, rounded to {problem.packed_dtype}"
+        if problem.a != "sparse" and problem.mode == "dense" and not (packs or problem.is_fp8):
             return f"{problem}: a dense product is XLA's, unless it runs over groups or its result is packed"
         if packs and self.warpgroups == 2 and self.warpgroup_n > 192:
             return f"{self.warpgroup_n=}: four warpgroups begin with 128 registers a thread, too few for that product"
         if problem.b_interleaved and (problem.mode != "dense" or problem.b_k_major or problem.v):
             return f"{problem}: rows of B [k, n] are interleaved for a whole product"
-        if problem.mode == "rows" and problem.k % TILE_K:
-            return f"{problem.k=} is no multiple of {TILE_K}: a step would reach into the next group's B"
+        if (problem.mode == "rows" or problem.is_fp8) and problem.k % problem.tile_k:
+            return f"{problem.k=} is no multiple of {problem.tile_k}: a step would reach into the next group's B"
+        return self._fp8_violation(problem) if problem.is_fp8 else None
+
+    def _fp8_violation(self, problem: Problem) -> str | None:
+        """What `violation` says of operands of 8 bits alone."""
+        if not problem.b_k_major or problem.a == "m_major":
+            return f"{problem}: of 8 bits the tensor core reads A [m, k] and B [n, k] along k only"
+        if problem.v or problem.b_interleaved:
+            return f"{problem}: rows of B [k, n] are gathered or interleaved in 16 bits only"
+        if problem.a != "sparse" and problem.mode in ("rows", "contraction"):
+            return f"{problem}: a dense A of 8 bits is multiplied whole or by columns"
         return None
 
     def check(self, problem: Problem) -> None:

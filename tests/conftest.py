@@ -35,6 +35,7 @@ _ARRAY_MODULES = [
     "ffn",
     "ffn_parts",
     "formats",
+    "layer",
     "linen",
     "mlp",
     "mvue",
@@ -45,6 +46,7 @@ _ARRAY_MODULES = [
     "sharded_ffn",
     "stats",
     "threshold",
+    "trees",
     "vnm",
 ]
 install_import_hook(["pallas_kernels", *(f"venom_jax.{name}" for name in _ARRAY_MODULES)], "beartype.beartype")

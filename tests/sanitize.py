@@ -7,6 +7,7 @@
 that the tool has little else to watch.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels import tile_order
+from pallas_kernels.cast8 import api as cast8
+from pallas_kernels.dense8 import dense8
 from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.grouped24 import api as grouped
 from pallas_kernels.pack import api as packing
@@ -41,7 +45,9 @@ def normal(seed: int, *shape: int, dtype=ml_dtypes.bfloat16) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
 
 
-def packed(m: int, k: int, *, tiles: bool = False, honest: bool = True) -> tuple[jax.Array, jax.Array]:
+def packed(
+    m: int, k: int, *, tiles: bool = False, honest: bool = True, dtype=ml_dtypes.bfloat16
+) -> tuple[jax.Array, jax.Array]:
     """Values of a 2:4 matrix [m, k] and its metadata; not honest: any bits, positions equal or out of order too."""
     rng = np.random.default_rng(m + k)
     words = (-(-m // 64), -(-k // 64), 128)
@@ -50,7 +56,8 @@ def packed(m: int, k: int, *, tiles: bool = False, honest: bool = True) -> tuple
         metadata = nibbles.sum(-1, dtype=np.uint32)
     else:
         metadata = rng.integers(0, 2**32, words, np.uint32)
-    return normal(k, *((m // 64, k // 64, 8, 256) if tiles else (m, k // 2))), jnp.asarray(metadata)
+    in_tiles = (m // 64, k // tile_order.columns(dtype), *tile_order.shape(dtype))
+    return normal(k, *(in_tiles if tiles else (m, k // 2)), dtype=dtype), jnp.asarray(metadata)
 
 
 def products() -> Iterator[Case]:
@@ -112,6 +119,63 @@ def grouped_products() -> Iterator[Case]:
             yield f"grouped24 {mode} {b_k_major=} {sizes}", True, product
 
 
+def fp8_products() -> Iterator[Case]:
+    """The same of 8 bits: scales before the stores and behind products, promotion, groups, a dense A."""
+    early = Epilogue(row_scale=True, column_scale=True)
+    late = dataclasses.replace(early, powers_of_two=True)
+    behind = TileConfig(64, 128, stages=3, store_slots=1, deferred=True)
+    e4m3 = ml_dtypes.float8_e4m3fn
+
+    def scales(m: int, n: int) -> dict[str, Any]:
+        return {"row_scale": jnp.full(m, 0.5, jnp.float32), "column_scale": jnp.full(n, 2.0, jnp.float32)}
+
+    for name, epilogue, config, promote in (
+        ("early", early, None, 0),
+        ("early, added to", dataclasses.replace(early, operand="add"), None, 0),
+        ("late", late, behind, 0),
+        ("promoted", early, TileConfig(64, 192, stages=3, store_slots=1, promote=256), 256),
+        ("promoted, late", late, dataclasses.replace(behind, promote=256), 256),
+    ):
+        for honest in (True, False):
+            m, n, k = 336, 272, 640
+
+            def product(
+                implementation, m=m, n=n, k=k, epilogue=epilogue, config=config, promote=promote, honest=honest
+            ):
+                return sparse24(
+                    *packed(m, k, honest=honest, dtype=e4m3), normal(1, n, k, dtype=e4m3), b_k_major=True,
+                    epilogue=epilogue, **scales(m, n), operand=normal(2, m, n) if epilogue.operand else None,
+                    promote=promote, implementation=implementation, config=config,
+                )  # fmt: skip
+
+            yield f"sparse24 fp8 {name} {honest=}", honest, product
+
+        def dense(implementation, epilogue=epilogue, config=config, promote=promote):
+            m, n, k = 336, 272, 640
+            return dense8(
+                normal(0, m, k, dtype=e4m3), normal(1, n, k, dtype=e4m3), epilogue=epilogue, **scales(m, n),
+                operand=normal(2, m, n) if epilogue.operand else None, promote=promote, implementation=implementation,
+                config=config,
+            )  # fmt: skip
+
+        yield f"dense8 {name}", True, dense
+    tokens, m, n, k = 384, 128, 192, 128
+    for sizes in ((128, 0, 192), (64, 0, 64), (2**31 - 1, 64, 64), (-(2**31), 65, 2**30)):
+        for mode, a, b, entries in (
+            ("rows", (tokens, k), (n, 3, k), (tokens, n)),
+            ("columns", (3 * m, k), (tokens, k), (3 * m, tokens)),
+            ("contraction", (m, tokens), (n, tokens), (3 * m, n)),
+        ):
+
+            def by_group(implementation, mode=mode, a=a, b=b, entries=entries, sizes=sizes):
+                return getattr(grouped, mode)(
+                    *packed(*a, dtype=e4m3), normal(1, *b, dtype=e4m3), jnp.asarray(sizes, jnp.int32), b_k_major=True,
+                    epilogue=early, **scales(*entries), implementation=implementation,
+                )  # fmt: skip
+
+            yield f"grouped24 fp8 {mode} {sizes}", True, by_group
+
+
 def packings() -> Iterator[Case]:
     """Activations along features, tokens and both, their gradients, and weights along both axes."""
     for features, tokens, interleaved in (
@@ -162,6 +226,86 @@ def packings() -> Iterator[Case]:
                 return packing.pack_thresholded(w, beta, axis=axis, dtype="bfloat16", implementation=implementation)
 
             yield f"pack weights {axis=} {masters.__name__}", True, weights
+
+
+def whole8(seed: int, *shape: int) -> jax.Array:
+    """e4m3 of whole numbers: sums of products that are exact, so that nothing is rounded the other way."""
+    return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape).astype(ml_dtypes.float8_e4m3fn))
+
+
+def powers(seed: int, size: int) -> jax.Array:
+    """Powers of four."""
+    return jnp.asarray(4.0 ** np.random.default_rng(seed).integers(-3, 1, size), jnp.float32)
+
+
+def packed8(m: int, k: int, *, honest: bool = True) -> Packed:
+    """As `packed`, of e4m3, in tiles."""
+    return Packed(whole8(k, m // 64, k // 128, 16, 256), packed(m, k, honest=honest)[1])
+
+
+def packings8() -> Iterator[Case]:
+    """What is packed and cast in eight bits."""
+    for features, tokens, interleaved in ((True, True, True), (True, True, False), (False, True, True)):
+        for sizes in (None, (70, 0, 64), (1 << 30, -5, 1 << 30)):
+            if sizes is not None and interleaved:
+                continue
+
+            def activations(implementation, features=features, tokens=tokens, interleaved=interleaved, sizes=sizes):
+                neurons = 128 * (1 if sizes is None else len(sizes))
+                options: dict[str, Any] = {"interleaved": interleaved, "implementation": implementation}
+                options["group_sizes"] = None if sizes is None else jnp.asarray(sizes, jnp.int32)
+                scales = {"scale": powers(2, neurons), "squared_scale": powers(3, neurons)}
+                found = packing.pack_activations(
+                    normal(0, 384, 128), features=features, tokens=tokens, scale=scales["squared_scale"], **options
+                )
+                taken = packing.take_activations(normal(1, 384, 128), found.squared, found.tokens, **scales, **options)
+                return found, taken
+
+            yield f"pack8 {features=} {tokens=} {interleaved=} {sizes}", True, activations
+    for honest in (True, False):
+
+        def taking(implementation, honest=honest):
+            given = (packed8(256, 128, honest=honest), packed8(128, 256, honest=honest))
+            scales = {"scale": powers(2, 128), "squared_scale": powers(3, 128)}
+            options: dict[str, Any] = {"interleaved": True, "implementation": implementation}
+            return packing.take_activations(normal(1, 256, 128), *given, **scales, **options)
+
+        yield f"take8 {honest=}", False, taking
+    for sizes in (None, (70, 0, 64), (1 << 30, -5, 1 << 30)):
+        for form in ("sparse", "k_major"):
+
+            def product(implementation, sizes=sizes, form=form):
+                weights = packed8(384, 256) if form == "sparse" else whole8(0, 384, 256)
+                options: dict[str, Any] = {"interleaved": sizes is None, "implementation": implementation}
+                options |= {"row_scale": powers(4, 384), "column_scale": powers(5, 640)}
+                groups = None if sizes is None else jnp.asarray(sizes, jnp.int32)
+                scales = {"scale": powers(2, 384), "squared_scale": powers(3, 384)}
+                found = pack_product(
+                    weights, whole8(1, 640, 256), groups, features=True, tokens=True, scale=powers(3, 384), **options
+                )
+                return found, take_product(
+                    weights, whole8(2, 640, 256), found.squared, found.tokens, groups, **scales, **options
+                )
+
+            yield f"pack8 product {sizes=} {form=}", True, product
+    for masters in (np.float32, ml_dtypes.bfloat16):
+
+        def casts(implementation, masters=masters):
+            w, beta = normal(0, 128, 256, dtype=masters), jnp.float32(1.4)
+            options: dict[str, Any] = {"implementation": implementation}
+            thresholded = [packing.pack_thresholded8(w, beta, axis=axis, **options) for axis in (0, 1)]
+            rows = cast8.by_row(w, **options)
+            columns = [cast8.by_column(w, interleaved=interleaved, **options) for interleaved in (True, False)]
+            return thresholded, rows, columns, cast8.fold(rows, powers(1, 128), **options)
+
+        yield f"cast8 {masters.__name__}", True, casts
+
+    def dense(implementation):
+        scales, options = (powers(2, 192), powers(3, 192)), {"implementation": implementation}
+        found = cast8.activate(normal(0, 128, 192), scales[0], **options)
+        return found, cast8.differentiate(normal(1, 128, 192), found.columns, *scales, **options)
+
+    yield "cast8 dense activations", True, dense
 
 
 def any_int32(seed: int, *shape: int) -> jax.Array:
@@ -260,9 +404,8 @@ def error_of(work: Callable[[Implementation], object], found: list) -> float:
 
 def cases() -> list[Case]:
     """All of them; nothing is computed yet."""
-    return [
-        case for part in (products, grouped_products, packings, vnm_products, permutations, ffns) for case in part()
-    ]
+    parts = (products, grouped_products, fp8_products, packings, packings8, vnm_products, permutations, ffns)
+    return [case for part in parts for case in part()]
 
 
 def choose_cases(names: list[str]) -> list[Case]:

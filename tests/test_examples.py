@@ -24,12 +24,13 @@ def load(name: str) -> ModuleType:
 
 
 def test_each_example_has_its_test_here():
-    assert NAMES == ["linen_model", "mixture_of_experts", "phases_without_train", "transformer"]
+    own = {"linen_model", "mixture_of_experts", "phases_without_train", "transformer"}
+    assert set(NAMES) == own | {"linen_fsdp", "nnx_scan"}, "the latter in tests/eight_devices"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_headers_say_the_command(name):
-    assert f"\n    python examples/{name}.py\n" in (load(name).__doc__ or "")
+    assert f"python examples/{name}.py\n" in (load(name).__doc__ or "")
 
 
 def test_transformer():

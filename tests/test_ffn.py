@@ -270,7 +270,7 @@ def test_bad_input_is_named():
         sparse_ffn(x, w1, w2, recipe=Recipe.venom(4, 1))
     with pytest.raises(ValueError, match="takes route=None"):
         sparse_ffn(x, w1, w2, jnp.zeros((90, 1), jnp.int32), recipe=Recipe.act24())
-    with pytest.raises(ValueError, match=r"route has shape \(90, 2\); the recipe takes \(90, 1\)"):
+    with pytest.raises(ValueError, match=r"takes route of shape \(90, 1\), got one of shape \(90, 2\)"):
         sparse_ffn(x, w1, w2, jnp.zeros((90, 2), jnp.int32), recipe=Recipe.venom(4, 1))
     with pytest.raises(ValueError, match="d_ffn = 64 does not split into experts = 5"):
         sparse_ffn(x, w1, w2, jnp.zeros((90, 1), jnp.int32), recipe=Recipe.venom(5, 1))

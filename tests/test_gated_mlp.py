@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import TypeCheckError
 
 from tests.helpers import assert_close, relative_error
-from venom_jax import Method, Recipe, SparseMLP, linen, phases
+from venom_jax import Method, Recipe, SparseMLP, phases
 
 D, F = 32, 128
 X = jax.random.normal(jax.random.key(0), (64, D))
@@ -67,11 +67,3 @@ def test_phases_leave_the_function(use_bias):
 def test_bad_activation_is_named():
     with pytest.raises((ValueError, TypeCheckError), match="activation"):  # the annotation comes first under pytest
         layer(activation="silu")
-
-
-def test_linen():
-    module = linen.sparse_mlp(D, F, gated=True)
-    variables: Any = module.init(jax.random.key(0), X)
-    assert variables["params"]["up"].shape == (D, F)
-    y: Any = module.apply(variables, X, recipe=Recipe.act24())
-    assert y.shape == X.shape

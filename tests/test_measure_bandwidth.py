@@ -17,18 +17,18 @@ from pallas_kernels.triton import api, extra
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(bandwidth, "TOKENS", 256)
-    monkeypatch.setattr(bandwidth, "SIZES", ((128, 64),))
+    monkeypatch.setattr(bandwidth, "SIZES", ((128, 128),))
     monkeypatch.setattr(bandwidth, "ROUTES", ((4, 2),))
     return bandwidth.cases()
 
 
 def test_cases_run_and_count_their_bytes(small):
-    assert {case.bench for case in small.values()} == {"pack", "permute"}
-    gather, both = small["gather E=4 k=2 D=128"], small["activations both ways interleaved F=64"]
+    assert {case.bench for case in small.values()} == {"pack", "cast", "permute"}
+    gather, both = small["gather E=4 k=2 D=128"], small["activations both ways interleaved F=128"]
     shapes = {name: jax.eval_shape(functools.partial(case.arguments, 0)) for name, case in small.items()}
     rows = shapes["gather E=4 k=2 D=128"][1].shape[0]
     assert bandwidth.moved(gather, shapes["gather E=4 k=2 D=128"]) == 256 * 128 * 2 + rows * 4 + rows * 128 * 2
-    packing, dense = shapes["activations both ways interleaved F=64"], 256 * 64 * 2
+    packing, dense = shapes["activations both ways interleaved F=128"], 256 * 128 * 2
     # y; a and its square along features and a along tokens at half, two sets of positions at a sixteenth; a count
     assert bandwidth.moved(both, packing) == dense + 3 * dense // 2 + 2 * dense // 16 + 4
     assert all(bandwidth.moved(case, shapes[name]) > 0 for name, case in small.items())

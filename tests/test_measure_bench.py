@@ -7,15 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.epilogue import Epilogue
 from pallas_kernels.measure import bench, timing
 from pallas_kernels.tile_order import from_tiles
 from pallas_kernels.tiles import Problem
 from tests.kernels import dense, oracle
 
 SIZES = (64, 0, 128, 64)
+SIZES8 = (128, 0, 256, 128)
 
 
-def small(mode: Any) -> tuple[Problem, tuple[int, ...] | None]:
+def small(mode: Any, *, fp8: bool = False) -> tuple[Problem, tuple[int, ...] | None]:
+    if fp8:
+        sizes = {"dense": (128, 64, 256), "rows": (512, 64, 128), "columns": (256, 512, 128)}.get(mode, (64, 128, 512))
+        groups = 1 if mode == "dense" else 4
+        problem = Problem(
+            *sizes, mode=mode, groups=groups, b_k_major=True, dtype="float8_e4m3fn", transpose_out=mode == "columns",
+            epilogue=Epilogue(row_scale=True, column_scale=True, powers_of_two=True),
+        )  # fmt: skip
+        return problem, None if mode == "dense" else SIZES8
     if mode == "dense":
         return Problem(128, 64, 192, b_k_major=True, transpose_out=True), None
     m, n, k = {"rows": (256, 64, 128), "columns": (256, 256, 64), "contraction": (64, 128, 256)}[mode]
@@ -23,20 +33,29 @@ def small(mode: Any) -> tuple[Problem, tuple[int, ...] | None]:
 
 
 def exact(problem: Problem, sizes, arguments) -> np.ndarray:
-    values, metadata, b = arguments
+    values, metadata, b, *scales = arguments
     a, b = dense(from_tiles(values), metadata), np.asarray(b, np.float64)
     b = b.T if problem.b_k_major else b
     if sizes is None:
         out = a @ b
     else:
-        out = oracle(problem.mode, a, b.reshape(4, -1, problem.n) if problem.mode == "rows" else b, sizes)
+        out = oracle(
+            problem.mode, a, b.reshape(4, -1, problem.n) if problem.mode == "rows" else b, sizes, problem.dtype
+        )
     out = out.reshape(-1, problem.n)
+    if scales:
+        rows, columns = (np.asarray(scale, np.float64) for scale in scales)
+        if problem.mode == "columns":
+            out = out * rows.reshape(4, -1)[np.repeat(np.arange(4), sizes)].T * columns
+        else:
+            out = out * rows[:, None] * columns
     return out.T if problem.transpose_out else out
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("mode", ["dense", "rows", "columns", "contraction"])
-def test_error_is_zero_for_the_product_and_not_for_another(mode):
-    problem, sizes = small(mode)
+def test_error_is_zero_for_the_product_and_not_for_another(mode, fp8):
+    problem, sizes = small(mode, fp8=fp8)
     arguments = bench.operands(problem, 0)
     groups = bench.group_array(problem, sizes)
     out = jnp.asarray(exact(problem, sizes, arguments), jnp.float32)
@@ -54,20 +73,20 @@ def test_wrong_results_are_not_timed(monkeypatch):
 
 
 def test_names_read_as_documented():
-    names = [*bench.problems(), *bench.problems(small=True)]
+    names = [*bench.problems(), *bench.problems(small=True), *bench.problems(fp8=True)]
     assert len(names) == len(set(names))
-    sparse = re.compile(r"\d+x\d+x\d+ b=(nmajor|kmajor)( out=transposed)?")
-    grouped = re.compile(r"E=\d+ D=\d+ F=\d+ mode=(rows|columns|contraction) sizes=(equal|ragged)")
+    sparse = re.compile(r"\d+x\d+x\d+ (b=(nmajor|kmajor)( out=transposed)?|(promoted )?fp8)")
+    grouped = re.compile(r"E=\d+ D=\d+ F=\d+ mode=(rows|columns|contraction) sizes=(equal|ragged)( fp8)?")
     assert all(sparse.fullmatch(name) or grouped.fullmatch(name) for name in names)
     for wanted in ("16384x4096x4096 b=nmajor", "E=4 D=2048 F=8192 mode=rows sizes=equal"):
         assert wanted in names
 
 
 def test_ragged_sizes_cover_all_tokens_with_two_empty_groups():
-    for _, sizes in bench.problems().values():
+    for problem, sizes in (bench.problems() | bench.problems(fp8=True)).values():
         if sizes is not None:
             assert sum(sizes) == 16384
-            assert not any(size % 64 for size in sizes)
+            assert not any(size % problem.tile_k for size in sizes)
             assert sizes.count(0) in (0, 2)
 
 

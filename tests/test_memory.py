@@ -36,7 +36,7 @@ def test_hopper_with_a_rebuilt_copy(name):
 
 def test_bytes():
     dense = 4096 * 512 * 2
-    assert memory.kept(Recipe.act24(), 4096, 128, 512) == memory.Kept(9 * dense // 8, 0, dense)
+    assert memory.kept(Recipe.act24(), 4096, 128, 512) == memory.Kept(9 * dense // 8, 0, dense, 4096 * 128 * 2)
     assert memory.kept(rebuilt("act24"), 4096, 128, 512).ratio == 9 / 16
     assert memory.kept(RECIPES["tokens only"], 4096, 128, 512).ratio == 1 + 9 / 16
     assert memory.kept(rebuilt("tokens only"), 4096, 128, 512).ratio == 1
@@ -45,6 +45,20 @@ def test_bytes():
     assert routed.order == 4 * (rows + 2 * 4096 + 4)
     with pytest.raises(NotImplementedError, match="split95"):
         memory.kept(Recipe.act24(wgrad="split95"), 64, 64, 256)
+
+
+def test_bytes_in_eight_bits():
+    tokens, width, hidden = 16384, 2048, 8192
+    entries, scales = tokens * hidden, 2 * 4 * hidden
+    sixteen, eight = (memory.kept(Recipe.act24(**o), tokens, width, hidden) for o in ({}, {"precision": "fp8"}))
+    assert eight.activations == 2 * entries * 5 // 8 + scales
+    assert eight.input == tokens * width + 4 * width
+    assert eight.total / sixteen.total < 0.55
+    one = memory.kept(Recipe.act24(precision="fp8", token_copy="rebuilt"), tokens, width, hidden)
+    assert one.activations == entries * 5 // 8 + scales
+    assert memory.kept(Recipe.dense(precision="fp8"), tokens, width, hidden).activations == entries + scales
+    with pytest.raises(NotImplementedError, match="multiples of 128"):
+        memory.kept(Recipe.act24(precision="fp8"), 64, 64, 256)
 
 
 def test_the_documents_table_is_the_programs():

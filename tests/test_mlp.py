@@ -14,7 +14,7 @@ import venom_jax
 from tests.helpers import assert_close
 from venom_jax import Method, Recipe, SparseMLP, phases
 
-RECIPES = [Recipe(), Recipe.act24(), Recipe.all24(), Recipe.venom(4, 2, balance_rate=0.1)]
+RECIPES = [Recipe(), Recipe.act24(), Recipe.all24(precision="fp8"), Recipe.venom(4, 2, balance_rate=0.1)]
 
 
 class Block(nnx.Module):
@@ -32,7 +32,7 @@ class Block(nnx.Module):
 class LinenBlock(linen.Module):
     @linen.compact
     def __call__(self, x, recipe):
-        return x + venom_jax.linen.sparse_mlp(32, 64, max_experts=8, name="mlp")(linen.RMSNorm()(x), recipe=recipe)
+        return x + venom_jax.linen.SparseMLP(64, max_experts=8, name="mlp")(linen.RMSNorm()(x), recipe=recipe)
 
 
 def batch():
@@ -116,6 +116,20 @@ def test_leading_axes_are_one_batch():
     mlp = SparseMLP(32, 64, max_experts=4, rngs=nnx.Rngs(0))
     recipe = Recipe.venom(4, 1)
     np.testing.assert_array_equal(mlp(x, recipe=recipe), mlp(x.reshape(-1, 32), recipe=recipe).reshape(x.shape))
+
+
+def test_precision_reaches_the_layer_in_nnx_and_linen():
+    x, _ = batch()
+    recipe = Recipe.act24(precision="fp8")
+    mlp = SparseMLP(32, 64, max_experts=8, rngs=nnx.Rngs(0))
+    expected = venom_jax.sparse_ffn(x.reshape(-1, 32), mlp.w1[...], mlp.w2[...], recipe=recipe).reshape(x.shape)
+    np.testing.assert_array_equal(mlp(x, recipe=recipe), expected)
+    packed = venom_jax.pack_weights(mlp.w1[...], mlp.w2[...], mlp.beta[...], recipe=recipe)
+    np.testing.assert_array_equal(mlp(x, recipe=recipe, packed=packed), expected)
+    in_linen = venom_jax.linen.SparseMLP(64, max_experts=8)
+    variables = {"params": {"w1": mlp.w1[...], "w2": mlp.w2[...]}}
+    method = in_linen.init(jax.random.key(0), x)["Method"]
+    np.testing.assert_array_equal(in_linen.apply(variables | {"Method": method}, x, recipe=recipe), expected)
 
 
 def test_dense_recipe_is_the_plain_mlp():

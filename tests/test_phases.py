@@ -11,7 +11,7 @@ from flax import nnx
 
 from pallas_kernels.pack import reference as pack
 from tests.helpers import assert_close
-from venom_jax import LayerRecipes, Method, Recipe, SparseMLP, phases, stats
+from venom_jax import LayerRecipes, Method, Recipe, SparseMLP, phases, stats, trees
 from venom_jax.threshold import optimal_scale
 
 DENSE, ALL24, VENOM = Recipe(), Recipe.all24(), Recipe.venom(4, 1)
@@ -42,7 +42,7 @@ def inputs():
 
 
 def leaves(tree):
-    return {phases._names(path): value for path, value in jax.tree_util.tree_leaves_with_path(tree)}
+    return {trees.names_of(path): value for path, value in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def test_permuting_leaves_the_function_and_the_next_step_unchanged(model):
@@ -191,6 +191,7 @@ def test_moments_are_permuted_and_not_baked(model):
 def test_balance_bias(model):
     _, params, method = model
     recipe = Recipe.venom(4, 1, balance_rate=0.25)
+    params, method, *_ = phases.transition(params, method, [], DENSE, recipe, seed=0)
     loads = jnp.array([[10.0, 0, 10, 20], [10, 10, 10, 10]])
     moved = phases.update_bias(method, loads, recipe)
     np.testing.assert_array_equal(leaves(moved)["tower", "bias"], [[0, 0.25, 0, -0.25], [0, 0, 0, 0]])
@@ -305,10 +306,10 @@ def test_recipes_of_layers_bake_and_balance_by_layer(model):
 
 def test_recipes_of_layers_need_one_stack_and_layers_in_order(model):
     _, params, method = model
-    one = LayerRecipes(((0, VENOM),))
-    one_params, one_method = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (params, method))
-    with pytest.raises(ValueError, match=r"one FFN with a leading axis of layers, found 1 with w1 \(16, 64\)"):
-        phases.transition(one_params, one_method, [], DENSE, one, seed=0)
+    two = LayerRecipes(((0, DENSE), (1, VENOM)))
+    both = [{"a": tree, "b": tree} for tree in (params, method)]
+    with pytest.raises(ValueError, match=r"FFNs without one, found 2, of which a/tower has w1 \(2, 16, 64\)"):
+        phases.transition(both[0], both[1], [], DENSE, two, seed=0)
     with pytest.raises(ValueError, match="from layer 5 on, but the stack has 2 layers"):
         phases.transition(params, method, [], DENSE, LayerRecipes(((0, DENSE), (5, VENOM))), seed=0)
     for starts in ((), ((1, DENSE),), ((0, DENSE), (0, VENOM))):

@@ -82,6 +82,8 @@ def test_what_has_no_time_left_is_not_begun(program, monkeypatch):
 def test_stopped_it_leaves_nothing_running(program, monkeypatch, tmp_path, sent):
     monkeypatch.setattr(results, "gpus", lambda: [""])
     before = signal.getsignal(signal.SIGTERM)
+    # Started in the background by a shell, a process ignores SIGINT.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     written = tmp_path / "pid"
     code = f"pathlib.Path({str(written)!r}).write_text(str(os.getpid())); time.sleep(60)"
 
@@ -96,6 +98,7 @@ def test_stopped_it_leaves_nothing_running(program, monkeypatch, tmp_path, sent)
             program([("slow", 60, "alone", code), ("next", 60, "alone", WRITE)])
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(int(written.read_text()), 0)
     assert not (tmp_path / "out" / "next").exists()

@@ -173,7 +173,7 @@ def test_lengths_divide_the_training_sequence():
 
 def test_the_report_names_checkpoint_model_and_file(tmp_path, capsys):
     (tmp_path / "some.txt").write_text("the cat was my house.")
-    validation.report_text(restored(6), tmp_path / "some.txt", sparse=True)
+    validation.report_text(restored(6), tmp_path / "some.txt", text_field="text", sparse=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["step 6, dense", "step 6, sparse"]
     assert all("bits per byte" in line and "1 documents" in line and "21 bytes" in line for line in lines)

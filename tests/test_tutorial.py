@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
     words = ["the", "people", "of", "these", "states", "have", "seen", "peace", "and", "plenty", "under", "law"]
     documents = [" ".join(rng.choices(words, k=120)) + "." for _ in range(400)]
     (folder / "texts" / "one.txt").write_text(documents[0])
+    (folder / "another.txt").write_text(" ".join(rng.choices(words, k=120)) + ".")
     lines = [json.dumps({"text": text}) + "\n" for text in documents[1:]]
     (folder / "texts" / "deeper" / "rest.jsonl").write_text("".join(lines))
     (folder / "tests").symlink_to(ROOT / "tests")

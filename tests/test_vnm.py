@@ -18,7 +18,7 @@ from pallas_kernels.measure import vnm as bench
 from pallas_kernels.measure.vnm_shapes import Case, cases
 from pallas_kernels.sparse24 import sparse24
 from pallas_kernels.tiles import TileConfig
-from pallas_kernels.vnm import best_form, hopper, vnm, vnm_transposed
+from pallas_kernels.vnm import api, best_form, hopper, vnm, vnm_transposed
 from tests.helpers import relative_error
 from tests.kernels import LIMIT, normal
 from venom_jax import Pattern, prune
@@ -127,6 +127,13 @@ def lower(monkeypatch, v, config, *, transpose_out, dtype="bfloat16", out_dtype=
 def test_tiles_that_cannot_gather_are_refused(v, config, message):
     with pytest.raises(ValueError, match=message):
         config.check(hopper.problem_of(512, 512, 256, v))
+
+
+def test_operands_of_8_bits_are_refused():
+    values, words = jnp.zeros((1, 1, 16, 256), jnp.float8_e4m3fn), jnp.zeros((1, 2, 128), jnp.uint32)
+    columns, b = jnp.zeros((1, 128), jnp.int32), jnp.zeros((128, 64), jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match=r"product takes operands of 16 bits, not float8_e4m3fn.*bfloat16"):
+        api._check(values, words, columns, b)
 
 
 def test_errors_carry_values():

@@ -97,7 +97,7 @@ def test_plain_24_is_handed_over_where_the_caller_keeps_it(monkeypatch):
 
 
 def test_linen_has_the_same_layer():
-    module: Any = venom_jax.linen.vnm_linear(32, 72, pattern=P)
+    module: Any = venom_jax.linen.VNMLinear(72, pattern=P)
     variables: Any = module.init(jax.random.key(0), X)
     assert set(variables) == {"params", "Method"}
     y = module.apply(variables, X)

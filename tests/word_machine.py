@@ -49,6 +49,12 @@ class NumpyMachine(Machine):
     def store(self, name, piece, words):
         self._memory[name].reshape(-1, 4)[piece] = np.stack(words, -1)
 
+    def load_half(self, name, half):
+        return list(np.moveaxis(self._memory[name].reshape(-1, 2)[half], -1, 0))
+
+    def store_half(self, name, half, words):
+        self._memory[name].reshape(-1, 2)[half] = np.stack(words, -1)
+
     def load_word(self, name, index):
         return self._memory[name][index]
 
@@ -113,6 +119,33 @@ class NumpyMachine(Machine):
 
     def round_pair(self, low, high):
         return np.stack([x.view(np.float32).astype(self._dtype) for x in (low, high)], -1).view(np.uint32)[..., 0]
+
+    def narrow(self, four):
+        values = np.clip(np.stack([np.ascontiguousarray(x).view(np.float32) for x in four], -1), -448, 448)
+        return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint32)[..., 0]
+
+    def widen8(self, word):
+        values = np.ascontiguousarray(word)[..., None].view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return list(np.moveaxis(values.view(np.uint32), -1, 0))
+
+    def root(self, word):
+        return np.sqrt(np.ascontiguousarray(word).view(np.float32)).view(np.uint32)
+
+    def maximum_pair(self, pair, other):
+        halves = (np.ascontiguousarray(np.broadcast_to(w, self.thread.shape)).view(np.uint16) for w in (pair, other))
+        return np.maximum(*halves).view(np.uint32)
+
+    def warp_max(self, word):
+        return np.repeat(word.reshape(-1, THREADS // 32, 32).max(-1), 32).reshape(word.shape)
+
+    def exchange(self, word):
+        return word[..., np.arange(THREADS) ^ 1]
+
+    def loop(self, count, initial, body):
+        state = initial
+        for i in range(count):
+            state = body(self.thread * 0 + i, list(state))
+        return state
 
 
 class NumpyPermuteMachine(NumpyMachine, permute.Machine):
@@ -180,9 +213,3 @@ class NumpyPermuteMachine(NumpyMachine, permute.Machine):
         """Pairs of lane 4 g + t at k = 2 t and 2 t + 8 -> f64 [warp, g, k]."""
         halves = [np.ascontiguousarray(w).view(self._dtype).reshape(-1, 8, 8).astype(np.float64) for w in (low, high)]
         return np.concatenate(halves, 2)
-
-    def loop(self, count, initial, body):
-        state = initial
-        for i in range(count):
-            state = body(self.thread * 0 + i, list(state))
-        return state

@@ -11,15 +11,17 @@ from pathlib import Path
 from absl import app, flags
 
 from train.command import program
+from train.config.settings import trust_imports
 from train.evaluation.validation import report_tasks, report_text, report_validation, restore, split_source
 
 
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
+    trust_imports(values.gin_allow_imports)
     run = restore(values.workdir, ema=values.ema)
     if values.text is not None:
-        report_text(run, Path(values.text), sparse=values.sparse)
+        report_text(run, Path(values.text), text_field=values.text_field, sparse=values.sparse)
     elif values.tasks:
         data_dir = None if values.eval_data_dir is None else Path(values.eval_data_dir)
         report_tasks(
@@ -39,7 +41,9 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
     flags.DEFINE_boolean("sparse", False, "also evaluate with the recipe of the checkpoint's phase")
     flags.DEFINE_string("text", None, "bits per byte of this file instead of the validation split")
+    flags.DEFINE_string("text_field", "text", "field (.jsonl) or column (.parquet) with the text of --text")
     flags.DEFINE_list("tasks", [], "tasks of lm-eval (extra eval) instead, such as arc_easy,piqa")
     flags.DEFINE_string("eval_data_dir", None, "folder with TASK/SPLIT.jsonl or .parquet; else lm-eval downloads")
     flags.DEFINE_integer("limit", None, "only this many items of each task", lower_bound=1)
+    flags.DEFINE_boolean("gin_allow_imports", False, "let the run's configuration import modules: runs their code")
     app.run(main)

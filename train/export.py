@@ -8,12 +8,14 @@ from pathlib import Path
 from absl import app, flags
 
 from train.command import program
+from train.config.settings import trust_imports
 from train.evaluation.export import DTYPES, export
 
 
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
+    trust_imports(values.gin_allow_imports)
     print(export(values.workdir, Path(values.output), values.dtype, ema=values.ema))
 
 
@@ -22,4 +24,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "folder to write", required=True)
     flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
     flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "type of the stored weights")
+    flags.DEFINE_boolean("gin_allow_imports", False, "let the run's configuration import modules: runs their code")
     app.run(main)

@@ -10,6 +10,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from train.command import program
+from train.config.settings import trust_imports
 from train.data.sources import open_split
 from train.evaluation.sampling import TEMPERATURE, TOP_P, sample_text
 from train.evaluation.validation import restore
@@ -18,6 +19,7 @@ from train.evaluation.validation import restore
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
+    trust_imports(values.gin_allow_imports)
     run = restore(values.workdir, ema=values.ema)
     tokenizer = open_split(run.config, "train").tokenizer
     with tqdm(total=values.new_tokens, unit="token", disable=None) as bar:  # None: shown on a terminal only
@@ -45,4 +47,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", TOP_P, "share of the probability to draw from")
     flags.DEFINE_integer("seed", 0, "of the drawing")
     flags.DEFINE_boolean("ema", False, "the averaged weights (Optimizer.ema) in place of the last ones")
+    flags.DEFINE_boolean("gin_allow_imports", False, "let the run's configuration import modules: runs their code")
     app.run(main)

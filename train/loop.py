@@ -88,11 +88,10 @@ def prepare(
     try:
         train = config.train
         checkpoints = checkpoint.Checkpoints(workdir, train.keep_checkpoints, train.keep_every, remote=remote)
-        fingerprint = checkpoint.fingerprint(config, identity(train_data))
         if init_state and checkpoints.latest is None:
-            branch(str(init_from), workdir, fingerprint)
+            branch(str(init_from), workdir, checkpoint.fingerprint(config, identity(train_data)))
             checkpoints.reload()
-        checkpoints.check(fingerprint)
+        config, fingerprint = _check_continues(config, workdir, checkpoints, train_data)
         read_starts(workdir)  # refuses a damaged record now and not after the first steps
         starting = checkpoints.latest is None
         first_alone(lambda: verify(config, workdir / VERIFIED))
@@ -107,6 +106,39 @@ def prepare(
             lock.release()
         raise
     return Run(config, workdir, train_data, val_data, checkpoints, fingerprint, lock, layout, profiled, params, changed)
+
+
+def rehearse(config: RunConfig, workdir: Path | None) -> int:
+    """Tells why a run would not begin, if so: the data are missing (exit code 0), or not the workdir's (2)."""
+    try:
+        data = open_data(config)[0]
+    except ValueError as error:
+        print(f"note            the run would stop: {error}")
+        return 0
+    if workdir is None or not (workdir / checkpoint.CHECKPOINTS).is_dir():
+        return 0
+    with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, writer=False) as checkpoints:
+        try:
+            _check_continues(config, workdir, checkpoints, data)
+        except ValueError as error:
+            print(f"note            the run would stop: {error}")
+            return 2
+    return 0
+
+
+def _check_continues(
+    config: RunConfig, workdir: Path, checkpoints: checkpoint.Checkpoints, data: Dataset
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration with begun phases where they began, and its fingerprint; ValueError where it does not fit."""
+    config = checkpoint.keep_begun(config, checkpoints.begun_phases())
+    if (done := checkpoints.latest or 0) > config.train.steps:
+        raise ValueError(
+            f"Train.steps={config.train.steps}, but workdir {str(workdir)!r} has {done} steps; give more steps to go "
+            "on, or for a shorter run another --workdir"
+        )
+    fingerprint = checkpoint.fingerprint(config, identity(data))
+    checkpoints.check(fingerprint)
+    return config, fingerprint
 
 
 def lock_workdir(workdir: Path, remote: Remote | None = None) -> WorkdirLock:
@@ -316,7 +348,9 @@ def sample(run: Run, graphdef: nnx.GraphDef, state: TrainState) -> str:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag, so that the loop can save; a second one acts as usual.
+    """Turns the first SIGTERM, SIGINT or SIGHUP into a flag, so that the loop can save; a second one acts as usual.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
 
     With several processes jax.distributed catches SIGTERM in any of them and finds a step at which all can stop.
     """
@@ -325,7 +359,9 @@ class StopRequest:
         self.signal: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        caught = [signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1 else []
+        if caught and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            caught.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._note) for number in caught}
         return self
 
@@ -352,5 +388,5 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """0 on SIGTERM, which asks for just this; 128 + number on SIGINT, as shells expect."""
+        """0 on SIGTERM, which asks for just this; 128 + number on the others, as shells expect."""
         return 0 if self.signal in (None, signal.SIGTERM) else 128 + self.signal

@@ -11,9 +11,8 @@ from typing import Any
 from absl import app, flags, logging
 
 from train import loop
-from train.command import compute_deterministically, keep_compiled_programs, print_error
-from train.config.settings import load_config
-from train.data.sources import open_data
+from train.command import compute_deterministically, keep_compiled_programs, outlive_output, print_error
+from train.config.settings import load_config, trust_imports
 from train.records import logger
 from train.state import processes
 from train.state.checkpoint import CheckpointError
@@ -41,16 +40,13 @@ def run(
     try:
         processes.connect(distributed)
         bindings = [*gin_bindings, *(["Train.deterministic = True"] if deterministic else [])]
-        config = load_config(gin_files, bindings, allow_imports=gin_allow_imports)
+        trust_imports(gin_allow_imports)
+        config = load_config(gin_files, bindings)
         if config.train.deterministic:
             compute_deterministically()
         if dry_run:
             print(logger.plan(config))
-            try:
-                open_data(config)
-            except ValueError as error:
-                print(f"note            the run would stop: {error}")
-            return 0
+            return loop.rehearse(config, None if workdir is None or is_remote(workdir) else Path(workdir))
         if not str(workdir):
             raise ValueError("--workdir= is empty; give a folder")
         remote = Remote(str(workdir)) if is_remote(workdir) else None
@@ -71,6 +67,7 @@ def run(
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
+    outlive_output()
     logging.set_verbosity(logging.WARNING)  # orbax tells every checkpoint in a dozen lines
     if len(argv) > 1:
         print_error(f"unexpected arguments {argv[1:]}; see --help")

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from train.command import outlive_output
 from train.records.plots import FIELDS, plot_pareto, plot_runs
 
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
+    outlive_output()
     values = flags.FLAGS
     try:
         if values.pareto:

@@ -7,11 +7,13 @@ for byte, as a run without interruption.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags
 
+from train.command import outlive_output
 from train.data.documents import MAX_DOCUMENT_CHARS, describe_skipped
 from train.data.prepare import (
     DEFAULT_VALIDATION_FRACTION,
@@ -25,6 +27,7 @@ from train.data.prepare import (
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
+    outlive_output()
     values = flags.FLAGS
     try:
         manifest = prepare(
@@ -46,6 +49,9 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 128 + signal.SIGINT
     for split, content in manifest["splits"].items():
         print(
             f"{split}: {content['documents']:,} documents, {content['bytes']:,} bytes, "

@@ -9,12 +9,14 @@ from pathlib import Path
 from absl import app, flags
 
 from train.command import keep_compiled_programs, program
+from train.config.settings import trust_imports
 from train.evaluation.prune import run
 
 
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
+    trust_imports(values.gin_allow_imports)
     keep_compiled_programs()
     run(
         values.workdir,
@@ -39,4 +41,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("recovery_rate", None, "their peak learning rate; default: a tenth of the run's")
     flags.DEFINE_string("json", None, "write the figures to this file")
     flags.DEFINE_string("output", None, "write the pruned model there, as train.export does, in float32")
+    flags.DEFINE_boolean("gin_allow_imports", False, "let the run's configuration import modules: runs their code")
     app.run(main)

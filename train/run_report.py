@@ -8,11 +8,13 @@ from collections.abc import Sequence
 
 from absl import app
 
+from train.command import outlive_output
 from train.records.run_report import write_report
 
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
+    outlive_output()
     if len(argv) != 2:
         print("error: give one workdir: python -m train.run_report runs/a", file=sys.stderr)
         return 2

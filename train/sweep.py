@@ -29,12 +29,13 @@ from typing import Any
 
 from absl import app, flags
 
-from train.command import print_error
+from train.command import outlive_output, print_error
 from train.sweeps.sweep import run_sweep
 
 
 def main(argv: Sequence[str]) -> int:
     """The command."""
+    outlive_output()
     values = flags.FLAGS
     if len(argv) < 2:
         print_error("give a sweep, or several: python -m train.sweep configs/sweeps/recipes.toml")

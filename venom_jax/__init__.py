@@ -3,10 +3,12 @@
 from venom_jax import Recipe, SparseMLP
 
 mlp = SparseMLP(d_model=2048, d_ffn=8192, max_experts=4, rngs=nnx.Rngs(0))
-y = mlp(x)                                                    # dense
-y = mlp(x, recipe=Recipe.venom(experts=4, top_k=1))            # all six products sparse, forward and backward
+y = mlp(x)                                         # dense
+y = mlp(x, recipe=Recipe.act24())                  # activations 2:4, forward and backward
+y = mlp(x, recipe=Recipe.act24(precision="fp8"))   # the same, every operand in eight bits
 """
 
+from venom_jax import fp8 as fp8
 from venom_jax import linen as linen
 from venom_jax import phases as phases
 from venom_jax import prune as prune
@@ -14,10 +16,11 @@ from venom_jax import router as router
 from venom_jax import stats as stats
 from venom_jax.ffn import PackedWeights as PackedWeights
 from venom_jax.ffn import pack_weights as pack_weights
-from venom_jax.ffn import sparse_ffn as sparse_ffn
 from venom_jax.formats import VNM as VNM
 from venom_jax.formats import Sparse24 as Sparse24
+from venom_jax.fp8 import EightBitWeights as EightBitWeights
 from venom_jax.general_ffn import feed_forward as feed_forward
+from venom_jax.layer import sparse_ffn as sparse_ffn
 from venom_jax.mlp import Method as Method
 from venom_jax.mlp import SparseMLP as SparseMLP
 from venom_jax.moe import SparseMoE as SparseMoE

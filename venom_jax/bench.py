@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels import device
 from pallas_kernels.array_types import Array
 from pallas_kernels.measure import timing
-from venom_jax import router
+from venom_jax import rivals, router
 from venom_jax.ffn import pack_weights, sparse_ffn
 from venom_jax.packed_ffn import TokenRows
 from venom_jax.pattern import Recipe
@@ -37,9 +37,16 @@ RECIPES = {
     "venom E=4 k=1": Recipe.venom(4, 1),
     "venom E=16 k=4": Recipe.venom(16, 4),
     "venom E=16 k=1": Recipe.venom(16, 1),
+    "dense fp8": Recipe.dense(precision="fp8"),
+    "act24 fp8": Recipe.act24(precision="fp8"),
+    "all24 fp8": Recipe.all24(precision="fp8"),
+    "act24 E=4 k=2 fp8": Recipe.act24(experts=4, top_k=2, precision="fp8"),
+    "venom E=4 k=2 fp8": Recipe.venom(4, 2, precision="fp8"),
+    "venom E=4 k=1 fp8": Recipe.venom(4, 1, precision="fp8"),
 }
 MAX_ERROR = 1e-2
-"""Norm-wise relative error in bf16: roundings of y1, y2 and dy1, and the patterns that change where values tie."""
+"""Norm-wise relative error in bf16: roundings of y1, y2 and dy1, and the patterns that change where values tie.
+The same in eight bits, where a last bit of y1 or dy2 may move a cast."""
 CHECK_TOKENS = 2048
 BETA = jnp.full(4, 1.5, jnp.float32)
 
@@ -74,7 +81,9 @@ def stages(recipe: Recipe, x, w1, w2, dy) -> dict[str, tuple[Callable[..., Any],
     if weights is not None:
         found["pack weights"] = (lambda w1, w2: pack_weights(w1, w2, BETA, dtype=x.dtype), (w1, w2))
     if recipe.routed:
-        group = functools.partial(group_tokens, experts=recipe.experts, align=recipe.v, implementation="hopper")
+        group = functools.partial(
+            group_tokens, experts=recipe.experts, align=recipe.group_rows, implementation="hopper"
+        )
         found["route and group"] = (lambda x, w1: group(router.route(x, w1, recipe)), (x, w1))
         grouping = jax.jit(found["route and group"][0])(x, w1)
     order = TokenRows(recipe, grouping, tokens, "hopper")
@@ -118,10 +127,17 @@ def gpu_name() -> str:
 def measure(
     tokens: int, d_model: int, d_ffn: int, names: list[str], masters: Any, with_stages: bool
 ) -> Iterator[dict[str, Any]]:
-    """A row for each recipe at one size, as it comes; a recipe takes turns with dense."""
+    """Rows for each recipe at one size, as they come; a recipe takes turns with its rivals.
+
+    The rival of all is "dense", XLA's layer in bf16; of sparse recipes in eight bits also "dense8", the fastest dense
+    layer in eight bits, be it ours or one of `rivals8`.
+    """
     sets = [operands(tokens, d_model, d_ffn, seed, masters) for seed in range(2)]
-    dense = timing.repeated(step(Recipe.dense(), None), sets)
+    dense, dense8 = {"dense": timing.repeated(step(Recipe.dense(), None), sets)}, {}
+    if any(_against_dense8(RECIPES[name]) for name in names):
+        dense8 = {name: timing.repeated(rival, sets) for name, rival in rivals8().items()}
     for name in names:
+        recipe = RECIPES[name]
         row: dict[str, Any] = {
             "bench": "ffn",
             "case": f"{name} D={d_model} F={d_ffn}",
@@ -137,38 +153,62 @@ def measure(
             "date": datetime.date.today().isoformat(),
         }
         try:
-            row |= _times(RECIPES[name], dense, sets, with_stages)
-        except (RuntimeError, NotImplementedError) as error:
-            row["failure"] = str(error)[:300]
-        yield row
+            error = checked_error(recipe, d_model, d_ffn)
+            runs = {"ours": timing.repeated(step(recipe, "hopper"), sets)} | dense
+            runs |= dense8 if _against_dense8(recipe) else {}
+            times = timing.race(runs, dict.fromkeys(runs, len(sets)))
+        except (RuntimeError, NotImplementedError) as failure:
+            yield row | {"failure": str(failure)[:300]}
+            continue
+        row |= {"ms": round(times["ours"], 4), "relerr": float(f"{error:.3g}")}
+        parts = stage_times(recipe, sets[0]) if with_stages and not recipe.in_fp8 else {}
+        yield row | _against(times, ["dense"]) | parts
+        if _against_dense8(recipe):
+            yield row | {"rival": "dense8"} | _against(times, list(dense8))
 
 
-def _times(recipe: Recipe, dense: timing.Run, sets: list[tuple], with_stages: bool) -> dict[str, Any]:
-    """The measured fields of a row.
+def rivals8() -> dict[str, Callable[..., Any]]:
+    """Dense layers in eight bits: ours, and XLA's with a scale for each tensor (`venom_jax.rivals`)."""
+    return {
+        "dense fp8": step(RECIPES["dense fp8"], "hopper"),
+        "tensor scales": rivals.step(),
+        "tensor scales, e5m2 gradients": rivals.step(rivals.E5M2),
+        "tensor scales, all sums in 14 bits": rivals.step(exact=False),
+    }
+
+
+def _against_dense8(recipe: Recipe) -> bool:
+    return recipe.in_fp8 and not recipe.is_dense
+
+
+def _against(times: dict[str, float], rivals_of_row: list[str]) -> dict[str, Any]:
+    """The fields of a row that speak of the fastest of some rivals."""
+    fastest = min(rivals_of_row, key=lambda name: times[name])
+    found = {"rival_ms": round(times[fastest], 4), "speedup": round(times[fastest] / times["ours"], 3)}
+    return found if len(rivals_of_row) == 1 else found | {"rival_form": fastest}
+
+
+def checked_error(recipe: Recipe, d_model: int, d_ffn: int) -> float:
+    """`largest_error`.
 
     Raises:
       RuntimeError: the recipe's results are wrong; nothing is to be timed.
     """
-    error = largest_error(recipe, *sets[0][1].shape)
+    error = largest_error(recipe, d_model, d_ffn)
     if not error <= MAX_ERROR:
         raise RuntimeError(f"relative error {error:.2e} exceeds {MAX_ERROR:.0e}; not timed")
-    runs = {"ours": timing.repeated(step(recipe, "hopper"), sets), "dense": dense}
-    times = timing.race(runs, dict.fromkeys(runs, len(sets)))
-    found = {
-        "ms": round(times["ours"], 4),
-        "rival_ms": round(times["dense"], 4),
-        "speedup": round(times["dense"] / times["ours"], 3),
-        "relerr": float(f"{error:.3g}"),
-    }
-    if not with_stages:
-        return found
+    return error
+
+
+def stage_times(recipe: Recipe, arguments: tuple) -> dict[str, dict[str, float]]:
+    """`stage_ms` of a row."""
     jobs = {
-        part: functools.partial(timing.repeated, function, [arguments])
-        for part, (function, arguments) in stages(recipe, *sets[0]).items()
+        part: functools.partial(timing.repeated, function, [given])
+        for part, (function, given) in stages(recipe, *arguments).items()
     }
     parts = {part: run for part, run in timing.build(jobs).items() if not isinstance(run, Exception)}
     part_ms = timing.race(parts, dict.fromkeys(parts, 1), rounds=5, seconds=0.005)
-    return found | {"stage_ms": {part: round(ms, 4) for part, ms in part_ms.items()}}
+    return {"stage_ms": {part: round(ms, 4) for part, ms in part_ms.items()}}
 
 
 def main() -> None:

@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.array_types import Array, Bool, Float, Int, accumulator
-from pallas_kernels.grouped24 import reference as grouped
+from pallas_kernels.array_types import Array, Float, Int
 from pallas_kernels.pack import reference as pack
 from pallas_kernels.pack.api import pack_thresholded
-from venom_jax import mvue, packed_ffn
+from venom_jax import fp8, masked, mvue, packed_ffn
 from venom_jax.dispatch import Implementation, Kernels, choose_kernels
 from venom_jax.formats import Sparse24
+from venom_jax.fp8 import EightBitWeights
+from venom_jax.fp8 import packed as packed_fp8
+from venom_jax.fp8 import reference as reference_fp8
+from venom_jax.masked import rows_in_groups, rows_of_kernels
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe, WeightGemm
-from venom_jax.permutation import Grouping, group_tokens
+from venom_jax.permutation import Grouping
 from venom_jax.threshold import sparse_weight, threshold_gradient
 
 # The axis of the weight along which each product is 2:4: its contraction.
@@ -56,19 +59,26 @@ def pack_weights(
     beta: Float[Array, "4"],
     *,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    recipe: Recipe | None = None,
     implementation: Kernels | None = None,
-) -> PackedWeights:
+) -> PackedWeights | EightBitWeights:
     """round(beta_y1 S(W1)) and round(beta_dy2 S(W2)), both 2:4 along D, packed for the tensor core.
+
+    With a recipe in eight bits all that its products read of the weights, dense where it says so.
 
     Args:
       w1, w2: f32 masters.
       beta: the frozen scales of y1, y3, dy2, dx (`venom_jax.threshold.optimal_scale`).
-      dtype: of the stored values.
+      dtype: of the stored values; 8-bit ones are e4m3.
+      recipe: needed where its precision is "fp8".
       implementation: "reference", "hopper", or None to choose by device, sizes and dtypes.
 
     Raises:
       ValueError, NotImplementedError: as `pallas_kernels.pack.api.pack_thresholded`.
     """
+
+    if recipe is not None and recipe.in_fp8:
+        return fp8.pack_weights(w1, w2, beta, recipe, implementation)
 
     def pack_one(gemm: WeightGemm, w) -> Sparse24:
         axis, scale = _THRESHOLD_AXIS[gemm], beta[WEIGHT_GEMMS.index(gemm)]
@@ -86,7 +96,7 @@ def sparse_ffn(
     beta: Float[Array, "4"] | None = None,
     *,
     recipe: Recipe,
-    packed: PackedWeights | None = None,
+    packed: PackedWeights | EightBitWeights | None = None,
     implementation: Implementation | None = None,
     return_density: bool = False,
 ) -> Any:
@@ -98,8 +108,8 @@ def sparse_ffn(
       route: the experts of each token (`venom_jax.router.route`); None without routing.
       beta: frozen scales of the weight-sparse products in the order y1, y3, dy2, dx; None is all 1.
       recipe: what is sparse.
-      packed: `pack_weights(...)`, to threshold once per optimizer step instead of once per call. The caller keeps it in
-        step with w1, w2 and beta. Not for transposable masks.
+      packed: `pack_weights(...)`, to threshold (in eight bits: to cast) once per optimizer step instead of once per
+        call. The caller keeps it in step with w1, w2 and beta. Not for transposable masks.
       implementation: "reference", "hopper", or None to choose (`venom_jax.dispatch.choose_kernels`). A named one never
         falls back.
       return_density: also return the share of the computed hidden activations that are positive, f32 [].
@@ -123,22 +133,15 @@ def sparse_ffn(
         raise ValueError(f"route has shape {route.shape}; the recipe takes {(x.shape[0], recipe.top_k)}.")
     if packed is not None and recipe.weight_mask != "threshold":
         raise ValueError(f"packed weights are soft-thresholded, weight_mask = {recipe.weight_mask!r}; use packed=None.")
-    if recipe.is_dense:
+    fp8.check_packed(recipe, packed)
+    if recipe.is_dense and not recipe.in_fp8:
         # Results in x's dtype (accumulated in f32 all the same): f32 results would give f32 operands to the backward.
         a = jax.nn.relu(x @ w1.astype(x.dtype))
-        y, density = (a * a) @ w2.astype(x.dtype), sampled_density(a)
+        y, density = (a * a) @ w2.astype(x.dtype), masked.sampled_density(a)
     else:
         beta = jnp.ones(len(WEIGHT_GEMMS), jnp.float32) if beta is None else beta
         y, density = _sparse(recipe, kernels, x, w1, w2, beta, packed, route)
     return (y, jax.lax.stop_gradient(density)) if return_density else y
-
-
-def sampled_density(a: Float[Array, "T F"]) -> Float[Array, ""]:
-    """Share of positive activations of at most 2,048 tokens, evenly spaced.
-
-    The sparse forms count as they pack; reading all of `a` once more would be 2 % of a dense layer's time.
-    """
-    return jnp.mean(a[:: -(-a.shape[0] // 2048)] > 0, dtype=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -148,6 +151,8 @@ def _sparse(recipe: Recipe, kernels: Kernels | None, x, w1, w2, beta, packed, ro
 
 
 def _forward(recipe, kernels, x, w1, w2, beta, packed, route):
+    if recipe.in_fp8:
+        return _fp8_forward(recipe, kernels, x, w1, w2, beta, packed, route)
     if kernels is not None:
         return _packed_forward(recipe, kernels, x, w1, w2, beta, packed, route)
     grouping = rows_in_groups(recipe, route, x.shape[0])
@@ -159,17 +164,19 @@ def _forward(recipe, kernels, x, w1, w2, beta, packed, route):
 
 def masked_forward(recipe: Recipe, x, w1, w2, grouping: Grouping | None):
     """(y3, density, a); w1, w2: the operands of y1 and y3, thresholded where the recipe says so, in x's dtype."""
-    a = jax.nn.relu(_hidden(recipe, grouping, x, w1))
+    a = jax.nn.relu(masked.hidden(recipe, grouping, x, w1))
     density = jnp.sum(a > 0, dtype=jnp.float32) / (x.shape[0] * recipe.top_k * (w1.shape[1] // recipe.experts))
     if recipe.activations and "y3" not in recipe.weights:
         a = jnp.where(pack.select24(a), a, 0)
-    y3 = _rows(recipe, grouping, a * a, _by_neuron(w2, recipe))
+    y3 = masked.over_features(grouping, a * a, masked.by_neuron(w2, recipe))
     y3 = (y3 if grouping is None else grouping.undo(y3)).astype(x.dtype)
     return y3, density, a
 
 
 def _backward(recipe, kernels, residuals, cotangents):
     dy3 = cotangents[0]
+    if recipe.in_fp8:
+        return _fp8_backward(recipe, kernels, residuals, dy3)
     if kernels is not None:
         return _packed_backward(recipe, kernels, residuals, dy3)
     x, w1, w2, beta, packed, grouping, a = residuals
@@ -181,17 +188,17 @@ def _backward(recipe, kernels, residuals, cotangents):
 
 def masked_backward(recipe: Recipe, x, w2, w1, grouping: Grouping | None, a, dy3):
     """(dx, dW1 [D, F], dW2 [F, D]) before any threshold's gradient; w2, w1: the operands of dy2 and dx."""
-    dy2 = _hidden(recipe, grouping, dy3, w2.T)
+    dy2 = masked.hidden(recipe, grouping, dy3, w2.T)
     dy1 = 2 * dy2 * a
     sparse_dy1 = recipe.activations and "dx" not in recipe.weights
     dy1_dx = jnp.where(pack.select24(a), dy1, 0) if sparse_dy1 else dy1
-    dx = _rows(recipe, grouping, dy1_dx, _by_neuron(w1.T, recipe))
+    dx = masked.over_features(grouping, dy1_dx, masked.by_neuron(w1.T, recipe))
     dx = (dx if grouping is None else grouping.undo(dx)).astype(x.dtype)
 
     y2_w, dy1_w = _operands_over_tokens(recipe, grouping, a, dy1, dy3)
     x_rows, dy3_rows = (t if grouping is None else grouping.apply(t) for t in (x, dy3))
-    dw2 = _over_tokens(grouping, y2_w, dy3_rows).reshape(w2.shape)
-    dw1 = jnp.moveaxis(_over_tokens(grouping, x_rows, dy1_w), 0, 1).reshape(w1.shape)
+    dw2 = masked.over_tokens(grouping, y2_w, dy3_rows).reshape(w2.shape)
+    dw1 = jnp.moveaxis(masked.over_tokens(grouping, x_rows, dy1_w), 0, 1).reshape(w1.shape)
     return dx, dw1, dw2
 
 
@@ -223,6 +230,23 @@ def _packed_backward(recipe, kernels, residuals, dy3):
     return through_thresholds(recipe, w1, w2, beta, dx, dw1, dw2)
 
 
+def _fp8_forward(recipe, kernels, x, w1, w2, beta, packed, route):
+    if packed is None:
+        packed = fp8.pack_weights(w1, w2, beta, recipe, kernels or "reference")
+    form, order = (reference_fp8, rows_in_groups) if kernels is None else (packed_fp8, rows_of_kernels)
+    grouping = order(recipe, route, x.shape[0], kernels or "reference")
+    y3, density, saved = form.forward(recipe, kernels, x, packed.y1(recipe), packed.w2, grouping)
+    return (y3, density), (w1, w2, beta, packed, saved)
+
+
+def _fp8_backward(recipe, kernels, residuals, dy3):
+    w1, w2, beta, packed, saved = residuals
+    form = reference_fp8 if kernels is None else packed_fp8
+    dtypes = (w1.dtype, w2.dtype)
+    dx, dw1, dw2 = form.backward(recipe, kernels, packed.dy2(recipe), packed.w1, saved, dy3, dtypes)
+    return through_thresholds(recipe, w1, w2, beta, dx, dw1, dw2)
+
+
 def weight_operand(gemm: WeightGemm, recipe: Recipe, w, beta, packed: PackedWeights | None, dtype) -> Array:
     """The weight as product `gemm` reads it: round(beta S(w)), or round(w)."""
     if gemm not in recipe.weights:
@@ -233,73 +257,11 @@ def weight_operand(gemm: WeightGemm, recipe: Recipe, w, beta, packed: PackedWeig
     return (beta[WEIGHT_GEMMS.index(gemm)] * s).astype(dtype)
 
 
-def rows_in_groups(recipe: Recipe, route, tokens: int, kernels: Kernels = "reference") -> Grouping | None:
-    """The order of rows that the recipe needs; None is the batch as it comes."""
-    if route is None:
-        if recipe.wgrad == "dense":
-            return None
-        route = jnp.zeros((tokens, 1), jnp.int32)
-    options = {"order": recipe.token_order, "blocks": recipe.token_blocks, "implementation": kernels}
-    return group_tokens(route, recipe.experts, align=recipe.v, **options)
-
-
-def rows_of_kernels(recipe: Recipe, route, tokens: int, kernels: Kernels) -> Grouping | None:
-    """As `rows_in_groups`, for the packed form, which interleaves a batch itself where that is all there is to do."""
-    in_batch_order = route is None and recipe.token_order == "interleaved" and recipe.token_blocks == 1
-    return None if in_batch_order else rows_in_groups(recipe, route, tokens, kernels)
-
-
-def _hidden(recipe: Recipe, grouping: Grouping | None, tokens, w) -> Array:
-    """[T, D] x [D, F] for each token's own neurons: rows [R, Fe], in the compute dtype."""
-    if recipe.hidden == "full" and recipe.routed and grouping is not None:
-        slices = _dot(tokens, w).reshape(tokens.shape[0], recipe.experts, -1)
-        slices = slices.astype(tokens.dtype)
-        return slices.at[grouping.token_of_row, grouping.expert_of_row].get(mode="fill", fill_value=0)
-    rows = tokens if grouping is None else grouping.apply(tokens)
-    by_expert = jnp.moveaxis(w.reshape(w.shape[0], recipe.experts, -1), 1, 0)
-    return _rows(recipe, grouping, rows, by_expert).astype(tokens.dtype)
-
-
-def _rows(recipe: Recipe, grouping: Grouping | None, rows, by_expert) -> Array:
-    if grouping is None:
-        return _dot(rows, by_expert[0])
-    return grouped.rows(rows, by_expert, grouping.expert_sizes, align=grouping.align)
-
-
-def _over_tokens(grouping: Grouping | None, a, b) -> Array:
-    if grouping is None:
-        return _dot(a.T, b)[None]
-    return grouped.contraction(a, b, grouping.expert_sizes, align=grouping.align)
-
-
-def _by_neuron(w, recipe: Recipe) -> Array:
-    """[F, D] -> [E, Fe, D]."""
-    return w.reshape(recipe.experts, -1, w.shape[1])
-
-
 def _operands_over_tokens(recipe: Recipe, grouping: Grouping | None, a, dy1, dy3):
     """y2 and dy1 as the weight gradients read them, pruned along tokens where the recipe says so."""
     if recipe.wgrad == "mvue":
         first, second = jax.random.split(mvue.key_of_bits(dy3))
         return mvue.unbiased24(a * a, first), mvue.unbiased24(dy1, second)
-    kept = _kept_along_tokens(recipe, grouping, a)
+    kept = masked.kept_along_tokens(recipe, grouping, a)
     a_w, dy1_w = (a, dy1) if kept is None else (jnp.where(kept, a, 0), jnp.where(kept, dy1, 0))
     return a_w * a_w, dy1_w
-
-
-def _kept_along_tokens(recipe: Recipe, grouping: Grouping | None, a) -> Bool[Array, "R Fe"] | None:
-    """Which activations the weight gradients read: two of four along tokens, by magnitude; None is all."""
-    if recipe.wgrad == "dense" or grouping is None:
-        return None
-    kept = pack.select24(a, axis=0)
-    if recipe.wgrad == "24":
-        return kept
-    features = a.shape[1]
-    num_dense = features // 20 // 128 * 128
-    group, groups = grouping.group_of_row, grouping.group_sizes.shape[0]
-    density = jax.ops.segment_sum((a > 0).astype(jnp.float32), group, num_segments=groups)
-    return pack.keep_densest(kept, density, group, num_dense)
-
-
-def _dot(a, b) -> Array:
-    return jnp.dot(a, b, preferred_element_type=accumulator(a.dtype))

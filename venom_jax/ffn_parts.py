@@ -12,6 +12,7 @@ from venom_jax.dispatch import Kernels
 from venom_jax.formats import Sparse24
 from venom_jax.pattern import Recipe
 from venom_jax.permutation import Grouping
+from venom_jax.router import Axis
 from venom_jax.sharded_ffn import gather
 
 
@@ -39,7 +40,7 @@ class Form:
     activation: Activation
     clamp: float
     dropout: float
-    axis: str | None
+    axis: Axis | None
     partial: bool = False
 
 

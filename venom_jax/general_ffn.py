@@ -28,11 +28,13 @@ from venom_jax import activation as activations
 from venom_jax import packed_general_ffn as packed_form
 from venom_jax.activation import Activation
 from venom_jax.dispatch import Implementation, Kernels, choose_kernels
-from venom_jax.ffn import PackedWeights, rows_in_groups, rows_of_kernels, weight_operand
+from venom_jax.ffn import PackedWeights, weight_operand
 from venom_jax.ffn_parts import Form, Opening, Operands, Weights, sum_by_expert, weights_of_rows
 from venom_jax.formats import Sparse24
+from venom_jax.masked import rows_in_groups, rows_of_kernels
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 from venom_jax.permutation import Grouping
+from venom_jax.router import Axis
 from venom_jax.sharded_ffn import gather, gather_packed, scatter
 from venom_jax.threshold import threshold_gradient
 
@@ -83,7 +85,7 @@ def feed_forward(
     key: Array | None = None,
     packed: Packed | PackedWeights | None = None,
     implementation: Implementation | None = None,
-    axis: str | None = None,
+    axis: Axis | None = None,
     partial: bool = False,
     return_density: bool = False,
 ) -> Any:
@@ -96,7 +98,8 @@ def feed_forward(
       route_weights: p, f32, with a gradient; None is 1. The kernels divide by p: where it is 0 they give 0 for dp.
       beta, beta_up: frozen scales of the sparse weights (`venom_jax.sparse_ffn`), and that of Wu; None is 1.
       recipe: what is sparse. What only `venom_jax.sparse_ffn` has is refused: products sparse along F,
-        transposable masks, wgrad other than "24" and "dense", token_copy = "rebuilt", hidden = "full".
+        transposable masks, wgrad other than "24" and "dense", token_copy = "rebuilt", hidden = "full",
+        precision = "fp8".
       activation, clamp: see `venom_jax.activation`.
       dropout: the rate at which hidden activations are zeroed, and the others divided by 1 - rate, before anything is
         pruned; needs `key`. A recipe sees the same mask in both forms.
@@ -168,6 +171,8 @@ def _ablation(recipe: Recipe) -> str | None:
         return f"weights = {recipe.weights}"
     if recipe.weights and recipe.weight_mask != "threshold":
         return f"weight_mask = {recipe.weight_mask!r}"
+    if recipe.in_fp8:
+        return "precision = 'fp8'"
     if recipe.wgrad not in ("24", "dense"):
         return f"wgrad = {recipe.wgrad!r}"
     if recipe.token_copy != "kept":

@@ -27,12 +27,14 @@ from venom_jax.ffn_parts import Weights
 from venom_jax.general_ffn import Packed, feed_forward
 from venom_jax.mlp import Method, SparseMLP
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
+from venom_jax.router import Axis
 
 Scores = Literal["softmax", "sigmoid"]
 
 _DENSE = Recipe.dense()
 _WEIGHT_INIT = nnx.initializers.lecun_normal()
-_TINY = 1e-20
+_TINY = 1e-12
+"""Below what a sum or a share of scores is taken for this: its square is still a number of f32."""
 
 
 class MoEStats(NamedTuple):
@@ -119,6 +121,7 @@ class SparseMoE(nnx.Module):
       shared: the shared experts, which every token computes, as one `SparseMLP`; None without.
       bias: Method [E], of the choice; see `updated_bias`.
       beta: Method [4], frozen scales as in `SparseMLP`; beta_up: Method [], that of up, or None.
+      permutation: Method [E Fe] int32, the neurons where they stood; `venom_jax.phases` knows a layer by it.
 
     Example:
       >>> moe = SparseMoE(64, 32, experts=8, experts_per_token=2, rngs=nnx.Rngs(0))
@@ -186,11 +189,12 @@ class SparseMoE(nnx.Module):
         self.w1, self.w2 = nnx.Param(columns(experts)), nnx.Param(rows(experts))
         self.up = nnx.Param(columns(experts)) if gated else None
         made: dict[str, Any] = {"param_dtype": param_dtype, "w1_init": w1_init, "w2_init": w2_init, "rngs": rngs}
-        made |= {"gated": gated, "activation": activation, "clamp": clamp}
+        made |= {"remember": False, "gated": gated, "activation": activation, "clamp": clamp}
         self.shared = SparseMLP(d_model, shared_experts * d_expert, **made) if shared_experts else None
         self.bias = Method(jnp.zeros(experts, jnp.float32))
         self.beta = Method(jnp.ones(len(WEIGHT_GEMMS), jnp.float32))
         self.beta_up = Method(jnp.ones((), jnp.float32)) if gated else None
+        self.permutation = Method(jnp.arange(experts * d_expert, dtype=jnp.int32))
 
     def __call__(
         self,
@@ -200,7 +204,7 @@ class SparseMoE(nnx.Module):
         packed: Packed | PackedWeights | None = None,
         return_stats: bool = False,
         implementation: Implementation | None = None,
-        axis: str | None = None,
+        axis: Axis | None = None,
         expert_axis: str | None = None,
     ) -> Any:
         """Apply the layer.

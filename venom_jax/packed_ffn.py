@@ -23,10 +23,10 @@ from pallas_kernels.pack import activations, api, product
 from pallas_kernels.pack.activations import Packed
 from pallas_kernels.sparse24.api import sparse24
 from venom_jax.formats import Sparse24
+from venom_jax.masked import of_rows
 from venom_jax.pattern import Recipe
 from venom_jax.permutation import Grouping
 
-GRANULE = 64
 FFN_RESIDUALS = "ffn_residuals"
 """Name of the packed activations for `jax.checkpoint_policies.save_only_these_names`: kernels are no `dot_general`."""
 
@@ -43,6 +43,17 @@ class Residuals(NamedTuple):
     """a packed along tokens, where it is kept."""
 
 
+def granule(recipe: Recipe) -> int:
+    """Multiple that D, and a device's or an expert's part of F, must be.
+
+    64 is the tile of 16-bit operands. Of 8 bits a tile is 128 columns wide, and every size is the contraction of some
+    product; without sparsity they are XLA's, which takes 16.
+    """
+    if recipe.in_fp8:
+        return 16 if recipe.is_dense else 128
+    return 64
+
+
 def unsupported(recipe: Recipe, d_model: int, d_ffn: int) -> str | None:
     """Why the packed form does not run this recipe at these sizes, or None."""
     if "y3" in recipe.weights or "dx" in recipe.weights:
@@ -53,10 +64,16 @@ def unsupported(recipe: Recipe, d_model: int, d_ffn: int) -> str | None:
         return f"wgrad = {recipe.wgrad!r} runs in the reference only"
     if recipe.hidden == "full" and recipe.routed:
         return "hidden = 'full' with routing is an ablation of the reference"
-    if d_model % GRANULE or d_ffn % (GRANULE * recipe.experts):
+    if recipe.in_fp8 and not (recipe.is_dense or (recipe.activations and recipe.wgrad == "24")):
         return (
-            f"d_model = {d_model} and d_ffn / experts = {d_ffn} / {recipe.experts} must be multiples of {GRANULE}, "
-            "the tensor core's tile"
+            f"activations = {recipe.activations} with wgrad = {recipe.wgrad!r} and precision = 'fp8' runs in the "
+            "reference only: y2 is packed both ways, or nothing is sparse"
+        )
+    multiple = granule(recipe)
+    if d_model % multiple or d_ffn % (multiple * recipe.experts):
+        return (
+            f"d_model = {d_model} and d_ffn / experts = {d_ffn} / {recipe.experts} must be multiples of {multiple}, "
+            f"the tensor core's tile{' of 8-bit operands' if recipe.in_fp8 else ''}"
         )
     return None
 
@@ -75,10 +92,10 @@ class TokenRows:
         return self.grouping is None
 
     def enter(self, x: Array) -> Array:
-        """[T, D] -> rows [R, D], R a multiple of 64; padding rows are zero."""
+        """[T, D] -> rows [R, D], R a multiple of 64 (in 8 bits of 128); padding rows are zero."""
         if self.grouping is not None:
             return self.grouping.apply(x)
-        return jnp.pad(x, ((0, -self.tokens % self.recipe.v), (0, 0)))
+        return jnp.pad(x, ((0, -self.tokens % self.recipe.group_rows), (0, 0)))
 
     def leave(self, rows: Array, dtype: Any) -> Array:
         """Rows [R, D] -> [T, D], the copies of a token summed in f32."""
@@ -96,56 +113,90 @@ class TokenRows:
         return grouped.columns(sparse.values, sparse.metadata, rows, self.grouping.expert_sizes, **options)
 
     def pack_hidden(
-        self, rows: Array, sparse: Sparse24 | None, dense: Array, *, by_neuron: bool, features: bool, tokens: bool
+        self,
+        rows: Array,
+        sparse: Sparse24 | None,
+        dense: Array | None,
+        *,
+        by_neuron: bool,
+        features: bool,
+        tokens: bool,
+        **scales: Any,
     ) -> api.PackedActivations:
         """`pack_activations` of rows times the weight of each row's expert, [D, F] or, `by_neuron`, [F, D].
 
-        The product is never in memory.
+        The product is never in memory. scales: of 8-bit operands, as `product.pack_product` takes them.
         """
         weights, options = self._weights(sparse, dense)
         along = {"features": features, "tokens": tokens, "transposed": sparse is None and not by_neuron}
-        return product.pack_product(weights, rows, self._sizes, **along, **options)
+        return product.pack_product(weights, rows, self.sizes, **along, **options, **scales)
 
     def take_hidden(
-        self, rows: Array, sparse: Sparse24 | None, dense: Array, features: Packed, tokens: Packed
+        self,
+        rows: Array,
+        sparse: Sparse24 | None,
+        dense: Array | None,
+        features: Packed,
+        tokens: Packed,
+        **scales: Any,
     ) -> api.TakenActivations:
-        """`take_activations` of rows times the transposed weight [F, D] of each row's expert."""
+        """`take_activations` of rows times the transposed weight [F, D] of each row's expert; scales as above."""
         weights, options = self._weights(sparse, dense)
-        return product.take_product(weights, rows, features, tokens, self._sizes, **options)
+        return product.take_product(weights, rows, features, tokens, self.sizes, **options, **scales)
 
-    def _weights(self, sparse: Sparse24 | None, dense: Array) -> tuple[Packed | Array, dict[str, Any]]:
+    def _weights(self, sparse: Sparse24 | None, dense: Array | None) -> tuple[Any, dict[str, Any]]:
         options = {"interleaved": self.interleaved, "implementation": self.implementation}
         return dense if sparse is None else Packed(sparse.values, sparse.metadata), options
 
+    def of_rows(self, scale: Array) -> Array:
+        """As `masked.of_rows`."""
+        return of_rows(scale, self.recipe, self.grouping)
+
     @property
-    def _sizes(self) -> Array | None:
+    def sizes(self) -> Array | None:
         return None if self.grouping is None else self.grouping.expert_sizes
 
-    def back(self, packed: Packed | None, dense_rows: Array | None, weight: Array, *, k_major: bool) -> Array:
-        """Activations [R, Fe] times the weight of each row's expert, [F, D] or, `k_major`, [D, F]: [R, D]."""
+    def back(
+        self, packed: Packed | None, dense_rows: Array | None, weight: Array, *, k_major: bool, **options: Any
+    ) -> Array:
+        """Activations [R, Fe] times the weight of each row's expert, [F, D] or, `k_major`, [D, F]: [R, D].
+
+        options: of the product of packed activations.
+        """
         experts = self.recipe.experts
         if packed is None:
             assert dense_rows is not None
             weight = weight.T if k_major else weight
             return self._dense(dense_rows, weight.reshape(experts, -1, weight.shape[1]))
         if self.grouping is None:
-            return sparse24(*packed, weight, b_k_major=k_major, implementation=self.implementation)
+            return sparse24(*packed, weight, b_k_major=k_major, implementation=self.implementation, **options)
         b = weight.reshape(weight.shape[0], experts, -1) if k_major else weight.reshape(experts, -1, weight.shape[1])
-        return grouped.rows(
-            *packed, b, self.grouping.expert_sizes, b_k_major=k_major, implementation=self.implementation
-        )
+        options["implementation"] = self.implementation
+        return grouped.rows(*packed, b, self.grouping.expert_sizes, b_k_major=k_major, **options)
 
     def over_tokens(
-        self, packed: Packed | None, dense_rows: Array | None, rows: Array, dtype: Any, *, transpose: bool
+        self,
+        packed: Packed | None,
+        dense_rows: Array | None,
+        rows: Array,
+        dtype: Any,
+        *,
+        transpose: bool,
+        ordered: bool = False,
+        **scales: Any,
     ) -> Array:
-        """sum over tokens of activations [R, Fe] and rows [R, D]: [F, D], or [D, F] if `transpose`, in `dtype`."""
+        """sum over tokens of activations [R, Fe] and rows [R, D]: [F, D], or [D, F] if `transpose`, in `dtype`.
+
+        ordered: rows come as [D, R], in the order of `packed`'s tokens. scales: of 8-bit operands, and `promote`.
+        """
         if packed is None:
             assert dense_rows is not None
             out = self._dense_over_tokens(dense_rows, rows, dtype)
             return out.T if transpose else out
-        options = {"transpose_out": transpose, "out_dtype": dtype, "implementation": self.implementation}
+        options: dict[str, Any] = {"transpose_out": transpose, "out_dtype": dtype, "b_k_major": ordered, **scales}
+        options["implementation"] = self.implementation
         if self.grouping is None:
-            return sparse24(*packed, rows, b_interleaved=True, **options)
+            return sparse24(*packed, rows, b_interleaved=not ordered, **options)
         out = grouped.contraction(*packed, rows, self.grouping.expert_sizes, **options)
         return out.reshape(out.shape[0], -1) if transpose else out.reshape(-1, out.shape[2])
 

@@ -19,6 +19,10 @@ Router = Literal["cosine", "dot", "learned", "oracle", "random"]
 Hidden = Literal["routed", "full"]
 ThresholdGradient = Literal["ste", "ste_scaled", "exact"]
 WeightMask = Literal["threshold", "transposable"]
+Precision = Literal["compute", "fp8"]
+
+FP8_ROWS = 128
+"""Columns of a tile of an 8-bit 2:4 operand: groups of tokens start at multiples of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,10 @@ class Recipe:
        All three need a sample of the inputs when the phase begins, see `venom_jax.phases.transition`.
        `hidden`: compute y1 and dy2 for routed neurons only ("routed") or for all ("full", then mask).
        `balance_rate`: step of the load-balancing bias, 0 is off. `v`: rows a group is padded to.
+    8  `precision`: the operands of all six products are x's dtype ("compute"), or e4m3 with scales ("fp8", see
+       `venom_jax.ffn8`), for weights in y1 and dy2 by the soft threshold, wgrad "24" or "dense", and hidden "routed".
+       `token_copy` = "rebuilt" then ranks tokens by the 8 bits that are kept, so it may choose others among near
+       equals, and groups are padded to multiples of 128 rows at least.
 
     Example:
       >>> Recipe.venom(experts=16, top_k=4, wgrad="dense").pattern.m
@@ -103,6 +111,7 @@ class Recipe:
     hidden: Hidden = "routed"
     balance_rate: float = 0.0
     v: int = 64
+    precision: Precision = "compute"
 
     def __post_init__(self):
         object.__setattr__(self, "weights", tuple(sorted(self.weights, key=_position_of_gemm)))
@@ -138,6 +147,23 @@ class Recipe:
             raise ValueError(f"Recipe.v = {self.v}: the tensor core works on 64 rows; use a multiple of 64.")
         if self.router == "oracle" and self.hidden != "full":
             raise ValueError("Recipe.router = 'oracle' scores experts by their activations: set hidden = 'full'.")
+        _check_choice("precision", self.precision, Precision)
+        if self.precision == "fp8":
+            self._check_fp8()
+
+    def _check_fp8(self) -> None:
+        along_ffn = [gemm for gemm in self.weights if gemm in ("y3", "dx")]
+        ablations = {
+            f"weights = {self.weights} (sparse along d_ffn in {', '.join(along_ffn)})": bool(along_ffn),
+            f"weight_mask = {self.weight_mask!r}": self.weight_mask != "threshold",
+            f"wgrad = {self.wgrad!r}": self.wgrad not in ("24", "dense"),
+            f"hidden = {self.hidden!r}": self.hidden != "routed",
+        }
+        refused = [name for name, is_set in ablations.items() if is_set]
+        if refused:
+            raise ValueError(
+                f"Recipe.precision = 'fp8' has no scales for {'; '.join(refused)}: use precision = 'compute' for it."
+            )
 
     @classmethod
     def dense(cls, **overrides: Any) -> "Recipe":
@@ -177,9 +203,19 @@ class Recipe:
         return not (self.weights or self.activations or self.wgrad != "dense" or self.routed)
 
     @property
+    def in_fp8(self) -> bool:
+        """Whether the products' operands have 8 bits."""
+        return self.precision == "fp8"
+
+    @property
+    def group_rows(self) -> int:
+        """The multiple to which a group's rows are padded: v, in 8 bits at least 128."""
+        return math.lcm(self.v, FP8_ROWS) if self.in_fp8 else self.v
+
+    @property
     def pattern(self) -> Pattern:
         """The V:N:M pattern of the hidden activations that this recipe amounts to: m = 4 E / k."""
-        return Pattern(v=self.v, m=Fraction(4 * self.experts, self.top_k))
+        return Pattern(v=self.group_rows, m=Fraction(4 * self.experts, self.top_k))
 
     def check(self, d_model: int, d_ffn: int) -> None:
         """Raise ValueError where an FFN of these sizes cannot run this recipe."""
@@ -253,6 +289,11 @@ class LayerRecipes:
     def routed(self) -> bool:
         """Whether any layer routes."""
         return any(part.routed for _, part in self.starts)
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether any layer's operands have 8 bits."""
+        return any(part.in_fp8 for _, part in self.starts)
 
     @property
     def is_dense(self) -> bool:

@@ -10,32 +10,35 @@
 | a learned one                             |                                                                       |
 | a token computes more neurons, if asked   | scale W2 so that the layer's output changes least                     |
 
+`change_recipe` does it to an nnx model and its optimizer in place; `transition` takes trees and returns them.
+
 Nothing else changes a weight: saving, resuming and evaluating never bake (S with a scale is not idempotent). W2 of the
 recipes that read it sparse in the backward only is not baked: the forward never saw it sparse.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from pallas_kernels.array_types import Array
-from venom_jax import calibrate, router
-from venom_jax.pattern import WEIGHT_GEMMS, LayerRecipes, Recipe, StackRecipe, WeightGemm
+from venom_jax import calibrate, memory_of_phase, router
+from venom_jax import trees as named
+from venom_jax.mlp import Method, SparseMLP
+from venom_jax.model_trees import NEURONS, Arrays, Model, Part
+from venom_jax.pattern import WEIGHT_GEMMS, Recipe, StackRecipe, WeightGemm, WeightMask
 from venom_jax.threshold import optimal_scale, sparse_weight
+from venom_jax.trees import Path
 
 # Products of the forward, and the weight each reads with its threshold axis (counted from the end).
 _FORWARD: dict[WeightGemm, tuple[str, int]] = {"y1": ("w1", -2), "y3": ("w2", -2)}
 _READS: dict[WeightGemm, tuple[str, int]] = _FORWARD | {"dy2": ("w2", -1), "dx": ("w1", -1)}
-
-_STACKED = ("w1", "w2", "up", "b1", "b_up", "beta", "beta_up", "bias", "permutation", "router")
-_PERMUTED = ("w1", "w2", "up", "b1", "b_up")
-"""What a layer has for each neuron; a gate's other factor `up` goes with W1 in all that happens."""
-
-Path = tuple[str, ...]
+_Y1 = WEIGHT_GEMMS.index("y1")
 
 
 class Transition(NamedTuple):
@@ -52,7 +55,7 @@ def transition(
     params: Any,
     method: Any,
     trees: Sequence[Any],
-    old: StackRecipe,
+    old: StackRecipe | None,
     new: StackRecipe,
     *,
     seed: int,
@@ -60,122 +63,139 @@ def transition(
     inputs: Mapping[Path, Array] | None = None,
     rescale: bool = False,
     first_layer: int = 0,
+    layer_axis: int = 0,
+    method_axis: int = 0,
 ) -> Transition:
     """Carry a model from recipe `old` to recipe `new`.
 
-    FFN layers are found by name: leaves whose path ends in w1, w2 (in `params`) and beta, bias, permutation (at the
-    same path in `method`), with any leading axes (stacked layers).
+    FFN layers are found by name: nodes with leaves w1 and w2 in `params` and beta and permutation in `method`, each
+    with one leading axis of stacked layers or none. Every leaf stays where it lies: on its devices, cut as it was, or
+    in numpy.
 
     Args:
       params: nnx.State, dict, or any pytree with named paths.
       method: the tree of `Method` variables.
-      trees: optimizer states, gradient accumulators: permuted wherever a leaf's path ends like an FFN weight's and has
-        its shape; never baked.
+      trees: optimizer states, gradient accumulators: permuted (`venom_jax.trees.permute`); never baked.
       averages: moving averages of the parameters: permuted and baked.
-      old, new: the recipes before and after. `LayerRecipes` need all layers in one stack.
-      seed: of the clustering; layer i of a stack uses (seed, first_layer + i).
+      old, new: the recipes before and after; old = None is what the layers remember. `LayerRecipes` count the layers
+        of one stack, or of several layers by the order of their names.
+      seed: of the clustering; layer i uses (seed, first_layer + i) in a stack, and (seed, first_layer) by itself.
       inputs: a sample of what each layer reads under `old`, [..., T, D] by the layer's path: for recipes with shared
         experts, clustered by co-activation, or with a learned router, and to rescale
         (`venom_jax.calibrate.needs_inputs`).
       rescale: where a token computes more neurons in `new`, scale W2 by the s that minimises |y_old - s y_new| over
         the sample. At once all neurons speak, also those that the router had left out for their tokens.
       first_layer: number of the stack's first layer, where it is a part of a model.
+      layer_axis, method_axis: where the layers of a stack run in the leaves of `params`, `trees` and `averages`, and
+        in those of `method`.
 
     Raises:
-      ValueError: a layer's sizes do not fit `new`, its max_experts is too small, no FFN layer is found, or the
-        sample is missing.
+      ValueError: a layer's sizes do not fit `new`, its max_experts is too small, no FFN layer is found, the sample is
+        missing, the layers remember another recipe than `old`, or an optimizer's state cannot follow.
     """
-    if isinstance(old, LayerRecipes) or isinstance(new, LayerRecipes):
-        options = {"seed": seed, "inputs": inputs, "rescale": rescale}
-        return _transition_in_parts(params, method, trees, old, new, averages, options)
-    layers = _find_layers(params)
-    for path in layers:
-        w1 = _leaf(params, (*path, "w1"))
-        new.check(*w1.shape[-2:])
-        room = _leaf(method, (*path, "bias")).shape[-1]
-        if new.experts > room:
-            raise ValueError(f"layer {'/'.join(path)} has max_experts = {room}; the recipe has {new.experts} experts.")
-    report: dict[str, float] = {}
-    params_before, method_before = params, method
-
-    turned_off = [gemm for gemm in _FORWARD if gemm in old.weights and gemm not in new.weights]
-    if turned_off:
-        baking = Recipe(weights=tuple(turned_off), weight_mask=old.weight_mask)
-        params = bake(params, method, baking)
-        averages = [bake(average, method, baking) for average in averages]
-        report |= {f"baked_{_FORWARD[gemm][0]}": 1.0 for gemm in turned_off}
-
-    orders: dict[Path, Array] = {}
-    if calibrate.reclusters(old, new):
-        orders = {
-            path: _cluster(_leaf(params, (*path, "w1")), new, seed, first_layer, _sample(inputs, path))
-            for path in layers
-        }
-        params, *moved = (_permute(tree, orders, params) for tree in (params, *trees, *averages))
-        trees, averages = moved[: len(trees)], moved[len(trees) :]
-        report["clustered_experts"] = float(new.experts)
-
-    def new_method(path: Path, value: Array) -> Array:
-        layer, name = path[:-1], path[-1]
-        if layer not in layers:
-            return value
-        if name == "permutation" and layer in orders:
-            return jnp.take_along_axis(value, orders[layer], axis=-1)
-        if name == "bias" and (orders or new.experts != old.experts):
-            return jnp.zeros_like(value)
-        if name == "beta":
-            return _new_beta(params, layer, value, old, new, moved=bool(orders))
-        if name == "beta_up":
-            as_w1 = _new_beta(params, layer, jnp.tile(value[..., None], 4), old, new, moved=bool(orders), w1="up")
-            return as_w1[..., WEIGHT_GEMMS.index("y1")]
-        if name == "router" and calibrate.refits(old, new):
-            return _fit_router(_leaf(params, (*layer, "w1")), new, _sample(inputs, layer), value)
-        return value
-
-    if calibrate.refits(old, new):
-        for path in layers:
-            _leaf(method, (*path, "router"))  # a layer made without room for it is told by its name
-    method = _map_named(new_method, method)
-    if new.weights:
-        betas = jnp.stack([_leaf(method, (*path, "beta")).reshape(-1, len(WEIGHT_GEMMS)).mean(0) for path in layers])
-        report |= {f"beta_{gemm}": float(betas[:, WEIGHT_GEMMS.index(gemm)].mean()) for gemm in new.weights}
-    if rescale and calibrate.grows(old, new):
-        scales = {}
-        for path in layers:
-            before, after = _arrays(params_before, method_before, path), _arrays(params, method, path)
-            scales[path] = _output_scales(_sample(inputs, path), before, after, old, new)
-        params, *averages = (_scale_w2(tree, scales) for tree in (params, *averages))
-        report["rescaled_w2"] = float(jnp.concatenate([scale.reshape(-1) for scale in scales.values()]).mean())
-    return Transition(params, method, list(trees), list(averages), report)
+    with named.automatic(params, method, trees, averages) as (enter, leave):
+        model = Model(enter((params, method, [*trees], [*averages])), layer_axis, method_axis)
+        report: dict[str, list[tuple[int, float]]] = {}  # of each figure: layers, and its value there
+        for part in model.parts(old, new, first_layer):
+            for name, value in _change(model, part, seed, inputs, rescale).items():
+                report.setdefault(name, []).append((part.end - part.first, value))
+        done = leave(model.close(), (params, method, [*trees], [*averages]))
+    means = {name: sum(n * value for n, value in own) / sum(n for n, _ in own) for name, own in report.items()}
+    return Transition(done[0], done[1], done[2], done[3], means)
 
 
-def bake(params: Any, method: Any, recipe: StackRecipe) -> Any:
+def change_recipe(
+    model: nnx.Module,
+    optimizer: nnx.Optimizer | Sequence[nnx.Optimizer] | None,
+    new: StackRecipe,
+    *,
+    seed: int = 0,
+    averages: Sequence[Any] = (),
+    **options: Any,
+) -> dict[str, float]:
+    """Carry an nnx model and its optimizer to recipe `new`, in place, from the recipe that its layers remember.
+
+        phases.change_recipe(model, optimizer, Recipe.venom(experts=4, top_k=1))
+
+    Sets the attribute `recipe` of every `SparseMLP`, but for `LayerRecipes` of a stack of layers, whose parts a model
+    runs by the argument of the call.
+
+    Args:
+      model: holds SparseMLPs; not inside a transformation of nnx.
+      optimizer: of `nnx.Optimizer`, several, or None.
+      averages: models of the same structure, or their nnx.States, whose parameters are averages: changed in place too.
+      options: inputs, rescale, layer_axis and method_axis of `transition`, and old, for layers that remember nothing.
+
+    Returns:
+      The report of `transition`.
+
+    Raises:
+      ValueError: as `transition`; nothing is changed then.
+    """
+    several = [] if optimizer is None else [optimizer] if isinstance(optimizer, nnx.Optimizer) else [*optimizer]
+    params, method = nnx.state(model, nnx.Param), nnx.state(model, Method)
+    states = [nnx.as_pure(one.opt_state) for one in several]
+    means = [average if isinstance(average, nnx.State) else nnx.state(average, nnx.Param) for average in averages]
+    old = options.pop("old", None)
+    out = transition(params, method, states, old, new, seed=seed, averages=means, **options)
+    nnx.update(model, out.params, out.method)
+    for one, state in zip(several, out.trees, strict=True):
+        nnx.update(one.opt_state, nnx.state(state))
+    for average, mean, moved in zip(averages, means, out.averages, strict=True):
+        if isinstance(average, nnx.State):
+            nnx.replace_by_pure_dict(mean, nnx.to_pure_dict(moved))
+        else:
+            nnx.update(average, moved)
+    layers = {tuple(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, SparseMLP)}
+    if isinstance(new, Recipe):
+        found = dict.fromkeys(layers, new)
+    else:
+        paths = named.find_layers(params, method)
+        parts = new.parts(len(paths)) if len(paths) > 1 else []
+        found = {paths[i]: part for first, end, part in parts for i in range(first, end)}
+    for path, recipe in found.items():
+        layers[path].recipe = recipe
+    return out.report
+
+
+def check(method: Any, recipe: StackRecipe) -> None:
+    """Raise ValueError unless the layers' arrays were made for `recipe`: to be called after a checkpoint is restored.
+
+    Args:
+      method: the tree of `Method` variables, or an nnx model.
+    """
+    state = nnx.state(method, Method) if isinstance(method, nnx.Module) else method
+    leaves = {path: value for path, value in named.named_leaves(state) if path[-1] == "phase"}
+    found = [
+        (path, row)
+        for path in sorted(leaves, key=named.in_order)
+        for row in named.on_host(leaves[path]).reshape(-1, memory_of_phase.LENGTH)
+    ]
+    if not found:
+        raise ValueError("no layer of this tree remembers a recipe; pass the tree of Method variables.")
+    wanted = [part for first, end, part in recipe.parts(len(found)) for _ in range(first, end)]
+    for (path, row), part in zip(found, wanted, strict=True):
+        made_for = memory_of_phase.decode(row)
+        if not memory_of_phase.fits(made_for, part):
+            raise ValueError(
+                f"layer {'/'.join(path[:-1])} was made for {memory_of_phase.describe(made_for)}, the recipe has "
+                f"{memory_of_phase.describe(part)}. Go on with the recipe it was made for, or change it by "
+                "change_recipe or transition."
+            )
+
+
+def bake(params: Any, method: Any, recipe: StackRecipe, *, layer_axis: int = 0, method_axis: int = 0) -> Any:
     """W <- beta S(W) for the weights that the recipe's forward reads sparse: a dense model of the same function.
 
     For a temporary copy, as in an evaluation inside a sparse phase; `transition` does it where it must last.
     """
-    if isinstance(recipe, LayerRecipes):
-        layer, count = _only_stack(params)
-        for first, end, part in recipe.parts(count):
-            some, its_method = (_cut(tree, layer, count, first, end) for tree in (params, method))
-            params = _paste(params, bake(some, its_method, part), layer, count, first)
-        return params
-    baked = {_FORWARD[gemm][0]: gemm for gemm in _FORWARD if gemm in recipe.weights}
-    layers = _find_layers(params)
-
-    def new_value(path: Path, value: Array) -> Array:
-        name = "w1" if path[-1] == "up" else path[-1]
-        if path[:-1] not in layers or name not in baked:
-            return value
-        gemm = baked[name]
-        if path[-1] == "up":
-            beta = _leaf(method, (*path[:-1], "beta_up"))[..., None, None]
-        else:
-            beta = _leaf(method, (*path[:-1], "beta"))[..., WEIGHT_GEMMS.index(gemm), None, None]
-        s = sparse_weight(value.astype(jnp.float32), _FORWARD[gemm][1], recipe.weight_mask)
-        return (beta * s).astype(value.dtype)
-
-    return _map_named(new_value, params)
+    with named.automatic(params, method) as (enter, leave):
+        model = Model((*enter((params, method)), [], []), layer_axis, method_axis)
+        for part in model.parts(recipe, recipe, 0, remembered=False):
+            here = model.take(part)
+            _bake(here.params, here.method, part.old, [*_FORWARD])
+            model.put(part, here)
+        return leave(model.close()[0], params)
 
 
 def update_bias(method: Any, loads: Array, recipe: StackRecipe) -> Any:
@@ -190,91 +210,105 @@ def update_bias(method: Any, loads: Array, recipe: StackRecipe) -> Any:
     parts = recipe.parts(loads.shape[0])
     if not any(part.routed and part.balance_rate for _, _, part in parts):
         return method
-    count = sum(path[-1] == "bias" for path, _ in _named_leaves(method))
+    count = sum(path[-1] == "bias" for path, _ in named.named_leaves(method))
     if count != 1:
         raise ValueError(f"update_bias takes one (stacked) FFN, this tree holds {count}; use router.updated_bias.")
 
-    def new_bias(bias: Array) -> Array:
+    def new_bias(bias: Array) -> Any:
         if len(parts) == 1:
             return router.updated_bias(bias, loads, parts[0][2])
         return jnp.concatenate([router.updated_bias(bias[a:b], loads[a:b], part) for a, b, part in parts])
 
-    return _map_named(lambda path, value: new_bias(value) if path[-1] == "bias" else value, method)
+    return named.map_named(lambda path, value: new_bias(value) if path[-1] == "bias" else value, method)
 
 
-def _transition_in_parts(
-    params: Any,
-    method: Any,
-    trees: Sequence[Any],
-    old: StackRecipe,
-    new: StackRecipe,
-    averages: Sequence[Any],
-    options: dict[str, Any],
-) -> Transition:
-    """`transition` of each run of layers that shares both recipes, cut out of the stack and put back."""
-    layer, count = _only_stack(params)
-    spans = [{first: part for first, _, part in recipe.parts(count)} for recipe in (old, new)]
-    firsts = sorted(spans[0].keys() | spans[1].keys())
-    done = Transition(params, method, list(trees), list(averages), {})
-    reports: dict[str, list[tuple[int, float]]] = {}  # of each figure: layers, and its value there
-    for first, end in zip(firsts, [*firsts[1:], count], strict=True):
-        before, after = (span[max(start for start in span if start <= first)] for span in spans)
-        given = [done.params, done.method, *done.trees, *done.averages]
-        cut = [_cut(tree, layer, count, first, end) for tree in given]
-        inputs = options["inputs"] and {path: x[first:end] for path, x in options["inputs"].items()}
-        out = transition(
-            *(cut[0], cut[1], cut[2 : 2 + len(trees)], before, after),
-            **(options | {"inputs": inputs, "averages": cut[2 + len(trees) :], "first_layer": first}),
-        )
-        found = [out.params, out.method, *out.trees, *out.averages]
-        whole = [_paste(tree, part, layer, count, first) for tree, part in zip(given, found, strict=True)]
-        done = Transition(whole[0], whole[1], whole[2 : 2 + len(trees)], whole[2 + len(trees) :], {})
-        for name, value in out.report.items():
-            reports.setdefault(name, []).append((end - first, value))
-    means = {name: sum(n * value for n, value in own) / sum(n for n, _ in own) for name, own in reports.items()}
-    return done._replace(report=means)
+def _change(model: Model, part: Part, seed: int, inputs: Any, rescale: bool) -> dict[str, float]:
+    """Carry one part to its new recipe; the report of it."""
+    old, new, here = part.old, part.new, model.take(part)
+    before = Arrays({**here.params}, {**here.method}, [])
+    name, (w1, method) = "/".join(part.path), (here.params["w1"], here.method)
+    new.check(*w1.shape[-2:])
+    if new.experts > method["bias"].shape[-1]:
+        room = method["bias"].shape[-1]
+        raise ValueError(f"layer {name} has max_experts = {room}; the recipe has {new.experts} experts.")
+    if calibrate.refits(old, new) and "router" not in method:
+        raise ValueError(f"layer {name} has no room for a learned router; make it with learned_router=True.")
+    x = None if inputs is None else inputs[part.path]
+    if x is not None and x.ndim > 2 and part.end - part.first < x.shape[0]:
+        x = x[part.first : part.end]
+    every, report = [here.params, *here.averages], {}
+
+    turned_off = [gemm for gemm in _FORWARD if gemm in old.weights and gemm not in new.weights]
+    for tree in every:
+        _bake(tree, method, old, turned_off)
+    report |= {f"baked_{_FORWARD[gemm][0]}": 1.0 for gemm in turned_off}
+
+    order = None
+    if calibrate.reclusters(old, new):
+        order = _cluster(here.params["w1"], new, seed, part.number, x)
+        for tree in every:
+            for name, leaf in tree.items():
+                axis, is_matrix = NEURONS[name], leaf.ndim > order.ndim
+                tree[name] = named.take(leaf, np.expand_dims(order, -3 - axis) if is_matrix else order, axis)
+        method["permutation"] = named.take(method["permutation"], order, -1)
+        report["clustered_experts"] = float(new.experts)
+    if order is not None or new.experts != old.experts:
+        method["bias"] = jnp.zeros_like(method["bias"])
+    method["beta"] = _new_beta(here.params, method["beta"], old, new, moved=order is not None)
+    if "up" in here.params:  # a gate's other factor is read as W1 is, by a scale of its own
+        as_w1 = jnp.broadcast_to(jnp.asarray(method["beta_up"])[..., None], method["beta"].shape)
+        found = _new_beta({**here.params, "w1": here.params["up"]}, as_w1, old, new, moved=order is not None)
+        method["beta_up"] = found[..., _Y1]
+    if calibrate.refits(old, new):
+        method["router"] = _fit_router(here.params["w1"], new, x, method["router"])
+    if "phase" in method:
+        method["phase"] = jnp.broadcast_to(memory_of_phase.encode(new), method["phase"].shape)
+    if new.weights:
+        betas = np.asarray(named.on_host(method["beta"])).reshape(-1, len(WEIGHT_GEMMS)).mean(0)
+        report |= {f"beta_{gemm}": float(betas[WEIGHT_GEMMS.index(gemm)]) for gemm in new.weights}
+    if rescale and calibrate.grows(old, new):
+        layers = [_layer(arrays) for arrays in (before, here)]
+        scale = _output_scales(x, layers[0], layers[1], old, new)
+        for tree in every:
+            tree["w2"] = named.apply(_scaled, tree["w2"], scale)
+        report["rescaled_w2"] = float(scale.mean())
+    model.put(part, here, order)
+    return report
 
 
-def _only_stack(params: Any) -> tuple[Path, int]:
-    """The path of the one FFN of `params`, whose leaves have a leading axis of layers, and its length."""
-    layers = _find_layers(params)
-    w1 = _leaf(params, (*layers[0], "w1"))
-    if len(layers) > 1 or w1.ndim != 3:
-        raise ValueError(
-            f"LayerRecipes take one FFN with a leading axis of layers, found {len(layers)} with w1 {w1.shape}; "
-            "give each layer its own recipe in a transition of its own."
-        )
-    return layers[0], w1.shape[0]
+def _layer(arrays: Arrays) -> calibrate.Layer:
+    method = arrays.method
+    return calibrate.Layer(
+        arrays.params["w1"], arrays.params["w2"], method["beta"], method["bias"], method.get("router")
+    )
 
 
-def _is_stacked(path: Path, value: Any, layer: Path, count: int) -> bool:
-    """Whether a leaf, of whatever tree, belongs to that FFN and has its axis of layers."""
-    inside = path[:-1][len(path) - 1 - len(layer) :] == layer and path[-1] in _STACKED
-    return inside and value.ndim > 0 and value.shape[0] == count
+def _bake(tree: dict[str, Any], method: dict[str, Any], recipe: Recipe, gemms: Sequence[WeightGemm]) -> None:
+    """W <- beta S(W) in `tree` for the weights that these products read sparse."""
+    beta = method["beta"]
+    for gemm in gemms:
+        if gemm in recipe.weights:
+            name, axis = _FORWARD[gemm]
+            tree[name] = named.apply(_baked(axis, recipe.weight_mask), tree[name], beta[..., WEIGHT_GEMMS.index(gemm)])
+            if name == "w1" and "up" in tree:
+                tree["up"] = named.apply(_baked(axis, recipe.weight_mask), tree["up"], method["beta_up"])
 
 
-def _cut(tree: Any, layer: Path, count: int, first: int, end: int) -> Any:
-    return _map_named(lambda path, leaf: leaf[first:end] if _is_stacked(path, leaf, layer, count) else leaf, tree)
+@functools.cache
+def _baked(axis: int, mask: WeightMask) -> Callable[[Array, Array], Array]:
+    def baked(w: Array, beta: Array) -> Any:
+        s = sparse_weight(w.astype(jnp.float32), axis, mask)
+        return (beta[..., None, None] * s).astype(w.dtype)
+
+    return baked
 
 
-def _paste(tree: Any, part: Any, layer: Path, count: int, first: int) -> Any:
-    """`tree` with the layers from `first` on replaced by those of `part`."""
-    parts = dict(_named_leaves(part))
-
-    def new_value(path: Path, leaf: Array) -> Array:
-        if not _is_stacked(path, leaf, layer, count):
-            return leaf
-        new = parts[path]
-        return jnp.concatenate([leaf[:first], new, leaf[first + new.shape[0] :]])
-
-    return _map_named(new_value, tree)
+def _scaled(w: Array, scale: Array) -> Any:
+    return (w * scale[..., None, None]).astype(w.dtype)
 
 
-def _new_beta(params: Any, layer: Path, beta: Array, old: Recipe, new: Recipe, moved: bool, w1: str = "w1") -> Array:
-    """The scales of a phase: those that the last one had stay, but where neurons moved into other fours along F.
-
-    w1: the weight that stands for W1.
-    """
+def _new_beta(params: dict[str, Any], beta: Any, old: Recipe, new: Recipe, moved: bool) -> Any:
+    """The scales of a phase: those that the last one had stay, but where neurons moved into other fours along F."""
     for index, gemm in enumerate(WEIGHT_GEMMS):
         other_fours = moved and (gemm in ("y3", "dx") or new.weight_mask == "transposable")
         kept = gemm in new.weights and gemm in old.weights and new.weight_mask == old.weight_mask
@@ -283,64 +317,54 @@ def _new_beta(params: Any, layer: Path, beta: Array, old: Recipe, new: Recipe, m
         scale = jnp.ones(beta.shape[:-1], beta.dtype)
         if gemm in new.weights:
             name, axis = _READS[gemm]
-            w = _leaf(params, (*layer, w1 if name == "w1" else name))
-            each = [optimal_scale(one, axis, new.weight_mask) for one in w.reshape(-1, *w.shape[-2:])]
-            scale = jnp.stack(each).reshape(beta.shape[:-1]).astype(beta.dtype)
-        beta = beta.at[..., index].set(scale)
+            scale = _scales(jnp.asarray(params[name]), axis, new.weight_mask).astype(beta.dtype)
+        beta = jnp.asarray(beta).at[..., index].set(scale)
     return beta
 
 
-def _on_host(array: Array) -> np.ndarray:
-    """The whole array, also where other processes hold parts of it."""
-    if not (array.is_fully_addressable or array.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _scales(w: Array, axis: int, mask: WeightMask) -> Any:
+    """`optimal_scale` of each matrix of a stack."""
+    if w.ndim == 2:
+        return optimal_scale(w, axis, mask)
+    return jax.lax.map(lambda one: _scales(one, axis, mask), w)
 
 
-def _agreed(found: np.ndarray, like: Array) -> np.ndarray:
+def _agreed(found: np.ndarray, like: Any) -> np.ndarray:
     """What the first process found, where the processes share `like`: BLAS of unlike hosts may round differently."""
-    return found if like.is_fully_addressable else multihost_utils.broadcast_one_to_all(found)
+    addressable = not isinstance(like, jax.Array) or like.is_fully_addressable
+    return found if addressable else multihost_utils.broadcast_one_to_all(found)
 
 
-def _cluster(w1: Array, recipe: Recipe, seed: int, first: int, x: Array | None) -> Array:
+def _cluster(w1: Any, recipe: Recipe, seed: int, first: int, x: Array | None) -> np.ndarray:
     """The new order of neurons of each layer of a stack: [..., F]."""
-    stack = _on_host(w1).astype(np.float32).reshape(-1, *w1.shape[-2:])
+    stack = named.on_host(w1).astype(np.float32).reshape(-1, *w1.shape[-2:])
     samples = [None] * len(stack) if x is None else np.asarray(x, np.float32).reshape(-1, *x.shape[-2:])
     orders = [
         calibrate.neuron_order(one, recipe, seed=_layer_seed(seed, i), x=sample)
         for i, (one, sample) in enumerate(zip(stack, samples, strict=True), first)
     ]
-    return jnp.asarray(_agreed(np.stack(orders).reshape(*w1.shape[:-2], w1.shape[-1]), w1))
+    return _agreed(np.stack(orders).reshape(*w1.shape[:-2], w1.shape[-1]), w1)
 
 
-def _fit_router(w1: Array, recipe: Recipe, x: Array | None, old: Array) -> Array:
+def _fit_router(w1: Any, recipe: Recipe, x: Array | None, old: Array) -> Any:
     """The rows of the router of each layer of a stack: [..., E_max, D]; those beyond E keep what they were."""
     if x is None:
         raise ValueError(
             "router = 'learned' needs a sample of the layers' inputs; give transition its argument inputs."
         )
-    stack, samples = (_on_host(t).astype(np.float32).reshape(-1, *t.shape[-2:]) for t in (w1, x))
+    stack, samples = (named.on_host(t).astype(np.float32).reshape(-1, *t.shape[-2:]) for t in (w1, x))
     rows = [calibrate.fit_router(one, w, recipe) for one, w in zip(samples, stack, strict=True)]
     found = _agreed(np.stack(rows).reshape(*old.shape[:-2], recipe.experts, -1), w1)
-    return old.at[..., : recipe.experts, :].set(found)
+    return jnp.asarray(old).at[..., : recipe.experts, :].set(found)
 
 
-def _sample(inputs: Mapping[Path, Array] | None, path: Path) -> Array | None:
-    return None if inputs is None else inputs[path]
-
-
-def _arrays(params: Any, method: Any, path: Path) -> calibrate.Layer:
-    first, second = (_leaf(params, (*path, name)) for name in ("w1", "w2"))
-    beta, bias = (_leaf(method, (*path, name)) for name in ("beta", "bias"))
-    return calibrate.Layer(first, second, beta, bias, dict(_named_leaves(method)).get((*path, "router")))
-
-
-def _output_scales(x: Array | None, before: calibrate.Layer, after: calibrate.Layer, old: Recipe, new: Recipe) -> Array:
+def _output_scales(x: Array | None, before: calibrate.Layer, after: calibrate.Layer, old: Recipe, new: Recipe) -> Any:
     """The factor of W2 of each layer of a stack: [...]."""
     if x is None:
         raise ValueError("rescale needs a sample of the layers' inputs; give transition its argument inputs.")
 
-    def flat(leaf: Array) -> Array:
+    def flat(leaf: Any) -> Any:
         return leaf.reshape(-1, *leaf.shape[x.ndim - 2 :])
 
     stacks = jax.tree.map(flat, (x, before, after))
@@ -349,73 +373,6 @@ def _output_scales(x: Array | None, before: calibrate.Layer, after: calibrate.La
     )
 
 
-def _scale_w2(tree: Any, scales: dict[Path, Array]) -> Any:
-    def new_value(path: Path, value: Array) -> Array:
-        if path[-1] == "w2" and path[:-1] in scales:
-            return (value * scales[path[:-1]][..., None, None]).astype(value.dtype)
-        return value
-
-    return _map_named(new_value, tree)
-
-
 def _layer_seed(seed: int, layer: int) -> int:
     """A seed for one layer of a stack, well mixed and stable across processes."""
     return int(np.random.SeedSequence([seed, layer]).generate_state(1)[0])
-
-
-def _permute(tree: Any, orders: dict[Path, Array], params: Any) -> Any:
-    """Reorder the neurons of every leaf whose path ends in an FFN weight's path and that has its shape."""
-    names = {path for path, _ in _named_leaves(params)}
-    weights = {(*path, name): order for path, order in orders.items() for name in _PERMUTED if (*path, name) in names}
-    shapes = {path: _leaf(params, path).shape for path in weights}
-
-    def new_value(path: Path, value: Array) -> Array:
-        for weight, order in weights.items():
-            if path[-len(weight) :] == weight and value.shape == shapes[weight]:
-                if weight[-1] == "w2":
-                    return jnp.take_along_axis(value, order[..., :, None], axis=-2)
-                one_each = weight[-1] in ("b1", "b_up")
-                return jnp.take_along_axis(value, order if one_each else order[..., None, :], axis=-1)
-        return value
-
-    return _map_named(new_value, tree)
-
-
-def _find_layers(params: Any) -> list[Path]:
-    names = {path for path, _ in _named_leaves(params)}
-    layers = sorted(path[:-1] for path in names if path[-1] == "w1" and (*path[:-1], "w2") in names)
-    if not layers:
-        raise ValueError(
-            "no FFN layer found: no two leaves of one node are named w1 and w2. Are the parameters the first tree?"
-        )
-    return layers
-
-
-def _leaf(tree: Any, wanted: Path) -> Array:
-    for path, value in _named_leaves(tree):
-        if path == wanted:
-            return value
-    raise ValueError(f"the tree has no leaf {'/'.join(wanted)}; pass the tree of Method variables of the same model.")
-
-
-def _named_leaves(tree: Any) -> list[tuple[Path, Array]]:
-    return [(_names(path), value) for path, value in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _map_named(function: Callable[[Path, Array], Array], tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, value: function(_names(path), value), tree)
-
-
-def _names(path: tuple[Any, ...]) -> Path:
-    """A key path as names; the wrapper that nnx.Variable puts around its value is left out."""
-    names = []
-    for entry in path:
-        if isinstance(entry, jax.tree_util.DictKey):
-            names.append(str(entry.key))
-        elif isinstance(entry, jax.tree_util.SequenceKey):
-            names.append(str(entry.idx))
-        elif isinstance(entry, jax.tree_util.GetAttrKey) and entry.name not in ("value", "raw_value"):
-            names.append(entry.name)
-        elif isinstance(entry, jax.tree_util.FlattenedIndexKey):
-            names.append(str(entry.key))
-    return tuple(names)

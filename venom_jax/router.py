@@ -19,6 +19,9 @@ from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 
 _EPSILON = 1e-12
 
+Axis = str | tuple[str, ...]
+"""One mesh axis, or several as one, the first the slowest."""
+
 
 def cluster_columns(w1: np.ndarray, experts: int, *, seed: int, iterations: int = 15) -> np.ndarray:
     """An order [F] of W1's columns in which each run of F / E columns is one cluster.
@@ -76,7 +79,7 @@ def _assign_balanced(similarity: np.ndarray) -> np.ndarray:
 
 
 def expert_means(
-    w1: Float[Array, "D F"], experts: int, *, normalise: bool = True, axis: str | None = None
+    w1: Float[Array, "D F"], experts: int, *, normalise: bool = True, axis: Axis | None = None
 ) -> Float[Array, "E D"]:
     """mean_e = normalised mean over the columns of slice e, each normalised first; f32, no gradient.
 
@@ -100,7 +103,7 @@ def scores(
     *,
     learned: Float[Array, "E_max D"] | None = None,
     key: Array | None = None,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> Float[Array, "T E"]:
     """The score of each token for each expert, in f32, without gradient.
 
@@ -134,7 +137,7 @@ def route(
     bias: Float[Array, "E_max"] | None = None,
     learned: Float[Array, "E_max D"] | None = None,
     key: Array | None = None,
-    axis: str | None = None,
+    axis: Axis | None = None,
     implementation: Implementation | None = None,
 ) -> Int[Array, "T k"]:
     """The top-k experts of each token in ascending order, shared ones always; ties go to the lower expert.
@@ -164,7 +167,7 @@ def route(
     return permute_reference.choose_top(scores(x, w1, recipe, key=key, axis=axis), bias, recipe.top_k)
 
 
-def _rows(w1: Float[Array, "D F"], recipe: Recipe, learned: Array | None, axis: str | None) -> Float[Array, "E D"]:
+def _rows(w1: Float[Array, "D F"], recipe: Recipe, learned: Array | None, axis: Axis | None) -> Float[Array, "E D"]:
     """What a token is compared with, one row an expert."""
     if recipe.router == "learned":
         if learned is None:
@@ -177,7 +180,9 @@ def _rows(w1: Float[Array, "D F"], recipe: Recipe, learned: Array | None, axis: 
 
 def load(routed: Int[Array, "T k"], max_experts: int) -> Float[Array, "E_max"]:
     """How many tokens each expert got."""
-    chosen = routed.reshape(-1, 1) == jnp.arange(max_experts)  # compared and summed: a scatter would add one by one
+    chosen = (
+        routed.reshape(-1, 1) == jnp.arange(max_experts)[None]
+    )  # compared and summed: a scatter would add one by one
     return jax.lax.stop_gradient(jnp.sum(chosen, axis=0, dtype=jnp.float32))
 
 

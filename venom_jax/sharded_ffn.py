@@ -9,7 +9,9 @@ What a pass reads 2:4 travels packed, 9/16 of its dense bytes in bf16, and each 
 Both run along neurons, so a device packs its part alone and the parts lie one behind the other. dW1 and dW2 are summed
 in the masters' dtype and scattered at once: nothing of a whole weight outlives a pass.
 
-Groups of tokens and fours of tokens form among one device's tokens, see `local_recipe`.
+Groups of tokens and fours of tokens form among one device's tokens, see `local_recipe`. In eight bits every weight
+travels as a byte an entry, 2:4 ones as 5/8, and each device samples and scales its own tokens: the number of devices
+changes results as roundings do.
 """
 
 import dataclasses
@@ -22,20 +24,23 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.array_types import Array, Float, Int
 from venom_jax import packed_ffn
-from venom_jax.dispatch import Implementation, Kernels, choose_kernels
+from venom_jax.dispatch import Implementation, Kernels, choose_kernels, warn_reference
 from venom_jax.ffn import (
     PackedWeights,
     masked_backward,
     masked_forward,
     pack_weights,
-    rows_in_groups,
-    rows_of_kernels,
-    sampled_density,
     through_thresholds,
     weight_operand,
 )
 from venom_jax.formats import Sparse24
+from venom_jax.fp8 import EightBitWeights, check_packed
+from venom_jax.fp8 import packed as packed_fp8
+from venom_jax.fp8 import reference as reference_fp8
+from venom_jax.fp8.operands import SparseCast, Weight
+from venom_jax.masked import rows_in_groups, rows_of_kernels, sampled_density
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
+from venom_jax.router import Axis
 
 _COLUMNS, _ROWS = 1, 0  # where the neurons of W1 and of W2 run
 
@@ -67,8 +72,8 @@ def sharded_sparse_ffn(
     beta: Float[Array, "4"] | None = None,
     *,
     recipe: Recipe,
-    axis: str,
-    packed: PackedWeights | None = None,
+    axis: Axis,
+    packed: PackedWeights | EightBitWeights | None = None,
     implementation: Implementation | None = None,
     return_density: bool = False,
 ) -> Any:
@@ -88,9 +93,12 @@ def sharded_sparse_ffn(
     d_model, d_ffn = w1.shape[0], w1.shape[1] * devices
     recipe.check(d_model, d_ffn)
     kernels = choose_kernels(implementation, recipe, d_model, d_ffn, x.dtype, local=True)
-    if implementation is None and w1.shape[1] % packed_ffn.GRANULE:
+    granule = packed_ffn.granule(recipe)
+    if implementation is None and kernels is not None and w1.shape[1] % granule:
         kernels = None
-    granule = 4 if kernels is None else packed_ffn.GRANULE
+        if not recipe.is_dense:
+            warn_reference(f"d_ffn over {devices} devices leaves {w1.shape[1]} neurons each, no multiple of {granule}")
+    granule = 4 if kernels is None else granule
     if not recipe.is_dense and w1.shape[1] % granule:
         raise ValueError(
             f"d_ffn = {d_ffn} over {devices} devices leaves {w1.shape[1]} neurons each, no multiple of {granule}; use "
@@ -98,7 +106,8 @@ def sharded_sparse_ffn(
         )
     if recipe.routed != (route is not None):
         raise ValueError(f"recipe with experts = {recipe.experts}, but route is {route}.")
-    if recipe.is_dense:
+    check_packed(recipe, packed)
+    if recipe.is_dense and not recipe.in_fp8:
         y, density = _dense(axis, x, w1, w2)
     else:
         beta = jnp.ones(len(WEIGHT_GEMMS), jnp.float32) if beta is None else beta
@@ -107,12 +116,14 @@ def sharded_sparse_ffn(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sparse(recipe: Recipe, kernels: Kernels | None, axis: str, x, w1, w2, beta, packed, route):
+def _sparse(recipe: Recipe, kernels: Kernels | None, axis: Axis, x, w1, w2, beta, packed, route):
     """(y3, density); arguments as in `venom_jax.ffn`, the weights being this device's part."""
     return _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route)[0]
 
 
 def _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
+    if recipe.in_fp8:
+        return _fp8_forward(recipe, kernels, axis, x, w1, w2, beta, packed, route)
     if kernels is None:
         grouping = rows_in_groups(recipe, route, x.shape[0])
         first = gather(weight_operand("y1", recipe, w1, beta, packed, x.dtype), axis, _COLUMNS)
@@ -132,6 +143,8 @@ def _forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
 
 
 def _backward(recipe, kernels, axis, residuals, cotangents):
+    if recipe.in_fp8:
+        return _fp8_backward(recipe, kernels, axis, residuals, cotangents[0])
     x, w1, w2, beta, packed, saved = residuals
     dy3 = cotangents[0]
     if kernels is None:
@@ -153,8 +166,29 @@ def _backward(recipe, kernels, axis, residuals, cotangents):
 _sparse.defvjp(_forward, _backward)
 
 
+def _fp8_forward(recipe, kernels, axis, x, w1, w2, beta, packed, route):
+    if packed is None:
+        packed = pack_weights(w1, w2, beta, recipe=recipe, implementation=kernels or "reference")
+    form, order = (reference_fp8, rows_in_groups) if kernels is None else (packed_fp8, rows_of_kernels)
+    grouping = order(recipe, route, x.shape[0], kernels or "reference")
+    first, second = gather_fp8(packed.y1(recipe), axis), gather_fp8(packed.w2, axis)
+    y3, density, saved = form.forward(recipe, kernels, x, first, second, grouping)
+    return (y3, density), (w1, w2, beta, packed, saved)
+
+
+def _fp8_backward(recipe, kernels, axis, residuals, dy3):
+    w1, w2, beta, packed, saved = residuals
+    form = reference_fp8 if kernels is None else packed_fp8
+    after = jax.tree.leaves(saved.x)[0]
+    second, first = gather_fp8(packed.dy2(recipe), axis, after=after), gather_fp8(packed.w1, axis, after=after)
+    dtypes, cut = (w1.dtype, w2.dtype), _is_cut(axis)
+    dx, dw1, dw2 = form.backward(recipe, kernels, second, first, saved, dy3, dtypes, by_neuron=cut)
+    dw1 = dw1.T if cut else dw1
+    return through_thresholds(recipe, w1, w2, beta, dx, scatter(dw1, axis, _COLUMNS), scatter(dw2, axis, _ROWS))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(axis: str, x, w1, w2):
+def _dense(axis: Axis, x, w1, w2):
     """(y3, density) of the plain FFN, in x's dtype throughout."""
     return _dense_forward(axis, x, w1, w2)[0]
 
@@ -178,12 +212,12 @@ def _dense_backward(axis, residuals, cotangents):
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
-def _is_cut(axis: str) -> bool:
+def _is_cut(axis: Axis) -> bool:
     """Whether the neurons are: W1 then comes, and its gradient leaves, as [F, D], in the order of its parts."""
     return jax.lax.axis_size(axis) > 1
 
 
-def gather(part: Array, axis: str, dimension: int, *, after: Array | None = None) -> Array:
+def gather(part: Array, axis: Axis, dimension: int, *, after: Array | None = None) -> Array:
     """The parts of all devices of a mesh axis, one behind the other.
 
     after: an array without which the exchange does not begin.  A backward gives its layer's input: XLA would otherwise
@@ -193,10 +227,13 @@ def gather(part: Array, axis: str, dimension: int, *, after: Array | None = None
         return part
     if after is not None:
         part, _ = jax.lax.optimization_barrier((part, after))
+    if part.dtype.itemsize == 1:  # as plain bytes, which every exchange moves
+        whole = jax.lax.all_gather(jax.lax.bitcast_convert_type(part, jnp.uint8), axis, axis=dimension, tiled=True)
+        return jax.lax.bitcast_convert_type(whole, part.dtype)
     return jax.lax.all_gather(part, axis, axis=dimension, tiled=True)
 
 
-def scatter(whole: Array, axis: str, dimension: int) -> Array:
+def scatter(whole: Array, axis: Axis, dimension: int) -> Array:
     """This device's part of the sum over the devices of a mesh axis.
 
     The exchange puts the dimension that it cuts first.  Left so, the optimizer's update of the part would go elsewhere
@@ -212,7 +249,7 @@ def in_order(x: Array) -> Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _gather_master(part: Array, axis: str, dimension: int, dtype: Any, *, after: Array | None = None) -> Array:
+def _gather_master(part: Array, axis: Axis, dimension: int, dtype: Any, *, after: Array | None = None) -> Array:
     """The whole weight with the values it has in the compute dtype, in which it travels, as an array of its own dtype.
 
     XLA drops the widening: whoever reads the result narrows it again.
@@ -220,15 +257,23 @@ def _gather_master(part: Array, axis: str, dimension: int, dtype: Any, *, after:
     return gather(part.astype(dtype), axis, dimension, after=after).astype(part.dtype)
 
 
-def _gather_w1(part: Array, axis: str, dtype: Any, *, after: Array | None = None) -> Array:
+def _gather_w1(part: Array, axis: Axis, dtype: Any, *, after: Array | None = None) -> Array:
     """W1 as `_gather_master` has it, [F, D] if it is cut."""
     return _gather_master(part.T, axis, _ROWS, dtype, after=after) if _is_cut(axis) else part
 
 
-def gather_packed(part: Sparse24, axis: str, *, after: Array | None = None) -> Sparse24:
+def gather_packed(part: Sparse24, axis: Axis, *, after: Array | None = None) -> Sparse24:
     """Rows of a packed matrix are neurons, whichever axis of the logical matrix they are; ``after`` as for `gather`."""
     neurons = 1 - part.axis
     shape = [*part.shape]
     shape[neurons] *= jax.lax.axis_size(axis)
     values, metadata = (gather(array, axis, 0, after=after) for array in (part.values, part.metadata))
     return Sparse24(values, metadata, (shape[0], shape[1]), part.axis)
+
+
+def gather_fp8[W: Weight](part: W, axis: str, *, after: Array | None = None) -> W:
+    """A weight in e4m3 with its scales, neurons first."""
+    scale = gather(part.scale, axis, _ROWS, after=after)
+    if isinstance(part, SparseCast):
+        return part._replace(values=gather_packed(part.values, axis, after=after), scale=scale)
+    return part._replace(values=gather(part.values, axis, _ROWS, after=after), scale=scale)

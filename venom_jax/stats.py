@@ -93,7 +93,9 @@ def diagnose(
     result["dropped_features"] = 1 - _ratio(_energy(jnp.where(pack.select24(routed), routed, 0)), _energy(routed))
     fours = routed.reshape(routed.shape[0], -1, 4)
     result["crowded"] = jnp.mean(jnp.sum(fours > 0, axis=-1) > 2, dtype=jnp.float32) / share
-    grouping = group_tokens(route, recipe.experts, align=recipe.v, order=recipe.token_order, blocks=recipe.token_blocks)
+    grouping = group_tokens(
+        route, recipe.experts, align=recipe.group_rows, order=recipe.token_order, blocks=recipe.token_blocks
+    )
     rows = grouping.apply(routed).reshape(grouping.token_of_row.shape[0], recipe.experts, -1)
     own = jnp.take_along_axis(rows, grouping.expert_of_row[:, None, None], axis=1)[:, 0]
     result["dropped_tokens"] = 1 - _ratio(_energy(jnp.where(pack.select24(own, 0), own, 0)), _energy(own))

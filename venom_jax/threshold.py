@@ -114,7 +114,7 @@ def threshold_gradient(
     kept = pack.soft_threshold_mask(fours)
     key = pack.magnitude_key(fours)
     at_threshold = key == pack.second_smallest(key)[..., None]
-    index = jnp.arange(4)
+    index = jnp.arange(4).reshape((1,) * len(shape) + (4,))
     setter = jnp.max(jnp.where(at_threshold, index, -1), axis=-1, keepdims=True)
     through_threshold = jnp.sum(jnp.where(kept, jnp.sign(fours) * upstream, 0), axis=-1, keepdims=True)
     to_setter = jnp.where(index == setter, -jnp.sign(fours) * through_threshold, 0)

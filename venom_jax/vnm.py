@@ -86,7 +86,7 @@ def vnm_linear(
     Raises:
       ValueError, NotImplementedError: as `vnm_matmul`; also an unknown gradient.
     """
-    _check_gradient(gradient)
+    check_gradient(gradient)
     if held.shape != w.shape[::-1]:
         raise ValueError(f"a VNM of shape {held.shape} for weights {w.shape}; it stores w^T, {w.shape[::-1]}.")
     packed = held.take(w.T.astype(x.dtype))
@@ -110,7 +110,8 @@ def vnm_linear(
     return apply(x, w, jax.tree.map(jax.lax.stop_gradient, packed))
 
 
-def _check_gradient(gradient: str) -> None:
+def check_gradient(gradient: str) -> None:
+    """Raise ValueError for a name that is none of `Gradient`."""
     if gradient not in get_args(Gradient):
         raise ValueError(f"gradient = {gradient!r}: use one of {', '.join(map(repr, get_args(Gradient)))}.")
 
@@ -147,7 +148,7 @@ class VNMLinear(nnx.Module):
         Raises:
           ValueError: d_in is no multiple of pattern.m, the pattern cannot be stored, or an unknown gradient.
         """
-        _check_gradient(gradient)
+        check_gradient(gradient)
         init = nnx.initializers.lecun_normal() if w_init is None else w_init
         self.pattern, self.gradient = pattern, gradient
         w = init(rngs.params(), (d_in, d_out), param_dtype)

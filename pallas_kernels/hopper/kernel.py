@@ -15,23 +15,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tile_order
-from pallas_kernels.hopper import gather, main_loop, packing, ring
+from pallas_kernels.hopper import gather, main_loop, packing, ring, scales
 from pallas_kernels.hopper.schedule import Schedule, Tile, ceil_div, next_in_place, sort_groups
 from pallas_kernels.tiles import (
     GRANULE,
     MAX_TILE,
     PACK_REGISTERS,
+    SCALE_SLOTS,
+    STAGE_BYTES,
     TILE_K,
     Problem,
     TileConfig,
     chunk_columns,
 )
 
-SWIZZLE = 128
+SWIZZLE = STAGE_BYTES
 """Bytes of a row of B, or of an output chunk, in shared memory."""
 _SWIZZLED = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
-_SWIZZLED_A = (plgpu.TilingTransform((8, TILE_K // 2)), plgpu.SwizzleTransform(TILE_K))
-"""A given in rows lies in shared memory byte for byte as when it is given in tiles."""
+
+
+def _swizzled(dtype: str, row_bytes: int = SWIZZLE) -> tuple:
+    """How shared memory holds rows of so many bytes: a row of stored values of A, of B, or of an output chunk.
+
+    A given in rows lies there byte for byte as when it is given in tiles.
+    """
+    row = row_bytes // jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(row_bytes)
 
 
 def matmul(
@@ -46,39 +55,51 @@ def matmul(
     columns=None,
     operand=None,
     row_scale=None,
+    column_scale=None,
 ) -> jax.Array:
     """Launch the kernel; shapes and configuration have been checked by the callers (the ops' api.py).
 
     Args:
-      values: stored entries of A tile by tile (tile_order.py), [m / 64, k / 64, 8, 256], or row by row, [m, k / 2].
-      metadata: uint32 [m / 64, k / 64, 128]; None with a dense A, whose array stands for values.
+      values: stored entries of A tile by tile (tile_order.py), or row by row, [m, k / 2]; or a dense A [m, k].
+      metadata: uint32 [m / 64, k / 64, 128]; None with a dense A.
       b: [k, n], or [n, k] when `problem.b_k_major`; for rows' groups k runs over groups x k.
       groups: None, or int32 [G], the rows of each group.
       columns: where `problem.v` is set, int32 [m / v, k]: the row of b [any, n] for each of the k columns of A, for
         each block of v rows; zeros stand for a row that b does not have. n may then be any multiple of 8 in b.
       operand: an array of the output's shape for the epilogue.
-      row_scale: f32 [rows of the output's m side].
+      row_scale: f32, one for each row of A over all groups; for the contraction for each group and row.
+      column_scale: f32 [n].
     """
-    if row_scale is not None:
+    if row_scale is not None and not problem.stages_scales:
         row_scale = jnp.pad(row_scale, (0, MAX_TILE))  # a tile at the edge reads scales it does not use
-    extra = {"groups": groups, "columns": columns, "operand": operand, "row_scale": row_scale}
-    operands = {"values": values, "metadata": metadata, "b": b} | extra
-    operands = {name: array for name, array in operands.items() if array is not None}
+    extra = {"metadata": metadata, "b": b, "groups": groups, "columns": columns, "operand": operand}
+    extra |= {"row_scale": row_scale, "column_scale": column_scale}
+    operands = {"values": values} | {name: array for name, array in extra.items() if array is not None}
     out = {"out": jax.ShapeDtypeStruct(problem.out_shape, problem.out_dtype)}
     return _launch(operands, out, problem, config, num_sms)["out"]
 
 
 def matmul_packed(
-    a: tuple[jax.Array, ...], b, *, problem: Problem, config: TileConfig, num_sms: int, groups=None, kept=None
+    a: tuple[jax.Array, ...],
+    b,
+    *,
+    problem: Problem,
+    config: TileConfig,
+    num_sms: int,
+    groups=None,
+    kept=None,
+    row_scale=None,
+    column_scale=None,
 ) -> dict[str, jax.Array]:
     """As `matmul`, for a problem whose result is packed: what `packing.outputs` names.
 
     Args:
       a: values and metadata, or a dense A alone.
-      kept: where a gradient is packed, the arrays that `packing.inputs` names.
+      kept: what the packing reads, the arrays that `packing.inputs` names.
     """
     operands = dict(zip(("values", "metadata"), a, strict=False)) | {"b": b, **(kept or {})}
-    operands |= {} if groups is None else {"groups": groups}
+    extra = {"groups": groups, "row_scale": row_scale, "column_scale": column_scale}
+    operands |= {name: array for name, array in extra.items() if array is not None}
     return _launch(operands, packing.outputs(problem), problem, config, num_sms)
 
 
@@ -127,32 +148,36 @@ def _span(start, size: int, of: int = GRANULE):
 
 
 def _scratch(problem: Problem, config: TileConfig, *, in_rows: bool) -> dict:
+    """Shared memory of a block: what `TileConfig.smem_bytes` adds up."""
     c, stages = config, config.stages
-    dtype, out_dtype = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype)
-    b_shape = (c.tile_n, TILE_K) if problem.b_k_major else (TILE_K, c.tile_n)
+    dtype, out_dtype, tile_k = jnp.dtype(problem.dtype), jnp.dtype(problem.out_dtype), problem.tile_k
+    b_shape = (c.tile_n, tile_k) if problem.b_k_major else (tile_k, c.tile_n)
     columns = chunk_columns(problem.out_dtype)
     chunk = (columns, GRANULE) if problem.transpose_out else (GRANULE, columns)
-    chunk_row = SWIZZLE // out_dtype.itemsize
-    chunk_tiling = (plgpu.TilingTransform((8, chunk_row)), plgpu.SwizzleTransform(SWIZZLE))
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = scales.scratch(problem, config)
     if problem.mode == "contraction":
         extra["groups"] = plgpu.SMEM((3, problem.groups), jnp.int32)
     if problem.v:
         extra["indices"] = plgpu.SMEM((stages, gather.ROWS), jnp.int32)
     if problem.packing is not None:
         extra |= {name: plgpu.Barrier(num_barriers=c.warpgroups) for name in ("part_ready", "part_packed")}
+    if problem.epilogue.operand is not None or not problem.is_fp8:
+        extra["operand_filled"] = plgpu.Barrier(num_barriers=c.warpgroups * c.store_slots)
     if problem.a != "sparse":
-        a_shape = (c.tile_m, TILE_K) if problem.a == "k_major" else (TILE_K, c.tile_m)
-        extra["values"] = plgpu.SMEM((stages, *a_shape), dtype, transforms=_SWIZZLED)
+        a_shape = (c.tile_m, tile_k) if problem.a == "k_major" else (tile_k, c.tile_m)
+        extra["values"] = plgpu.SMEM((stages, *a_shape), dtype, transforms=_swizzled(problem.dtype))
     else:
-        shape = (c.tile_m, TILE_K // 2) if in_rows else (c.tile_m // GRANULE, *tile_order.SHAPE)
-        extra["values"] = plgpu.SMEM((stages, *shape), dtype, transforms=_SWIZZLED_A if in_rows else ())
-        extra["metadata"] = plgpu.SMEM((stages, c.tile_m // GRANULE, 128), jnp.int32)
+        shape = (c.tile_m, tile_k // 2) if in_rows else (c.tile_m // GRANULE, *tile_order.shape(dtype))
+        in_smem = _swizzled(problem.dtype, SWIZZLE // 2) if in_rows else ()
+        extra["values"] = plgpu.SMEM((stages, *shape), dtype, transforms=in_smem)
+        words = (tile_k // GRANULE, 128) if problem.is_fp8 else (128,)
+        extra["metadata"] = plgpu.SMEM((stages, c.tile_m // GRANULE, *words), jnp.int32)
     return extra | {
-        "b": plgpu.SMEM((stages, *b_shape), dtype, transforms=_SWIZZLED),
-        "chunks": plgpu.SMEM((c.warpgroups, c.chunks(problem), *chunk), out_dtype, transforms=chunk_tiling),
+        "b": plgpu.SMEM((stages, *b_shape), jnp.dtype(problem.b_dtype), transforms=_swizzled(problem.b_dtype)),
+        "chunks": plgpu.SMEM(
+            (c.warpgroups, c.chunks(problem), *chunk), out_dtype, transforms=_swizzled(problem.out_dtype)
+        ),
         "ring": ring.barriers(stages),
-        "operand_filled": plgpu.Barrier(num_barriers=c.warpgroups * c.store_slots),
     }
 
 
@@ -160,7 +185,7 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
     groups = gmem.get("groups")
     if problem.mode == "contraction":
         groups = scratch["groups"]
-        sort_groups(gmem["groups"], groups, problem.k)
+        sort_groups(gmem["groups"], groups, problem.k, problem.tile_k)
     schedule = Schedule(problem, config, groups)
     ring.initialize(scratch["ring"], config.stages, config.warpgroups, gathers=bool(problem.v))
     wg = lax.axis_index("wg")
@@ -188,9 +213,11 @@ def _block(gmem: dict, out_gmem, scratch: dict, problem: Problem, config: TileCo
         plgpu.set_max_registers(config.compute_registers(problem), action="increase")
         if _deferred(problem, config):
             compute = functools.partial(_compute_tile_deferred, out_gmem, scratch, problem, config)
-            _, kept = _for_each_tile(schedule, compute, (jnp.int32(0), _nothing_kept(problem, config)))
+            turn = (jnp.int32(0),) if _scales_late(problem, config) else ()
+            state = (jnp.int32(0), _nothing_kept(problem, config), *turn)
+            _, kept, *turn = _for_each_tile(schedule, compute, state)
             for chunk in range(len(_chunks(problem, config))):
-                _store_chunk(out_gmem, scratch, problem, config, kept, chunk)
+                _store_chunk(out_gmem, scratch, problem, config, kept, chunk, *turn)
         else:
             compute = functools.partial(_compute_tile, gmem, out_gmem, scratch, problem, config)
             _for_each_tile(schedule, compute, jnp.int32(0))
@@ -208,51 +235,59 @@ def _for_each_tile(schedule: Schedule, visit, state):
         # Where sizes fall from round to round, walk every other round backwards, or the first blocks get the most.
         block = jnp.where(lax.rem(i, 2) == 1, num_sms - 1 - sm, sm) if in_turns else sm
         cursor, tile = schedule.locate(cursor, i * num_sms + block)
-        return cursor, visit(tile, state)
+        return cursor, visit(tile._replace(turn=i), state)
 
     _, state = lax.fori_loop(0, rounds, round_, (schedule.start(), state))
     return state
 
 
 def _load_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
-    c, order = config, _token_order(problem, config)
+    c, order, tile_k = config, _token_order(problem, config), problem.tile_k
 
     def b_of(i, k, n):
         if order is not None:
-            rows = ring.add(k, ring.multiply(i, TILE_K))
+            rows = ring.add(k, ring.multiply(i, tile_k))
             return (n, rows) if problem.b_k_major else (rows, n)
-        rows, columns = ring.span(ring.add(k, ring.multiply(i, TILE_K)), TILE_K), ring.span(n, c.tile_n)
+        rows, columns = ring.span(ring.add(k, ring.multiply(i, tile_k)), tile_k), ring.span(n, c.tile_n)
         return (columns, rows) if problem.b_k_major else (rows, columns)
 
-    from_b = ring.Copy(gmem["b"], scratch["b"], _SWIZZLED, b_of, (tile.b_k, tile.b_n), order)
+    from_b = ring.Copy(gmem["b"], scratch["b"], _swizzled(problem.b_dtype), b_of, (tile.b_k, tile.b_n), order)
     from_a = _copies_of_a(gmem, scratch, problem, c, tile)
+    if problem.stages_scales:
+        scales.fill(gmem, scratch, c, tile.turn, _scale_row(problem, tile), tile.out_n, order)
     ring.load_stages([*from_a, from_b], scratch["ring"], c.stages, tile.steps, step)
     return step + tile.steps
 
 
 def _copies_of_a(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, stage=0) -> list[ring.Copy]:
     """A's part of a tile's stages from `stage` on: stored values and metadata, or a dense A."""
-    in_rows = len(gmem["values"].shape) == 2
-    scalars = (lax.div(tile.a_row, GRANULE), lax.div(tile.a_k, TILE_K) + stage)
+    in_rows, tile_k, words_per_row = len(gmem["values"].shape) == 2, problem.tile_k, problem.tile_k // GRANULE
+    scalars = (lax.div(tile.a_row, GRANULE), lax.div(tile.a_k, tile_k) + stage)
 
     def packed(i, row_tile, a_tile):
         return ring.span(row_tile, config.tile_m // GRANULE), ring.at(ring.add(a_tile, i))
 
+    def words(i, row_tile, a_tile):
+        if words_per_row == 1:
+            return packed(i, row_tile, a_tile)
+        first = ring.multiply(ring.add(a_tile, i), words_per_row)
+        return ring.span(row_tile, config.tile_m // GRANULE), ring.span(first, words_per_row)
+
     def rows_of_a(i, row_tile, a_tile):
-        stored = ring.multiply(ring.add(a_tile, i), TILE_K // 2)
-        return ring.span(ring.multiply(row_tile, GRANULE), config.tile_m), ring.span(stored, TILE_K // 2)
+        stored = ring.multiply(ring.add(a_tile, i), tile_k // 2)
+        return ring.span(ring.multiply(row_tile, GRANULE), config.tile_m), ring.span(stored, tile_k // 2)
 
     def dense_a(i, row_tile, a_tile):
         rows = ring.span(ring.multiply(row_tile, GRANULE), config.tile_m)
-        columns = ring.span(ring.multiply(ring.add(a_tile, i), TILE_K), TILE_K)
+        columns = ring.span(ring.multiply(ring.add(a_tile, i), tile_k), tile_k)
         return (rows, columns) if problem.a == "k_major" else (columns, rows)
 
     if problem.a != "sparse":
-        return [ring.Copy(gmem["values"], scratch["values"], _SWIZZLED, dense_a, scalars)]
-    transforms, slice_of = (_SWIZZLED_A, rows_of_a) if in_rows else ((), packed)
+        return [ring.Copy(gmem["values"], scratch["values"], _swizzled(problem.dtype), dense_a, scalars)]
+    transforms, slice_of = (_swizzled(problem.dtype, SWIZZLE // 2), rows_of_a) if in_rows else ((), packed)
     return [
         ring.Copy(gmem["values"], scratch["values"], transforms, slice_of, scalars),
-        ring.Copy(gmem["metadata"], scratch["metadata"], (), packed, scalars),
+        ring.Copy(gmem["metadata"], scratch["metadata"], (), words, scalars),
     ]
 
 
@@ -298,7 +333,7 @@ def _load_gathered(gmem, scratch, schedule: Schedule) -> None:
 
 def _token_order(problem: Problem, config: TileConfig) -> ring.TokenOrder | None:
     if problem.packing is not None:
-        return ring.TokenFours(problem.packing.interleaved)
+        return ring.TokenFours(problem.packing.interleaved, problem.tile_k)
     return ring.Interleaved(config.tile_n) if problem.b_interleaved else None
 
 
@@ -312,15 +347,40 @@ def _announce(scratch, config: TileConfig, step, lag: int, pending: int = 0):
 
 
 def _compute_tile(gmem, out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, step):
-    acc = _multiply(scratch, problem, config, tile.steps, step)
+    acc = _scaled_product(scratch, problem, config, tile, step)
     wg, m, n = _part_of_tile(config)
     if problem.packing is not None:
         plgpu.barrier_wait(scratch["part_packed"].at[wg])
-        packing.hand_over(acc.astype(problem.dtype), scratch["chunks"].at[wg], problem)
+        packing.hand_over(acc.astype(problem.packed_dtype), scratch["chunks"].at[wg], problem)
         plgpu.barrier_arrive(scratch["part_ready"].at[wg])
         return step + tile.steps
     _store(acc, gmem, out_gmem, scratch, problem, config, tile, wg, m, n)
     return step + tile.steps
+
+
+def _scaled_product(scratch, problem: Problem, config: TileConfig, tile: Tile, *multiplied):
+    """This warpgroup's sums of a tile times their scales, unless these are left to the stores of the next tile."""
+    acc = _multiply(scratch, problem, config, tile, *multiplied)
+    if not problem.stages_scales:
+        return acc
+    scales.wait(scratch, tile.turn)
+    if not _scales_late(problem, config):
+        _, m, n = _part_of_tile(config)
+        acc = scales.apply(acc, scales.of_part(scratch, config, tile.turn, m, n), problem)
+        scales.give_back(scratch, tile.turn)
+    return acc
+
+
+def _scales_late(problem: Problem, config: TileConfig) -> bool:
+    """Whether results are rounded first and scaled when they are stored, behind the products of the next tile."""
+    e = problem.epilogue
+    commutes = e.powers_of_two and e.activation != "relu2" and problem.out_dtype == "bfloat16"
+    return problem.stages_scales and commutes and _deferred(problem, config)
+
+
+def _scale_row(problem: Problem, tile: Tile):
+    """The row scale of a tile's first row."""
+    return tile.a_row if problem.mode == "columns" else tile.out_m
 
 
 def _pack_tile(gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
@@ -346,7 +406,8 @@ class _Kept(NamedTuple):
 def _deferred(problem: Problem, config: TileConfig) -> bool:
     e = problem.epilogue
     two_bytes = jnp.dtype(problem.out_dtype).itemsize == 2
-    return config.deferred and two_bytes and e.operand is None and not e.row_scale and problem.packing is None
+    reads = e.operand is not None or (e.row_scale and not problem.stages_scales)
+    return config.deferred and two_bytes and not reads and problem.packing is None
 
 
 def _nothing_kept(problem: Problem, config: TileConfig) -> _Kept:
@@ -356,15 +417,24 @@ def _nothing_kept(problem: Problem, config: TileConfig) -> _Kept:
 
 def _compute_tile_deferred(out_gmem, scratch, problem: Problem, config: TileConfig, tile: Tile, state):
     """Multiply a tile; behind its first products, store what is kept of the tile before."""
-    step, kept = state
-    acc = _multiply(scratch, problem, config, tile.steps, step, kept, out_gmem)
+    step, kept, *_ = state
+    acc = _scaled_product(scratch, problem, config, tile, step, kept, out_gmem)
     _, m, n = _part_of_tile(config)
     rounded = _activate(acc, problem).astype(problem.out_dtype)
     where = (jnp.int32(i) for i in (tile.out_m + m, tile.out_n + n, tile.m_end, tile.n_end))
-    return step + tile.steps, _Kept(rounded, *where)
+    state = step + tile.steps, _Kept(rounded, *where)
+    if not _scales_late(problem, config):
+        return state
+
+    @pl.when(tile.turn > 0)
+    def _():
+        scales.give_back(scratch, tile.turn - 1)
+
+    return *state, tile.turn
 
 
-def _store_chunk(out_gmem, scratch, problem: Problem, config: TileConfig, kept: _Kept, chunk: int):
+def _store_chunk(out_gmem, scratch, problem: Problem, config: TileConfig, kept: _Kept, chunk: int, turn=None):
+    """Store a chunk of what is kept of the block's last tile; `turn`: which it was, where it is still to be scaled."""
     columns = chunk_columns(problem.out_dtype)
     layout = plgpu.Layout.WGMMA_TRANSPOSED if problem.transpose_out else plgpu.Layout.WGMMA
     i, j = _chunks(problem, config)[chunk]
@@ -374,7 +444,12 @@ def _store_chunk(out_gmem, scratch, problem: Problem, config: TileConfig, kept: 
     view = slot.T if problem.transpose_out else slot
     # All earlier stores have left shared memory long ago: there were products in between.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    view[...] = plgpu.layout_cast(kept.values[i : i + GRANULE, j : j + columns], layout)
+    part = kept.values[i : i + GRANULE, j : j + columns]
+    if turn is not None:
+        _, m, n = _part_of_tile(config)
+        factors = scales.of_part(scratch, config, turn, m, n)
+        part = scales.apply(part.astype(jnp.float32), factors, problem, i, j).astype(part.dtype)
+    view[...] = plgpu.layout_cast(part, layout)
     plgpu.commit_smem()
     where = (cols, rows) if problem.transpose_out else (rows, cols)
     owned = (chunk_m < kept.m_end) & (chunk_n < kept.n_end)
@@ -400,15 +475,18 @@ def _zeros(config: TileConfig):
     return plgpu.layout_cast(jnp.zeros((config.warpgroup_m, config.warpgroup_n), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: _Kept | None = None, out_gmem=None):
-    """This warpgroup's part of a tile of `steps` stages from the ring's `step` on; stores what is `kept` meanwhile."""
+def _multiply(
+    scratch, problem: Problem, config: TileConfig, tile: Tile, step, kept: _Kept | None = None, out_gmem=None
+):
+    """This warpgroup's part of a tile, whose stages begin with the ring's `step`; stores what is `kept` meanwhile."""
     c, sparse, values = config, problem.a == "sparse", scratch["values"]
     wg, m, n = _part_of_tile(config)
-    row_tiles, layout = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE), _SWIZZLED
+    row_tiles, layout = pl.ds(lax.div(m, GRANULE), c.warpgroup_m // GRANULE), _swizzled(problem.dtype)
     if problem.a == "m_major":
         values = values.at[:, :, _span(m, c.warpgroup_m)]
     elif not sparse or len(values.shape) == 3:
-        values, layout = values.at[:, _span(m, c.warpgroup_m)], _SWIZZLED_A if sparse else _SWIZZLED
+        values = values.at[:, _span(m, c.warpgroup_m)]
+        layout = _swizzled(problem.dtype, SWIZZLE // 2) if sparse else layout
     else:
         values, layout = values.at[:, row_tiles], ()
     b = scratch["b"]
@@ -416,17 +494,21 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
         columns = _span(n, c.warpgroup_n)
         b = b.at[:, columns] if problem.b_k_major else b.at[:, :, columns]
     shape = (c.warpgroup_m, c.warpgroup_n)
-    types = [plgpu.RefType(layout), plgpu.RefType(_SWIZZLED), plgpu.RefType()]
+    types = [plgpu.RefType(layout), plgpu.RefType(_swizzled(problem.b_dtype)), plgpu.RefType()]
     operands = [values, b, scratch["ring"]]
     if sparse:
         types.append(plgpu.RefType())
         operands.append(scratch["metadata"].at[:, row_tiles])
     count = len(operands)
-    scalars = [step, jnp.int32(steps)]
+    scalars = [step, jnp.int32(tile.steps)]
+    late = kept is not None and _scales_late(problem, config)
     if kept is not None:
         types += [plgpu.Layout.WGMMA, plgpu.RefType(_SWIZZLED), plgpu.RefType()]
         operands += [kept.values, scratch["chunks"].at[wg], out_gmem]
         scalars += kept[1:]
+    if late:
+        types += [plgpu.RefType()] * 2
+        operands += scales.of_part(scratch, config, tile.turn + SCALE_SLOTS - 1, m, n)
 
     @plgpu.inline_mgpu(
         arg_types=(*types, *(ring.SCALAR,) * len(scalars)),
@@ -437,12 +519,22 @@ def _multiply(scratch, problem: Problem, config: TileConfig, steps, step, kept: 
         step, steps, *place = (scalar.registers.item() for scalar in arguments[len(operands) :])
         deferred = None
         if stored:
-            rounded, chunks, out = stored
+            rounded, chunks, out, *factors = stored
             # Private, but the only way to a description of the output for PTX of our own.
             descriptor = launch._get_tma_desc(out, (), None, (GRANULE, chunk_columns(problem.out_dtype)), SWIZZLE, None)
             deferred = main_loop.Deferred(rounded, tuple(place), chunks, descriptor, problem.transpose_out)
+            if late:
+                there = (problem.epilogue.row_scale, problem.epilogue.column_scale)
+                rows, columns = (smem if is_there else None for smem, is_there in zip(factors, there, strict=True))
+                deferred = deferred._replace(row_scales=rows, column_scales=columns)
         fences = bool(problem.v) and not config.gather_lag
-        options = {"b_k_major": problem.b_k_major, "dtype": problem.dtype, "a": problem.a, "fences": fences}
+        options: dict[str, Any] = {
+            "b_k_major": problem.b_k_major,
+            "dtype": problem.dtype,
+            "a": problem.a,
+            "fences": fences,
+        }
+        options |= {"b_dtype": problem.b_dtype, "promote": config.promote // problem.tile_k}
         return main_loop.multiply(shape, stages, step, steps, deferred, **options)
 
     return multiply(*operands, *scalars)
@@ -483,8 +575,8 @@ def _store(acc, gmem, out_gmem, scratch, problem: Problem, config: TileConfig, t
             chunk_smem, (_, _), _ = copies[slot]
             view = chunk_smem.T if p.transpose_out else chunk_smem
             part = acc[i : i + GRANULE, j : j + columns]
-            if e.row_scale:
-                rows = _span(tile.out_m + m + i, GRANULE)
+            if e.row_scale and not p.stages_scales:
+                rows = _span(_scale_row(p, tile) + m + i, GRANULE)
                 scale = plgpu.load(gmem["row_scale"].at[rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                 part = part * lax.broadcast_in_dim(scale, part.shape, (0,))
             part = _activate(part, p)

@@ -18,20 +18,19 @@ from jax.experimental.mosaic.gpu import mma_utils, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.tiles import CHUNK_BYTES, GRANULE, TILE_K, AForm
+from pallas_kernels.tiles import CHUNK_BYTES, FP8, GRANULE, STAGE_BYTES, AForm
 
 _MMA_M = 64
 """Rows of one instruction."""
-_MMA_K = 32
-"""Logical columns of A, and rows of B, of one instruction; of a dense one:"""
-_DENSE_MMA_K = 16
+_MMA_BYTES = 32
+"""Bytes of a row of A in shared memory that one instruction reads: 16 values of 16 bits or 32 of 8, dense or stored."""
 
 # A tile of A in shared memory: 64 rows of 64 bytes, swizzled over 64 bytes (tile_order.py).
 _ROW_BYTES = 64
 _TILE_BYTES = _MMA_M * _ROW_BYTES
 
-_PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
-_TILE = CHUNK_BYTES // 2  # elements of 16 bits in a swizzled row
+
+_PTX_TYPE = {"bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 _CHUNK_SIZE = GRANULE * CHUNK_BYTES
 _CHUNK_COLUMNS = CHUNK_BYTES // 2
 
@@ -41,13 +40,13 @@ class Stages(NamedTuple):
 
     a: Any
     """[S, m / 64, 8, 256] stored values tile by tile (tile_order.py), or the same bytes as [S, m, 32]; or a dense A,
-    [S, m, 64] or [S, 64, m] as `Problem.a` says, tiled and swizzled as B."""
+    [S, m, 64] or [S, 64, m] as `Problem.a` says, tiled and swizzled as B. Of 8 bits rows have twice the entries."""
     b: Any
     """[S, 64, n], or [S, n, 64] where B is k-major, tiled (8, 64) and swizzled over 128 bytes."""
     barriers: Any
     """`ring.barriers`."""
     metadata: Any = None
-    """int32 [S, m / 64, 128]: one word per thread; None with a dense A."""
+    """int32 [S, m / 64, 128]: one word per thread, of 8 bits [S, m / 64, 2, 128]; None with a dense A."""
 
 
 class Deferred(NamedTuple):
@@ -62,6 +61,10 @@ class Deferred(NamedTuple):
     descriptor: Any
     """The copy engine's description of the output in boxes of 64 x 64."""
     transposed: bool
+    row_scales: Any = None
+    """Shared memory, f32 [m], where rows are to be scaled by powers of two; the values are bfloat16."""
+    column_scales: Any = None
+    """... and f32 [n] for columns."""
 
 
 def multiply(
@@ -75,6 +78,8 @@ def multiply(
     dtype: str,
     a: AForm,
     fences: bool = False,
+    b_dtype: str = "",
+    promote: int = 0,
 ):
     """The sum over the products of `steps` stages of the ring from step `step` on, f32 [m, n] in WGMMA layout.
 
@@ -82,12 +87,14 @@ def multiply(
       shape: [m, n], m a multiple of 64, n of 8 and at most 256.
       step, steps: i32.
       deferred: what to store meanwhile.
-      dtype: "bfloat16" or "float16", of both operands.
+      dtype: "bfloat16" or "float16", of both operands; or a type of 8 bits, then `b_dtype` is B's.
+      promote: stages after which sums of 8-bit products are added to others in f32; 0: never.
       fences: threads wrote part of a stage and passed no fence towards the tensor core.
     """
     ring_size, (row_tiles, n) = ir.MemRefType(stages.a.type).shape[0], (shape[0] // _MMA_M, shape[1])
-    sparse = stages.metadata is not None
-    b_base, b_offsets, b_transposed = _describe_b(stages.b, n, b_k_major, _MMA_K if sparse else _DENSE_MMA_K)
+    sparse, narrow = stages.metadata is not None, dtype in FP8
+    mma_k = _MMA_BYTES * (2 if sparse else 1) // (1 if narrow else 2)
+    b_base, b_offsets, b_transposed = _describe_b(stages.b, n, b_k_major, mma_k)
     a_base, a_offsets, a_rows, a_transposed = _describe_sparse(stages.a) if sparse else _describe_dense(stages.a, a)
     thread = arith.remui(utils.thread_idx(), _i32(utils.WARPGROUP_SIZE))
     inputs = {
@@ -112,6 +119,8 @@ def multiply(
             "descriptor": deferred.descriptor,
             "warpgroup": utils.warpgroup_barrier_idx(sync=False),
         }
+        for name, vector in (("row_scales", deferred.row_scales), ("column_scales", deferred.column_scales)):
+            inputs |= {} if vector is None else {name: _address(vector)}
         kept = [utils.bitcast(register, ir.IntegerType.get_signless(32)) for register in deferred.values.registers.flat]
         slots = ir.MemRefType(deferred.chunks.type).shape[0]
         chunks = row_tiles * n // _CHUNK_COLUMNS
@@ -123,11 +132,14 @@ def multiply(
         ring_size=ring_size,
         row_tiles=row_tiles,
         n=n,
+        k=mma_k,
         a_offsets=[[row * a_rows + offset for row in range(row_tiles)] for offset in a_offsets],
         a_transposed=a_transposed,
         b_offsets=b_offsets,
         b_transposed=b_transposed,
-        ptx_type=_PTX_TYPE[dtype],
+        ptx_type=f"{_PTX_TYPE[dtype]}.{_PTX_TYPE[b_dtype or dtype]}",
+        narrow=narrow,
+        promote=promote,
         fences=fences,
         chunks=chunks,
         slots=slots,
@@ -161,6 +173,8 @@ class _Program(NamedTuple):
     ring_size: int
     row_tiles: int
     n: int
+    k: int
+    """Logical columns of A, and rows of B, of one instruction."""
     a_offsets: list[list[int]]
     """Bytes from the stage's A to that of each instruction: for each step along k, of each 64 rows."""
     a_transposed: bool
@@ -169,6 +183,9 @@ class _Program(NamedTuple):
     b_transposed: bool
     ptx_type: str
     fences: bool = False
+    narrow: bool = False
+    """Operands of 8 bits: of each 64 rows one metadata word a thread for each step along k, not one for all."""
+    promote: int = 0
     chunks: int = 0
     slots: int = 1
     kept: list[str] = []  # noqa: RUF012
@@ -181,7 +198,9 @@ class _Program(NamedTuple):
 
     def text(self) -> str:
         """The first stages store a chunk each; then two stages that differ in the registers of metadata, in a loop."""
-        words = [f"{name}{row}" for name in ("even", "odd") for row in range(self.row_tiles if self.sparse else 0)]
+        if self.promote:
+            return self._text_promoting()
+        words = self._words("even") + self._words("odd")
         lines = [
             "{",
             ".reg .pred last, done, leads, begun;",
@@ -222,6 +241,69 @@ class _Program(NamedTuple):
         ]
         return "\n".join(lines)
 
+    def _text_promoting(self) -> str:
+        """As `text`, but sums of `promote` stages are added to the outputs by ordinary instructions."""
+        count, words = self.row_tiles * self.n // 2, self._words("even") + self._words("odd")
+        add = ["wgmma.wait_group.sync.aligned 0;", *self._give_back("leads")]
+        add += [f"add.f32 ${i}, ${i}, sum{i};" for i in range(count)]
+        lines = [
+            "{",
+            ".reg .pred last, done, leads, never;",
+            ".reg .b32 left, slot, parity, before, barrier, address;",
+            ".reg .b64 a_desc, b_desc, slot64;",
+            *([f".reg .b32 {', '.join(words)};"] if words else []),
+            f".reg .f32 sum<{count}>;",
+            *(f"mov.f32 ${i}, 0f00000000;" for i in range(count)),
+            *(f"mov.f32 sum{i}, 0f00000000;" for i in range(count)),
+            f"mov.b32 left, {self.names['steps']};",
+            f"mov.b32 slot, {self.names['slot']};",
+            f"mov.b32 parity, {self.names['parity']};",
+            "mov.b32 before, slot;",
+            f"setp.eq.u32 leads, {self.names['thread']}, 0;",
+            "setp.ne.b32 never, left, left;",
+            "setp.le.s32 done, left, 0;",
+            "@done bra EMPTY;",
+            *self._await_stage("even", "FIRST"),
+        ]
+        stored = 0
+        for i in range(-(-self.chunks // self.promote)):  # the first groups store a chunk with each stage
+            chunks = range(stored, min(stored + self.promote, self.chunks))
+            lines += self._group(f"GROUP_{i}", f"CHUNKS_{i}", chunks, add)
+            stored = chunks.stop
+        lines += ["LOOP:", *self._group("LOOP", "LAST", range(self.chunks, self.chunks), add), "bra LOOP;"]
+        # A tile of fewer stages than chunks: what is left to store, by which group it ended in.
+        lines += ["LAST:", *add, "bra DONE;"]
+        for i in range(-(-self.chunks // self.promote)):
+            for j in range(min(self.promote, self.chunks - i * self.promote)):
+                lines += [f"CHUNKS_{i}_{j}:", *add]
+                lines += [line for k in range(i * self.promote + j + 1, self.chunks) for line in self._store(k)]
+                lines += ["bra DONE;"]
+        lines += ["EMPTY:", *(line for i in range(self.chunks) for line in self._store(i)), "DONE:", "}"]
+        return "\n".join(lines)
+
+    def _group(self, label: str, end: str, chunks: range, add: list[str]) -> list[str]:
+        """`promote` stages, and their sums added up; a stage per chunk stores it."""
+        lines = []
+        for j in range(self.promote):
+            word, other = ("odd", "even") if j % 2 else ("even", "odd")
+            lines += self._products(word, sums="sum", fresh=j == 0)
+            if j:
+                lines += ["wgmma.wait_group.sync.aligned 1;", *self._give_back("leads")]
+            if j < len(chunks):
+                lines += self._store(chunks[j])
+            lines += [
+                "mov.b32 before, slot;",
+                "add.u32 slot, slot, 1;",
+                f"setp.eq.u32 last, slot, {self.ring_size};",
+                "@last xor.b32 parity, parity, 1;",
+                "@last mov.b32 slot, 0;",
+                "sub.s32 left, left, 1;",
+                "setp.eq.s32 done, left, 0;",
+                f"@done bra {end}_{j};" if j < len(chunks) else "@done bra LAST;",
+                *self._await_stage(other, f"{label}_{j}"),
+            ]
+        return [*lines, *add]
+
     def _await_stage(self, word: str, label: str) -> list[str]:
         found = [
             f"mad.lo.u32 barrier, slot, 8, {self.names['barriers']};",
@@ -235,10 +317,18 @@ class _Program(NamedTuple):
         return [
             *found,
             f"mad.lo.u32 address, slot, {self.strides['words']}, {self.names['words']};",
-            *(f"ld.shared.b32 {word}{row}, [address + {row * 512}];" for row in range(self.row_tiles)),
+            *(f"ld.shared.b32 {name}, [address + {i * 512}];" for i, name in enumerate(self._words(word))),
         ]
 
-    def _products(self, word: str) -> list[str]:
+    def _words(self, word: str) -> list[str]:
+        """Registers of a stage's metadata: for each 64 rows one, or with 8 bits one for each step along k."""
+        rows = range(self.row_tiles if self.sparse else 0)
+        if not self.narrow:
+            return [f"{word}{row}" for row in rows]
+        return [f"{word}{row}_{step}" for row in rows for step in range(len(self.b_offsets))]
+
+    def _products(self, word: str, *, sums: str = "$", fresh: bool = False) -> list[str]:
+        """sums: what the registers of the sums are called; fresh: they begin anew."""
         count = self.n // 2
         found = [
             "cvt.u64.u32 slot64, slot;",
@@ -246,18 +336,20 @@ class _Program(NamedTuple):
             f"mad.lo.u64 b_desc, slot64, {self.strides['b']}, {self.names['b']};",
             "wgmma.fence.sync.aligned;",
         ]
-        kind, k = ("sp.sync", _MMA_K) if self.sparse else ("sync", _DENSE_MMA_K)
+        kind = "sp.sync" if self.sparse else "sync"
+        # Of 8 bits the instruction transposes nothing.
+        tail = "1, 1" if self.narrow else f"1, 1, {int(self.a_transposed)}, {int(self.b_transposed)}"
         for step, (a_offsets, b_offset) in enumerate(zip(self.a_offsets, self.b_offsets, strict=True)):
             for row, a_offset in enumerate(a_offsets):
-                outputs = ",".join(f"${row * count + i}" for i in range(count))
-                selected = f" {word}{row}, {step}," if self.sparse else ""
+                outputs = ",".join(f"{sums}{row * count + i}" for i in range(count))
+                selected = (f" {word}{row}_{step}, 0," if self.narrow else f" {word}{row}, {step},") * self.sparse
                 found += [
                     "{",
                     ".reg .b64 a, b;",
                     f"add.u64 a, a_desc, {mma_utils.encode_addr(a_offset)};",
                     f"add.u64 b, b_desc, {mma_utils.encode_addr(b_offset)};",
-                    f"wgmma.mma_async.{kind}.aligned.m{_MMA_M}n{self.n}k{k}.f32.{self.ptx_type}.{self.ptx_type} "
-                    f"{{{outputs}}}, a, b,{selected} 1, 1, 1, {int(self.a_transposed)}, {int(self.b_transposed)};",
+                    f"wgmma.mma_async.{kind}.aligned.m{_MMA_M}n{self.n}k{self.k}.f32.{self.ptx_type} "
+                    f"{{{outputs}}}, a, b,{selected} {'never' if fresh and not step else 1}, {tail};",
                     "}",
                 ]
         return [*found, "wgmma.commit_group.sync.aligned;"]
@@ -302,9 +394,10 @@ class _Program(NamedTuple):
         slot = chunk % self.slots * _CHUNK_SIZE
         step = "add.u32 to, to, 2048;" if self.out_transposed else None
         first = i * self.n // 4 + j * _CHUNK_COLUMNS // 4
+        scaling, names = self._scale(i, j, self.kept[first : first + 16])
         matrices = []
         for q in range(4):
-            words = ", ".join(self.kept[first + 4 * q : first + 4 * q + 4])
+            words = ", ".join(names[4 * q : 4 * q + 4])
             kind = ".trans" if self.out_transposed else ""
             if q:
                 # Not transposed, two blocks of columns on, another piece of the same swizzled row.
@@ -323,6 +416,7 @@ class _Program(NamedTuple):
             f"cp.async.bulk.wait_group.read {self.slots - 1};",
             f"bar.sync {self.names['warpgroup']}, {utils.WARPGROUP_SIZE};",
             f"add.u32 to, {self.names['lane']}, {slot};",
+            *scaling,
             *matrices,
             "fence.proxy.async.shared::cta;",
             f"bar.sync {self.names['warpgroup']}, {utils.WARPGROUP_SIZE};",
@@ -331,6 +425,40 @@ class _Program(NamedTuple):
             "cp.async.bulk.commit_group;",
             "}",
         ]
+
+    def _scale(self, i: int, j: int, words: list[str]) -> tuple[list[str], list[str]]:
+        """The words of a chunk times the scales in shared memory: the code, and the registers with the results.
+
+        Scales are powers of two, so that a product of two bfloat16 is exact, as if it had been rounded after it.
+        """
+        by_row, by_column = (self.names.get(name) for name in ("row_scales", "column_scales"))
+        if not (by_row or by_column):
+            return [], words
+        thread = self.names["thread"]
+        lines = [".reg .b32 scaled<16>, scale<2>, mine;", ".reg .f32 low, high;"]
+        if by_column:
+            lines += [f"and.b32 mine, {thread}, 3;", f"mad.lo.u32 mine, mine, 8, {by_column};"]
+            for block in range(8):  # of 8 columns, two of them this thread's
+                lines += [
+                    f"ld.shared.v2.f32 {{low, high}}, [mine + {4 * (j * _CHUNK_COLUMNS + 8 * block)}];",
+                    "cvt.rn.bf16x2.f32 scale0, high, low;",
+                    *(f"mul.rn.bf16x2 scaled{q}, {words[q]}, scale0;" for q in (2 * block, 2 * block + 1)),
+                ]
+            words = [f"scaled{q}" for q in range(16)]
+        if by_row:
+            lines += [
+                f"shr.u32 mine, {thread}, 5;",
+                "shl.b32 mine, mine, 4;",
+                f"bfe.u32 scale0, {thread}, 2, 3;",
+                "add.u32 mine, mine, scale0;",
+                f"mad.lo.u32 mine, mine, 4, {by_row};",
+                f"ld.shared.f32 low, [mine + {4 * i * GRANULE}];",
+                f"ld.shared.f32 high, [mine + {4 * (i * GRANULE + 8)}];",
+                "cvt.rn.bf16x2.f32 scale0, low, low;",
+                "cvt.rn.bf16x2.f32 scale1, high, high;",
+                *(f"mul.rn.bf16x2 scaled{q}, {words[q]}, scale{q % 2};" for q in range(16)),
+            ]
+        return lines, [f"scaled{q}" for q in range(16)]
 
 
 def _lane_address(deferred: Deferred, thread):
@@ -359,15 +487,18 @@ def _describe_b(stages_b, n: int, k_major: bool, k_step: int):
     if k_major:
         b = utils.memref_transpose(b, (1, 0, 3, 2))
     (k, _), _ = mma_utils.tiled_memref_shape(b)
-    if k != TILE_K:
-        raise ValueError(f"a stage holds {TILE_K} columns of A; b has {k} rows")
+    tile = CHUNK_BYTES // _bytes_of(b)
+    if k != tile:
+        raise ValueError(f"a stage holds {tile} columns of A; b has {k} rows")
     (base, strides), (_, tile_stride), fastest = mma_utils.create_descriptor(
-        b, swizzle=CHUNK_BYTES, large_tile=(_TILE, _TILE), group_size=(_TILE, n), logical_k_major=True
+        b, swizzle=CHUNK_BYTES, large_tile=(tile, tile), group_size=(tile, n), logical_k_major=True
     )
     if strides[0]:
         raise NotImplementedError("B must be tiled like its swizzle")
     (stride,) = strides[1]
-    offsets = [row // _TILE * tile_stride + row % _TILE // 16 * stride for row in range(0, k, k_step)]
+    offsets = [
+        row // tile * tile_stride + row % tile // (_MMA_BYTES // _bytes_of(b)) * stride for row in range(0, k, k_step)
+    ]
     return base, offsets, fastest != mma_utils.Dim.K
 
 
@@ -377,7 +508,7 @@ def _describe_sparse(stages_a):
     base = mma_utils.encode_descriptor(
         utils.memref_slice(stages_a, 0), leading_byte_offset=0, stride_byte_offset=8 * _ROW_BYTES, swizzle=_ROW_BYTES
     )
-    return base, [step * _MMA_K for step in range(TILE_K // _MMA_K)], _TILE_BYTES, False  # half of the columns are kept
+    return base, list(range(0, _ROW_BYTES, _MMA_BYTES)), _TILE_BYTES, False
 
 
 def _describe_dense(stages_a, form: AForm):
@@ -385,13 +516,15 @@ def _describe_dense(stages_a, form: AForm):
     a = utils.memref_slice(stages_a, 0)
     if form == "m_major":
         a = utils.memref_transpose(a, (1, 0, 3, 2))
+    tile = CHUNK_BYTES // _bytes_of(a)
     (base, strides), (row_stride, _), fastest = mma_utils.create_descriptor(
-        a, swizzle=CHUNK_BYTES, large_tile=(_MMA_M, _TILE), group_size=(_MMA_M, _TILE), logical_k_major=False
+        a, swizzle=CHUNK_BYTES, large_tile=(_MMA_M, tile), group_size=(_MMA_M, tile), logical_k_major=False
     )
     if strides[0]:
         raise NotImplementedError("A must be tiled like its swizzle")
     (stride,) = strides[1]
-    return base, [step * stride for step in range(TILE_K // _DENSE_MMA_K)], row_stride, fastest != mma_utils.Dim.K
+    steps = STAGE_BYTES // _MMA_BYTES
+    return base, [step * stride for step in range(steps)], row_stride, fastest != mma_utils.Dim.K
 
 
 def _i32(value: int):
@@ -408,6 +541,10 @@ def _address(smem):
 
 
 def _stage_bytes(smem) -> int:
-    type_ = ir.MemRefType(smem.type)
-    strides, _ = type_.get_strides_and_offset()
-    return strides[0] * utils.bitwidth(type_.element_type) // 8
+    strides, _ = ir.MemRefType(smem.type).get_strides_and_offset()
+    return strides[0] * _bytes_of(smem)
+
+
+def _bytes_of(smem) -> int:
+    """Bytes of an entry."""
+    return utils.bitwidth(ir.MemRefType(smem.type).element_type) // 8

@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.mlir_words import Word, i32, to_value
-from pallas_kernels.pack import blocks
+from pallas_kernels.pack import blocks, blocks8
 from pallas_kernels.pack.hopper import INFINITY, PTX_TYPE, MlirMachine, packed_types
 from pallas_kernels.tiles import GRANULE, Packing, Problem, TileConfig
 
@@ -25,25 +25,28 @@ _ROW_BYTES = 128
 
 def outputs(problem: Problem) -> dict[str, jax.ShapeDtypeStruct]:
     """What is written, by name, as `pack.hopper` names it."""
-    p = _packing(problem)
+    p, in_16_bits = _packing(problem), not problem.is_fp8
     (rows, columns), out = problem.out_shape, {}
     features, feature_words = packed_types((rows, columns), problem.dtype)
     tokens, token_words = packed_types((columns, rows), problem.dtype)
     if p.gradient:
         out |= {"feature_dy1": features} if p.features else {}
-        return out | ({"token_dy1": tokens, "token_squared": tokens} if p.tokens else {})
+        out |= {"token_dy1": tokens} if p.tokens else {}
+        return out | ({"token_squared": tokens} if p.tokens and in_16_bits else {})
     out["positives"] = jax.ShapeDtypeStruct((rows // GRANULE * (columns // GRANULE) * 4,), jnp.int32)
-    out |= {"features": features, "squared": features, "feature_metadata": feature_words} if p.features else {}
+    if p.features:
+        out |= {"features": features} if in_16_bits else {}
+        out |= {"squared": features, "feature_metadata": feature_words}
     return out | ({"tokens": tokens, "token_metadata": token_words} if p.tokens else {})
 
 
 def inputs(problem: Problem) -> tuple[str, ...]:
-    """The arrays that a gradient's packing reads, by name."""
+    """The arrays that packing reads, by name: what a gradient's positions are, and factors of neurons (blocks8.py)."""
     p = _packing(problem)
-    if not p.gradient:
-        return ()
-    names = ("features", "feature_metadata") if p.features else ()
-    return names + (("tokens", "token_metadata") if p.tokens else ())
+    names = ("factor",) if problem.is_fp8 else ()
+    if p.gradient and p.features:
+        names += ("squared" if problem.is_fp8 else "features", "feature_metadata")
+    return names + (("tokens", "token_metadata") if p.gradient and p.tokens else ())
 
 
 def _packing(problem: Problem) -> Packing:
@@ -81,48 +84,63 @@ def pack(gmem: dict, chunks_smem, problem: Problem, config: TileConfig, tile, pa
     per_row = config.warpgroup_n // GRANULE
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_CHUNK), *(plgpu.RefType() for _ in names), *(ring.SCALAR,) * 4),
+        arg_types=(plgpu.RefType(_CHUNK), *(plgpu.RefType() for _ in names), *(ring.SCALAR,) * 5),
     )
     def run(_, chunks_smem, *rest):
         pointers = dict(zip(names, map(utils.memref_ptr, rest[: len(names)]), strict=True))
-        first_m, first_n, m_end, n_end = (Word(scalar.registers.item()) for scalar in rest[len(names) :])
+        first_m, first_n, m_end, n_end, neuron = (Word(scalar.registers.item()) for scalar in rest[len(names) :])
         last, last_rows, last_columns = (config.chunks(problem) - 1, matrix.rows - GRANULE, matrix.columns - GRANULE)
 
-        def place(chunk: Word) -> tuple[Word, Word]:
+        def position(chunk: Word) -> tuple[Word, Word]:
             return first_m + chunk // per_row * GRANULE, first_n + chunk % per_row * GRANULE
 
         def thread_of(chunk: Word) -> blocks.ChunkThread:
             """A chunk beyond the end reads the last block's entries, and writes nothing."""
-            m, n = place(chunk)
+            m, n = position(chunk)
             slot = utils.memref_slice(chunks_smem, ring.at(chunk.value))
             block = (_minimum(n, last_rows) >> 6) * (matrix.columns // GRANULE) + (_minimum(m, last_columns) >> 6)
             return blocks.ChunkThread(_machine(pointers | {"shared": utils.memref_ptr(slot)}, problem, block), matrix)
 
         def load(chunk: Word) -> list[ir.Value]:
-            return [word.value for word in blocks.load_taken(thread_of(chunk), along)] if p.gradient else []
+            thread = thread_of(chunk)
+            if problem.is_fp8:
+                place = blocks8.Place(thread, neuron)
+                found = (blocks8.load_taken if p.gradient else blocks8.load_factors)(place, along)
+            else:
+                found = blocks.load_taken(thread, along) if p.gradient else []
+            return [word.value for word in found]
+
+        def pack_chunk(thread: blocks.ChunkThread, loaded: list[Word]) -> None:
+            infinity = INFINITY[problem.packed_dtype]
+            if problem.is_fp8 and p.gradient:
+                blocks8.take(blocks8.Place(thread, neuron), along, loaded)
+            elif problem.is_fp8:
+                blocks8.pack(blocks8.Place(thread, neuron), along, loaded, infinity=infinity)
+            elif p.gradient:
+                blocks.take(thread, along, loaded)
+            else:
+                blocks.pack(thread, along, relu=True, infinity=infinity)
 
         # What a chunk reads from memory is on its way while the chunk before is packed.
         loop = scf.ForOp(to_value(0), to_value(last + 1), to_value(1), load(Word(to_value(0))))
         with ir.InsertionPoint(loop.body):
             chunk = Word(loop.induction_variable)
             following = load(_minimum(chunk + 1, last))
-            m, n = place(chunk)
+            m, n = position(chunk)
             with utils.when(arith.andi(_less(m, m_end), _less(n, n_end))):
-                thread = thread_of(chunk)
-                if p.gradient:
-                    blocks.take(thread, along, [Word(value) for value in loop.inner_iter_args])
-                else:
-                    blocks.pack(thread, along, relu=True, infinity=INFINITY[problem.dtype])
+                pack_chunk(thread_of(chunk), [Word(value) for value in loop.inner_iter_args])
             scf.yield_(following)
 
     first_m, first_n = tile.out_m + part_m * config.warpgroup_m, tile.out_n + part_n * config.warpgroup_n
-    scalars = (jnp.int32(scalar) for scalar in (first_m, first_n, tile.m_end, tile.n_end))
+    # Column c of the result is neuron c of the tile's group: row a_row of A is column out_m. Rows of no group are last.
+    neuron = jnp.minimum(tile.a_row - tile.out_m, problem.m - matrix.columns)
+    scalars = (jnp.int32(scalar) for scalar in (first_m, first_n, tile.m_end, tile.n_end, neuron))
     run(chunks_smem, *(gmem[name] for name in names), *scalars)
 
 
 def _machine(pointers: dict, problem: Problem, block: Word | None = None) -> MlirMachine:
     thread = Word(utils.thread_idx()) % utils.WARPGROUP_SIZE
-    return MlirMachine(pointers, PTX_TYPE[problem.dtype], block or Word(to_value(0)), thread)
+    return MlirMachine(pointers, PTX_TYPE[problem.packed_dtype], block or Word(to_value(0)), thread)
 
 
 def _less(a: Word, b: Word) -> ir.Value:

@@ -1,8 +1,9 @@
 """The ring of stages in shared memory: one thread fills it, the computing warpgroups empty it.
 
-A stage is one step of 64 columns of A with their metadata and the 64 rows of B. Each stage has two barriers in shared
-memory, `filled` and `emptied`. Pallas's own barriers count every thread of a warpgroup, 128 arrivals for each copy and
-each release; these count one, the thread that acts for all, as the tensor core's own completion orders the rest.
+A stage is one step of 64 columns of A (128 of 8 bits) with their metadata and as many rows of B. Each stage has two
+barriers in shared memory, `filled` and `emptied`. Pallas's own barriers count every thread of a warpgroup, 128 arrivals
+for each copy and each release; these count one, the thread that acts for all, as the tensor core's own completion
+orders the rest.
 
 Steps are counted over all tiles of a block: step s uses stage s mod S for the (s div S)-th time.
 """
@@ -19,7 +20,7 @@ from jax.experimental.mosaic.gpu import launch_context, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
-from pallas_kernels.hopper.mlir_words import i32
+from pallas_kernels.hopper.mlir_words import Word, i32
 
 _BARRIER_WORDS = 2  # a barrier is 64 bits, the shared memory of 32
 _WAIT_TICKS = 10_000_000
@@ -141,17 +142,26 @@ class TokenOrder(launch_context.MemRefTransform):
 
 @dataclasses.dataclass(frozen=True)
 class TokenFours(TokenOrder):
-    """[R, K] -> [4, 2, R / 16, 2, K]: boxes of 64 rows and columns, rows as `pack.blocks.ChunkThread` wants them.
+    """[R, K] -> [4, 2, R / 16, 2, K]: boxes of 64 rows and 128 bytes, rows as `pack.blocks.ChunkThread` wants them.
 
     Along these axes run f mod 4, m div 2, f div 4 and m mod 2, of member m of four f. Interleaved, that is row
     m R / 4 + f, else row 4 f + m.
+
+    columns: of a box: the entries of 128 bytes.
     """
 
     interleaved: bool
+    columns: int
+
+    def token(self, place: Word, rows: int) -> Word:
+        """The row of [R, K] that lies at a place of the array as it is loaded."""
+        chunk, bits = place // 64, place % 64
+        four, member = bits // 16 + bits // 2 % 4 * 4, bits // 8 % 2 * 2 + bits % 2
+        return member * (rows // 4) + chunk * 16 + four if self.interleaved else chunk * 64 + four * 4 + member
 
     @property
     def box(self) -> tuple[int, ...]:
-        return (4, 2, 4, 2, 64)
+        return (4, 2, 4, 2, self.columns)
 
     def apply(self, ref: ir.Value) -> ir.Value:
         sixteenths = ir.MemRefType(ref.type).shape[0] // 16

@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
 
-from pallas_kernels.tiles import GRANULE, TILE_K, Problem, TileConfig
+from pallas_kernels.tiles import Problem, TileConfig
 
 type Index = jax.Array | int
 
@@ -30,6 +30,8 @@ class Tile(NamedTuple):
     m_end: Index  # the tile owns output rows below m_end ...
     n_end: Index  # ... and columns below n_end
     steps: Index
+    turn: Index = 0
+    """Which of the block's tiles it is."""
 
 
 class Cursor(NamedTuple):
@@ -67,8 +69,8 @@ def raster(index, m_tiles, n_tiles, config: TileConfig):
     return band * config.raster_m + lax.rem(in_band, height), strip * config.raster_n + lax.div(in_band, height)
 
 
-def sort_groups(sizes_gmem, sorted_smem, rows: int) -> None:
-    """sorted_smem [3, G] = group, start and size of each group, largest first, for the contraction.
+def sort_groups(sizes_gmem, sorted_smem, rows: int, unit: int) -> None:
+    """sorted_smem [3, G] = group, start and size of each group, in multiples of `unit`, largest first: the contraction.
 
     There a tile costs what its group's size is: started largest first, they end together. Each thread ranks one group.
     Every warpgroup writes the whole table, so that none has to wait for another.
@@ -91,9 +93,9 @@ def sort_groups(sizes_gmem, sorted_smem, rows: int) -> None:
         thread = arith.remui(utils.thread_idx(), c(utils.WARPGROUP_SIZE))
         own, start, left, clipped = c(0), c(0), c(rows), []
         for j in range(groups):
-            # Cut before it is rounded: a size near 2^31 would overflow. What is left is a multiple of the granule.
+            # Cut before it is rounded: a size near 2^31 would overflow. What is left is a multiple of the unit.
             size = arith.minsi(arith.maxsi(memref.load(sizes, [at(j)]), c(0)), left)
-            size = arith.andi(arith.addi(size, c(GRANULE - 1)), c(-GRANULE))
+            size = arith.andi(arith.addi(size, c(unit - 1)), c(-unit))
             own = arith.select(is_("eq", thread, c(j)), size, own)
             start = arith.addi(start, arith.select(is_("sgt", thread, c(j)), size, c(0)))
             left = arith.subi(left, size)
@@ -112,8 +114,8 @@ def sort_groups(sizes_gmem, sorted_smem, rows: int) -> None:
     sort(sizes_gmem, sorted_smem)
 
 
-def round_up(size):
-    return ceil_div(jnp.maximum(size, 0), jnp.int32(GRANULE)) * GRANULE
+def round_up(size, unit: int):
+    return ceil_div(jnp.maximum(size, 0), jnp.int32(unit)) * unit
 
 
 class Schedule:
@@ -148,7 +150,7 @@ class Schedule:
     def locate(self, cursor: Cursor, index) -> tuple[Cursor, Tile]:
         """The tile of an index; indices must not decrease from call to call."""
         p, c = self.problem, self.config
-        steps, zero = -(-p.k // TILE_K), 0
+        steps, zero = -(-p.k // p.tile_k), 0
         if p.mode == "dense":
             mi, ni = raster(index, self.m_tiles, self.n_tiles, c)
             m, n = mi * c.tile_m, ni * c.tile_n
@@ -163,7 +165,7 @@ class Schedule:
             mi, ni = raster(index - rank * per_group, self.m_tiles, self.n_tiles, c)
             m, n = mi * c.tile_m, ni * c.tile_n
             first = group * p.m
-            steps = jnp.where(exists, lax.div(size, TILE_K), 0)
+            steps = jnp.where(exists, lax.div(size, p.tile_k), 0)
             m_end = jnp.where(exists, first + p.m, 0)
             return cursor, Tile(m, start, start, n, first + m, n, m_end, p.n, steps)
         cursor = lax.while_loop(lambda s: index >= s.first + s.tiles, self._next_group, cursor)
@@ -193,7 +195,7 @@ class Schedule:
         else:
             last = self.problem.groups - 1
             size = jnp.where(group > last, rows_left, self.groups_ref[jnp.minimum(group, last)])
-        return round_up(jnp.minimum(size, rows_left))
+        return round_up(jnp.minimum(size, rows_left), self.problem.tile_k)
 
     def _group_tiles(self, size):
         if self.problem.mode == "rows":

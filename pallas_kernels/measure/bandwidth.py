@@ -1,10 +1,10 @@
 """Time what moves data against a copy of as many bytes: python -m pallas_kernels.bandwidth --json FILE [--cases WORD]
 
-Packing (rows `bench` = "pack") and permutation ("permute"): the Mosaic kernels, the same operation in jnp as XLA
-compiles it, through jax-triton where that is installed and has it, and XLA's copy of the bytes that the operation must
-move, half read and half written. A case is timed only after the kernels' results have passed the comparison with jnp:
-to the bit, but for the choice of experts, where a hundredth of the tokens may differ by the order of a sum. All rivals
-of a case take turns. `copies` is ms / the copy's ms; --table also writes a Markdown table.
+Packing (rows `bench` = "pack"), casts ("cast") and permutation ("permute"): the Mosaic kernels, the same operation in
+jnp as XLA compiles it, through jax-triton where that is installed and has it, and XLA's copy of the bytes that the
+operation must move, half read and half written. A case is timed only after the kernels' results have passed the
+comparison with jnp: to the bit, but for the choice of experts, where a hundredth of the tokens may differ by the order
+of a sum. All rivals of a case take turns. `copies` is ms / the copy's ms; --table also writes a Markdown table.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cast8 import api as cast8
 from pallas_kernels.measure import command_line, timing
 from pallas_kernels.measure.rows import heading, stamp, write
 from pallas_kernels.pack import api as pack
@@ -44,7 +45,7 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
-    return _packing() | _permutation()
+    return _packing() | _eight_bits() | _permutation()
 
 
 def _forms(function: Callable[..., Any], other: Callable[..., Any] | None = None) -> dict[str, Callable[..., Any]]:
@@ -86,6 +87,49 @@ def _packing() -> dict[str, Case]:
                 label = f"{name} {jnp.dtype(dtype).name} D={d_model} F={d_ffn}"
                 found[label] = Case("pack", _forms(function, other), weight)
     return found
+
+
+def _eight_bits() -> dict[str, Case]:
+    """Packing and casts in e4m3, under scales that are given where a layer takes them from a sample."""
+    found = {}
+    for d_model, d_ffn in SIZES:
+        scale = jnp.full(d_ffn, 2.0**-6)
+        y = functools.partial(lambda d_ffn, seed: (_normal(seed, TOKENS, d_ffn),), d_ffn)
+        x = functools.partial(lambda d_model, seed: (_normal(seed, TOKENS, d_model),), d_model)
+        dy2 = functools.partial(lambda d, seed: (_normal(seed, TOKENS, d), _eight(seed, d, TOKENS)), d_ffn)
+        weights = functools.partial(lambda *shape: (_eight(shape[2], *shape[:2]),), d_ffn, d_model)
+        both: dict[str, Any] = {"features": True, "tokens": True, "interleaved": True, "scale": scale}
+        forms = _forms(functools.partial(pack.pack_activations, **both))
+        found[f"activations both ways e4m3 F={d_ffn}"] = Case("pack", forms, y)
+        label = f"D={d_model} F={d_ffn}"
+        for name, axis in (("W1", 0), ("W2", 1)):
+            shape = (d_model, d_ffn) if axis == 0 else (d_ffn, d_model)
+            masters = functools.partial(lambda s, seed: (_normal(seed, *s, dtype=jnp.float32), jnp.float32(1.5)), shape)
+            packing = functools.partial(pack.pack_thresholded8, axis=axis)
+            found[f"{name} float32 e4m3 {label}"] = Case("pack", _forms(packing), masters)
+            neurons = functools.partial(lambda s, seed: (_normal(seed, *s, dtype=jnp.float32),), shape)
+            found[f"{name} float32 dense e4m3 {label}"] = Case(
+                "cast", _forms(functools.partial(cast8.weights, axis=1 - axis)), neurons
+            )
+        for name, function, arguments in (
+            ("tokens both ways", functools.partial(cast8.both_ways, interleaved=True), x),
+            ("tokens by row", cast8.by_row, x),
+            ("tokens by column", functools.partial(cast8.by_column, interleaved=True), x),
+            ("fold", functools.partial(_fold, scale), weights),
+            ("dense y2", functools.partial(cast8.activate, scale=scale), y),
+            ("dense dy1", functools.partial(cast8.differentiate, squared_scale=scale, scale=scale), dy2),
+        ):
+            found[f"{name} e4m3 {label}"] = Case("cast", _forms(function), arguments)
+    return found
+
+
+def _eight(seed: Any, *shape: int) -> jax.Array:
+    """Squares of normal numbers in e4m3."""
+    return jnp.square(_normal(seed, *shape)).astype(jnp.float8_e4m3fn)
+
+
+def _fold(scale: jax.Array, values: jax.Array, **options: Any) -> cast8.Cast:
+    return cast8.fold(cast8.Cast(values, scale), scale, **options)
 
 
 def _without_repeats(function: Callable[..., pack.PackedActivations], y: jax.Array) -> tuple:

@@ -58,6 +58,56 @@ def cusparselt(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
     return found
 
 
+@functools.cache
+def dense8(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
+    """e4m3 products [m, k] x [n, k]^T with fast accumulation: XLA's without scales, torch's of tensors and rows.
+
+    Of XLA's presets only `..._F32_FAST_ACCUM` asks for fast accumulation (jax 0.11.2).
+    """
+    calls, e4m3 = _calls(m, n, k), jnp.float8_e4m3fn
+    sets = [
+        tuple(jax.random.normal(jax.random.key(2 * seed + i), s).astype(e4m3) for i, s in enumerate(((m, k), (n, k))))
+        for seed in range(calls)
+    ]
+
+    def product(a, b):
+        fast = jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM
+        contract_last = (((1,), (1,)), ((), ()))
+        return jax.lax.dot_general(a, b, contract_last, precision=fast, preferred_element_type=jnp.bfloat16)
+
+    found = {"dense8 xla": (timing.repeated(product, sets), calls)}
+    if torch := _torch():
+        a, b = (torch.randn(*s, device="cuda").to(torch.float8_e4m3fn) for s in ((m, k), (n, k)))
+        scales = {
+            "tensor": (torch.ones((), device="cuda"), torch.ones((), device="cuda")),
+            "row": (torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")),
+        }
+        options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        for name, pair in scales.items():
+            call = functools.partial(torch._scaled_mm, a, b.t(), *pair, **options)
+            found[f"dense8 torch {name}"] = _torch_run(torch, call, 2 * calls)
+    return found
+
+
+@functools.cache
+def cusparselt8(m: int, n: int, k: int) -> dict[str, tuple[timing.Run, int]]:
+    """The 2:4 product of e4m3 by cuSPARSELt, searched, for both orders of the result; it has no scales of rows."""
+    torch = _torch()
+    if torch is None or not torch.backends.cusparselt.is_available():
+        return {}
+    a = torch.randn(m, k // 4, 4, device="cuda")
+    a = a.scatter(-1, a.abs().argsort(dim=-1)[..., :2], 0).view(m, k)
+    packed = torch._cslt_compress(a.to(torch.float8_e4m3fn))
+    b = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn).t()
+    found = {}
+    for transposed in (False, True):
+        options = {"transpose_result": transposed, "out_dtype": torch.bfloat16}
+        best = torch._cslt_sparse_mm_search(packed, b, **options)
+        call = functools.partial(torch._cslt_sparse_mm, packed, b, alg_id=best, **options)
+        found[f"cusparselt8 {'T' if transposed else 'N'}"] = _torch_run(torch, call, 2 * _calls(m, n, k))
+    return found
+
+
 def _torch() -> Any:
     """The torch module, if it is installed and sees a GPU: a rival here, no dependency."""
     if importlib.util.find_spec("torch") is None:

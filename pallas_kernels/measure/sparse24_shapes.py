@@ -1,6 +1,9 @@
 """Problems that sparse24 is timed and tuned on: (m, n, k), and where they come from."""
 
-from pallas_kernels.tiles import Problem
+import dataclasses
+
+from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.tiles import PROMOTE, Problem
 
 # y1 and dy2 of an FFN with 2:4 weights (m = D or F of the weight), y3, dx and the weight gradients with 2:4 activations
 # (m = tokens or F), for 16384 tokens of a model with D = 2048 or 4096; then batches too small for most kernels.
@@ -36,4 +39,15 @@ def cases() -> dict[str, Problem]:
             found[name] = Problem(m, n, k, b_k_major=b_k_major)
     m, n, k = 8192, 16384, 2048
     found[f"{m}x{n}x{k} b=kmajor out=transposed"] = Problem(m, n, k, b_k_major=True, transpose_out=True)
+    return found
+
+
+def fp8_cases() -> dict[str, Problem]:
+    """The sizes of an FFN with operands of 8 bits and scales of rows and columns; and as weight gradients, promoted."""
+    scales = Epilogue(row_scale=True, column_scale=True, powers_of_two=True)
+    found = {}
+    for m, n, k in SIZES[:4]:
+        problem = Problem(m, n, k, b_k_major=True, dtype="float8_e4m3fn", epilogue=scales)
+        found[f"{m}x{n}x{k} fp8"] = problem
+        found[f"{m}x{n}x{k} promoted fp8"] = dataclasses.replace(problem, promote=PROMOTE)
     return found

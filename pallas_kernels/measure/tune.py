@@ -1,6 +1,8 @@
 """Search the tile of every benchmark problem and write the table: python -m pallas_kernels.tune [--problems WORD ...]
 
-For each problem all candidates are compiled in parallel, compared with f64, and timed in turns.
+For each problem all candidates are compiled in parallel, compared with f64, and timed in turns. No GPU has to be tuned:
+a Hopper GPU without a table of its own (H20, GH200, H100 PCIe) takes the tiles of the H200, then those of the H100.
+Problems of 8-bit operands have "fp8" in their names.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 from pallas_kernels import device, tuned
 from pallas_kernels.measure import bench, timing
 from pallas_kernels.measure.rows import write
-from pallas_kernels.tiles import Problem, TileConfig
+from pallas_kernels.tiles import PROMOTE, Problem, TileConfig
 
 LARGE = (
     TileConfig(64, 256, stages=5, store_slots=1, raster_m=8),
@@ -33,11 +35,39 @@ SMALL = (
 """Tiles for the rest."""
 
 
+LARGE8 = (
+    TileConfig(64, 256, stages=4, store_slots=1, raster_m=8, deferred=True),
+    TileConfig(64, 256, stages=4, store_slots=1, raster_m=16, raster_n=16, deferred=True),
+    TileConfig(64, 256, stages=4, store_slots=2, raster_m=16, raster_n=16),
+    TileConfig(64, 192, stages=6, store_slots=1, raster_m=8, deferred=True),
+    TileConfig(64, 192, stages=6, store_slots=1, raster_m=16, raster_n=16, deferred=True),
+    TileConfig(128, 128, stages=5, store_slots=1, raster_m=16, raster_n=16, deferred=True),
+)
+"""... of 8-bit operands, a stage of which holds twice the metadata."""
+
+SMALL8 = (
+    TileConfig(64, 128, stages=7, store_slots=1),
+    TileConfig(64, 128, stages=7, store_slots=1, deferred=True),
+    TileConfig(64, 64, stages=10, store_slots=1),
+)
+
+PROMOTING = (
+    TileConfig(64, 192, stages=5, store_slots=1, raster_m=8, promote=PROMOTE),
+    TileConfig(64, 192, stages=5, store_slots=1, raster_m=16, raster_n=16, promote=PROMOTE),
+    TileConfig(64, 128, stages=7, store_slots=1, raster_m=8, promote=PROMOTE),
+    TileConfig(64, 128, stages=7, store_slots=1, raster_m=16, raster_n=16, deferred=True, promote=PROMOTE),
+)
+"""... where sums are promoted: two sets of them in a thread's registers leave room for no larger tile."""
+
+
 def candidates(problem: Problem) -> Iterator[TileConfig]:
     """The tiles worth timing for a problem: those that fit, less than twice the output in either direction."""
     rows, columns = problem.out_shape
     few = rows * columns < 4 * device.sm_count() * 128 * 256
-    for config in (*LARGE, *SMALL) if few else LARGE:
+    large, small = (LARGE8, SMALL8) if problem.is_fp8 else (LARGE, SMALL)
+    if problem.promote:
+        large, small = PROMOTING, ()
+    for config in (*large, *small) if few else large:
         fits = config.tile_m < 2 * problem.m and config.tile_n < 2 * problem.n
         if fits and config.violation(problem) is None:
             yield config
@@ -47,7 +77,7 @@ def label(config: TileConfig) -> str:
     """A tile in few characters: size, stages and slots, raster."""
     c = config
     slots = "d" if c.deferred else c.store_slots
-    return f"{c.tile_m}x{c.tile_n}/{c.stages}+{slots}/{c.raster_m}.{c.raster_n}"
+    return f"{c.tile_m}x{c.tile_n}/{c.stages}+{slots}/{c.raster_m}.{c.raster_n}" + f"/p{c.promote}" * bool(c.promote)
 
 
 def search(problem: Problem, group_sizes: tuple[int, ...] | None) -> dict[TileConfig, float]:
@@ -76,14 +106,14 @@ def main() -> None:
     path = pathlib.Path(arguments.output or tuned.path_of(gpu.file_name))
     before = json.loads(path.read_text()) if path.exists() else []
     entries = {json.dumps(entry["problem"]): entry for entry in before}
-    for name, (problem, group_sizes) in bench.problems().items():
+    for name, (problem, group_sizes) in (bench.problems() | bench.problems(fp8=True)).items():
         if "ragged" in name or not any(word in name for word in arguments.problems):
             continue  # the tile of a ragged case is that of the equal one
         times = search(problem, group_sizes)
         best = min(times, key=times.__getitem__)
         listed = "  ".join(f"{label(c)} {1e3 * t:.1f}" for c, t in sorted(times.items(), key=lambda item: item[1]))
         print(f"{name}: {listed} us", flush=True)
-        sizes = bench.sizes_of(problem)
+        sizes = tuned.sizes_of(problem)
         found = {"problem": sizes, "config": dataclasses.asdict(best), "ms": round(times[best], 5)}
         entries[json.dumps(sizes)] = found
         # After each problem, so that a search cut short keeps what it found.

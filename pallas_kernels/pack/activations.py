@@ -26,20 +26,27 @@ class Packed(NamedTuple):
     """A 2:4 matrix ready for the tensor core."""
 
     values: Array
-    """[R/64, C/64, 8, 256] stored entries, tile by tile (`pallas_kernels.tile_order`)."""
+    """[R/64, C/64, 8, 256] stored entries, of 8 bits [R/64, C/128, 16, 256] (`pallas_kernels.tile_order`)."""
     metadata: Array
     """uint32 [R/64, C/64, 128] positions in hardware order."""
 
 
-def pack_features(a: Float[Array, "R C"]) -> Packed:
-    """Two of each four neighbouring features by magnitude, as a matrix [R, C]; R and C multiples of 64."""
+def pack_features(a: Float[Array, "R C"], stored: Float[Array, "R C"] | None = None) -> Packed:
+    """Two of each four neighbouring features by magnitude, as a matrix [R, C].
+
+    R is a multiple of 64, and C, or of 128 where what is stored has 8 bits.
+
+    stored: the entries to store where those of a are chosen, in any type; None: a's own.
+    """
     values, positions = reference.compress24(a, reference.select24(a))
-    return Packed(to_tiles(values), pack_positions(positions))
+    if stored is not None:
+        values = reference.take24(stored, positions)
+    return Packed(to_tiles(values), pack_positions(positions, values.dtype))
 
 
-def take_features(a: Float[Array, "R C"], metadata: Metadata) -> Float[Array, "R_64 C_64 8 256"]:
-    """The entries of another array at the positions that `pack_features` chose, in the same order."""
-    return to_tiles(reference.take24(a, unpack_positions(metadata)))
+def take_features(a: Float[Array, "R C"], metadata: Metadata) -> Float[Array, "R_64 C_t _ 256"]:
+    """The entries of another array, of the packed one's width, at the positions that `pack_features` chose."""
+    return to_tiles(reference.take24(a, unpack_positions(metadata, a.dtype)))
 
 
 def unpack(packed: Packed) -> Float[Array, "R C"]:

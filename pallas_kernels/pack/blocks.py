@@ -11,6 +11,7 @@ along features it writes whole runs of a tile, and row j of the four quarters is
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels.pack import words
@@ -48,7 +49,7 @@ class Thread:
             first_row = self.warp * (matrix.rows // 4) + row_block * 16
         else:
             first_row = row_block * GRANULE + self.warp * 16
-        self.row = first_row + self.g
+        self.row, self.row_block, self.first_row = first_row + self.g, row_block, first_row
         piece = self.t ^ (self.g >> 1)
         tile, in_tile = (first_row >> 6) * column_tiles + self.column_tile, first_row & (GRANULE - 1)
         self.feature_piece = tile * _TILE_PIECES + (in_tile + self.g) * 4 + piece
@@ -209,30 +210,36 @@ def take(thread: Thread, along: Directions, loaded: list[Word]) -> None:
         thread.store_pieces("token_dy1", thread.token_piece, *_dy1(m, taken, a))
 
 
-def pack_thresholded(m: Machine, matrix: Matrix, *, along_rows: bool) -> None:
-    """w -> packed round(beta S(w)), S along the columns or, `along_rows`, along the rows and transposed."""
+def pack_thresholded(m: Machine, matrix: Matrix, *, along_rows: bool, store: "Store | None" = None) -> None:
+    """w -> packed round(beta S(w)), S along the columns or, `along_rows`, along the rows and transposed.
+
+    store: how, other than as it is.
+    """
     thread = Thread(m, matrix)
     beta = m.load_word("beta", m.thread * 0)
     rows = thread.load_rows("w")
     if along_rows:
         # ldmatrix moves 16 bits at a time: f32 goes through shared memory as high and low halves.
-        parts = [rows] if matrix.itemsize == 2 else [[_halves(m, row, high) for row in rows] for high in (True, False)]
+        parts = [rows] if matrix.itemsize == 2 else [[halves(m, row, high) for row in rows] for high in (True, False)]
         for i, part in enumerate(parts):
             thread.to_tokens(part, i)
         m.barrier()
         parts = [thread.from_tokens(i) for i in range(len(parts))]
-        rows = parts[0] if len(parts) == 1 else [_join(m, *halves) for halves in zip(*parts, strict=True)]
+        rows = parts[0] if len(parts) == 1 else [join(m, *halves) for halves in zip(*parts, strict=True)]
     if matrix.itemsize == 2:
         rows = [[f32 for pair in row for f32 in (pair << 16, pair & 0xFFFF0000)] for row in rows]
     rows = [[w for i in range(0, 16, 4) for w in words.thresholded(m, row[i : i + 4], beta)] for row in rows]
     packed, *_ = words.pack_rows(m, *rows)
+    (store or _store_packed)(thread, packed, along_rows)
+
+
+type Store = Callable[[Thread, PackedRows, bool], None]
+
+
+def _store_packed(thread: Thread, packed: PackedRows, along_rows: bool) -> None:
+    piece, word = thread.feature_piece, thread.feature_word
     if along_rows:
-        _store_packed(thread, packed, thread.token_piece, thread.token_word)
-    else:
-        _store_packed(thread, packed, thread.feature_piece, thread.feature_word)
-
-
-def _store_packed(thread: Thread, packed: PackedRows, piece: Word, word: Word) -> None:
+        piece, word = thread.token_piece, thread.token_word
     thread.store_pieces("values", piece, packed.first, packed.second)
     thread.m.store_word("metadata", word, packed.metadata)
 
@@ -254,12 +261,12 @@ def _dy1(m: Machine, taken: Any, a: list[list[Word]]) -> list[list[Word]]:
     ]
 
 
-def _halves(m: Machine, row: list[Word], high: bool) -> list[Word]:
+def halves(m: Machine, row: list[Word], high: bool) -> list[Word]:
     """16 f32 -> 8 pairs of their high, or low, 16 bits."""
     selector = 0x7632 if high else 0x5410
     return [m.permute(row[i], row[i + 1], selector) for i in range(0, 16, 2)]
 
 
-def _join(m: Machine, high: list[Word], low: list[Word]) -> list[Word]:
-    """The inverse of `_halves`."""
+def join(m: Machine, high: list[Word], low: list[Word]) -> list[Word]:
+    """The inverse of `halves`."""
     return [m.permute(a, b, selector) for a, b in zip(low, high, strict=True) for selector in (0x5410, 0x7632)]

@@ -16,8 +16,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 
 from pallas_kernels import tile_order
+from pallas_kernels.cast8.reference import E4M3, gradient_factor, inverse
 from pallas_kernels.hopper.mlir_words import Word, i32, to_value
-from pallas_kernels.pack import blocks
+from pallas_kernels.pack import blocks, blocks8
 from pallas_kernels.pack.blocks import Directions, Matrix, Thread
 from pallas_kernels.pack.words import Machine
 from pallas_kernels.tiles import GRANULE
@@ -65,22 +66,84 @@ def take_activations(dy2, features, tokens, *, interleaved: bool) -> dict[str, j
     return _launch(body, matrix, dy2.dtype, arrays, out, shared=int(along.tokens))
 
 
-def pack_thresholded(w, beta, dtype, *, along_rows: bool) -> dict[str, jax.Array]:
-    """w [R, C] in f32 or bf16, beta f32 [] -> values, metadata of round(beta S(w)), transposed if `along_rows`."""
+def pack_scaled(y, along: Directions, scale, first_neuron, *, interleaved: bool) -> dict[str, jax.Array]:
+    """y [R, C] in bf16 -> what `blocks8.pack` writes, by name."""
+    matrix = Matrix(y.shape[0], y.shape[1], interleaved)
+    out = {"positives": jax.ShapeDtypeStruct((matrix.blocks * 4,), jnp.int32)}
+    if along.features:
+        out["squared"], out["feature_metadata"] = packed_types(y.shape, E4M3)
+    if along.tokens:
+        out["tokens"], out["token_metadata"] = packed_types(y.shape[::-1], E4M3)
+    arrays = {"y": y, "factor": bf16(inverse(scale)), **_groups_of(first_neuron)}
+
+    def body(m: Machine) -> None:
+        place = _place(Thread(m, matrix), arrays)
+        blocks8.pack(place, along, blocks8.load_factors(place, along), infinity=INFINITY["bfloat16"])
+
+    return _launch(body, matrix, y.dtype, arrays, out, shared=int(along.tokens))
+
+
+def take_scaled(
+    dy2, features, tokens, squared_scale, scale, first_neuron, *, interleaved: bool
+) -> dict[str, jax.Array]:
+    """dy2 [R, C] in bf16 and squares packed along features, tokens or both -> what `blocks8.take` writes, by name."""
+    matrix = Matrix(dy2.shape[0], dy2.shape[1], interleaved)
+    arrays, out = {"y": dy2, "factor": bf16(gradient_factor(squared_scale, scale))}, {}
+    if features is not None:
+        arrays |= {"squared": features.values, "feature_metadata": features.metadata}
+        out["feature_dy1"] = packed_types(dy2.shape, E4M3)[0]
+    if tokens is not None:
+        arrays |= {"tokens": tokens.values, "token_metadata": tokens.metadata}
+        out["token_dy1"] = packed_types(dy2.shape[::-1], E4M3)[0]
+    along = Directions(features is not None, tokens is not None)
+    arrays |= _groups_of(first_neuron)
+
+    def body(m: Machine) -> None:
+        place = _place(Thread(m, matrix), arrays)
+        blocks8.take(place, along, blocks8.load_taken(place, along))
+
+    return _launch(body, matrix, dy2.dtype, arrays, out, shared=int(along.tokens))
+
+
+def bf16(factor: jax.Array) -> jax.Array:
+    """Powers of two, exactly, as the kernels read factors of neurons: two in a word."""
+    return factor.astype(jnp.bfloat16)
+
+
+def _groups_of(first_neuron) -> dict[str, jax.Array]:
+    """int32 [R / 64], of the group of each 64 rows, where there are groups."""
+    return {} if first_neuron is None else {"first_neuron": first_neuron}
+
+
+def _place(thread: Thread, arrays: dict) -> blocks8.Place:
+    if "first_neuron" not in arrays:
+        return blocks8.Place(thread, thread.m.thread * 0)
+    column_tiles = thread.matrix.columns // GRANULE
+    return blocks8.Place(thread, thread.m.load_word("first_neuron", thread.block // column_tiles))
+
+
+def pack_thresholded(w, beta, dtype, *, along_rows: bool, scale=None) -> dict[str, jax.Array]:
+    """w [R, C] in f32 or bf16, beta f32 [] -> values, metadata of round(beta S(w)), transposed if `along_rows`.
+
+    scale: where `dtype` has 8 bits, of each row of the result.
+    """
     matrix = Matrix(w.shape[0], w.shape[1], itemsize=w.dtype.itemsize)
     values, metadata = packed_types(w.shape[::-1] if along_rows else w.shape, dtype)
     body = functools.partial(blocks.pack_thresholded, matrix=matrix, along_rows=along_rows)
     arrays = {"w": w, "beta": jnp.asarray(beta, jnp.float32).reshape(1)}
+    if scale is not None:
+        body, dtype = functools.partial(body, store=blocks8.store_packed), jnp.bfloat16
+        arrays["factor"] = bf16(inverse(scale))
     shared = w.dtype.itemsize // 2 if along_rows else 0
     return _launch(body, matrix, dtype, arrays, {"values": values, "metadata": metadata}, shared=shared)
 
 
 def packed_types(shape: tuple[int, ...], dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Values and metadata of a packed matrix."""
-    tiles = (shape[0] // GRANULE, shape[1] // GRANULE)
+    rows = shape[0] // GRANULE
     return (
-        jax.ShapeDtypeStruct((*tiles, *tile_order.SHAPE), dtype),
-        jax.ShapeDtypeStruct((*tiles, THREADS), jnp.uint32),
+        jax.ShapeDtypeStruct((rows, shape[1] // tile_order.columns(dtype), *tile_order.shape(dtype)), dtype),
+        jax.ShapeDtypeStruct((rows, shape[1] // GRANULE, THREADS), jnp.uint32),
     )
 
 
@@ -173,6 +236,16 @@ class MlirMachine(Machine):
     def store(self, name: str, piece: Word, words: list[Word]) -> None:
         self._store_vector(self._at(name, piece, 16), words)
 
+    def load_half(self, name: str, half: Word) -> list[Word]:
+        vector = llvm.load(ir.VectorType.get((2,), i32()), self._at(name, half, 8), alignment=8)
+        return [Word(llvm.extractelement(vector, to_value(i))) for i in range(2)]
+
+    def store_half(self, name: str, half: Word, words: list[Word]) -> None:
+        vector = llvm.mlir_undef(ir.VectorType.get((2,), i32()))
+        for i, word in enumerate(words):
+            vector = llvm.insertelement(vector, word.value, to_value(i))
+        llvm.store(vector, self._at(name, half, 8), alignment=8)
+
     def load_word(self, name: str, index: Word) -> Word:
         return Word(llvm.load(i32(), self._at(name, index, 4), alignment=4))
 
@@ -256,3 +329,38 @@ class MlirMachine(Machine):
                 result_types=i32(),
             )
         )
+
+    def narrow(self, four: list[Word]) -> Word:
+        code = "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
+        values = [arith.bitcast(ir.F32Type.get(), word.value) for word in four]
+        return Word(utils.inline_ptx(code + "mov.b32 $0, {l, h}; }", *values, result_types=i32()))
+
+    def widen8(self, word: Word) -> list[Word]:
+        code = (
+            "{ .reg .b16 l, h, a, b, c, d; .reg .b32 p, q; mov.b32 {l, h}, $4; "
+            "cvt.rn.f16x2.e4m3x2 p, l; cvt.rn.f16x2.e4m3x2 q, h; mov.b32 {a, b}, p; mov.b32 {c, d}, q; "
+            "cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; cvt.f32.f16 $2, c; cvt.f32.f16 $3, d; }"
+        )
+        found = utils.inline_ptx(code, word.value, result_types=[ir.F32Type.get()] * 4)
+        return [Word(arith.bitcast(i32(), value)) for value in found]
+
+    def root(self, word: Word) -> Word:
+        f32 = ir.F32Type.get()
+        found = utils.inline_ptx("sqrt.approx.f32 $0, $1;", arith.bitcast(f32, word.value), result_types=f32)
+        return Word(arith.bitcast(i32(), found))
+
+    def maximum_pair(self, pair: Word, other: Word) -> Word:
+        return self._ptx("max.u16x2 $0, $1, $2;", pair, other)
+
+    def warp_max(self, word: Word) -> Word:
+        return Word(utils.redux(word.value, to_value(0xFFFFFFFF), nvvm.ReductionKind.UMAX))
+
+    def exchange(self, word: Word) -> Word:
+        return self._ptx("shfl.sync.bfly.b32 $0, $1, 1, 31, 0xffffffff;", word, convergent=True)
+
+    def loop(self, count, initial, body):
+        def step(i, carried):
+            return [word.value for word in body(Word(i), [Word(value) for value in carried])]
+
+        done = utils.fori(to_value(count), [word.value for word in initial])(step)
+        return [Word(value) for value in done.results]

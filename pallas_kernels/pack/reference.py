@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.array_types import Array, Bool, Float, Int, Positions
 
-_BITS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
 def magnitude_key(a: Float[Array, "..."]) -> Array:

@@ -7,6 +7,7 @@ arrays of one word a thread, so that every kernel runs bit for bit without a GPU
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 type Word = Any
@@ -33,6 +34,13 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     def store(self, name: str, piece: Word, words: list[Word]) -> None: ...
+
+    @abc.abstractmethod
+    def load_half(self, name: str, half: Word) -> list[Word]:
+        """Two words; addresses count halves of pieces."""
+
+    @abc.abstractmethod
+    def store_half(self, name: str, half: Word, words: list[Word]) -> None: ...
 
     @abc.abstractmethod
     def load_word(self, name: str, index: Word) -> Word: ...
@@ -92,6 +100,33 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     def round_pair(self, low: Word, high: Word) -> Word:
         """Two f32 as a pair of 16-bit values, rounded to nearest even."""
+
+    @abc.abstractmethod
+    def narrow(self, four: list[Word]) -> Word:
+        """Four f32 as e4m3, the first in the lowest byte: rounded to nearest even, saturated; NaN stays NaN."""
+
+    @abc.abstractmethod
+    def widen8(self, word: Word) -> list[Word]:
+        """The inverse of `narrow`, exact."""
+
+    @abc.abstractmethod
+    def root(self, word: Word) -> Word:
+        """The square root of an f32, to within 2^-22 of itself."""
+
+    @abc.abstractmethod
+    def maximum_pair(self, pair: Word, other: Word) -> Word:
+        """The larger of both halves, as unsigned integers of 16 bits."""
+
+    @abc.abstractmethod
+    def warp_max(self, word: Word) -> Word: ...
+
+    @abc.abstractmethod
+    def exchange(self, word: Word) -> Word:
+        """The word of the lane whose number differs in the last bit."""
+
+    @abc.abstractmethod
+    def loop(self, count: int, initial: list[Word], body: Callable[[Word, list[Word]], list[Word]]) -> list[Word]:
+        """body(count - 1, ... body(0, initial)): a loop in the program, not unrolled."""
 
 
 class Fours(NamedTuple):
@@ -164,28 +199,44 @@ class PackedRows(NamedTuple):
     first: list[Word]
     second: list[Word]
     metadata: Word
+    factors: tuple[list[Word], list[Word]]
+    """Of each stored value that of its column, where columns have any."""
 
 
-def pack_rows(m: Machine, first: list[Word], second: list[Word]) -> tuple[PackedRows, list[Word], list[Word]]:
-    """Two of each four of 8 words of two rows; and the rows again with +0.0 where nothing is kept."""
+def pack_rows(
+    m: Machine, first: list[Word], second: list[Word], factors: list[Word] | None = None
+) -> tuple[PackedRows, list[Word], list[Word]]:
+    """Two of each four of 8 words of two rows; and the rows again with +0.0 where nothing is kept.
+
+    factors: 8 words of what is to be picked beside them, of each column; the same for both rows.
+    """
     packed: tuple[list[Word], list[Word]] = ([], [])
     pruned: tuple[list[Word], list[Word]] = ([], [])
+    picked: tuple[list[Word], list[Word]] = ([], [])
     metadata: Word = None
     for group in range(4):
         span = slice(2 * group, 2 * group + 2)
         x = fours(m, first[span], second[span])
         masks, positions = keep_two(m, x)
-        low = choose(masks.a, x.a, choose(masks.b, x.b, x.c))
-        high = choose(masks.d, x.d, choose(masks.c, x.c, x.b))
-        for row, word in zip(packed, separate(m, low, high), strict=True):
-            row.append(word)
+        _append(m, packed, _kept_of(masks, x))
+        if factors is not None:
+            _append(m, picked, _kept_of(masks, fours(m, factors[span], factors[span])))
         kept = [entry & mask for entry, mask in zip(x, masks, strict=True)]
         for pair in (kept[:2], kept[2:]):
-            for row, word in zip(pruned, separate(m, *pair), strict=True):
-                row.append(word)
+            _append(m, pruned, pair)
         shifted = positions >> (12 - 4 * group) if group < 3 else positions
         metadata = shifted if metadata is None else metadata | shifted
-    return PackedRows(*packed, metadata), *pruned
+    return PackedRows(*packed, metadata, picked), *pruned
+
+
+def _append(m: Machine, rows: tuple[list[Word], list[Word]], pair: Any) -> None:
+    """A word (low, high) to each of two rows."""
+    for row, word in zip(rows, separate(m, *pair), strict=True):
+        row.append(word)
+
+
+def _kept_of(masks: Fours, x: Fours) -> tuple[Word, Word]:
+    return choose(masks.a, x.a, choose(masks.b, x.b, x.c)), choose(masks.d, x.d, choose(masks.c, x.c, x.b))
 
 
 def take_rows(m: Machine, rows: list[list[Word]], metadata: Word) -> tuple[list[Word], list[Word]]:
@@ -198,9 +249,38 @@ def take_rows(m: Machine, rows: list[list[Word]], metadata: Word) -> tuple[list[
         lower_0, lower_1, higher_0, higher_1 = kept_at(m, metadata, group)
         low = choose(lower_1, x.c, choose(lower_0, x.b, x.a))
         high = choose(higher_1, choose(higher_0, x.d, x.c), x.b)
-        for row, word in zip(taken, separate(m, low, high), strict=True):
-            row.append(word)
+        _append(m, taken, (low, high))
     return taken
+
+
+def to_eight_bits(m: Machine, word: Word, lane: Word) -> Word:
+    """A metadata word of both rows' 16 columns -> one of 32 columns of one row, or the other way.
+
+    Of two lanes that are neighbours the even one has the first row afterwards. 16 bits change places.
+    """
+    odd = (lane & 1) * 0xFFFFFFFF
+    received = m.exchange(choose(odd, word & 0xFFFF, word >> 16))
+    return choose(odd, received | word & 0xFFFF0000, word & 0xFFFF | received << 16)
+
+
+def widen(pair: Word) -> list[Word]:
+    """Two bf16 as f32."""
+    return [pair << 16, pair & 0xFFFF0000]
+
+
+def widen_all(pairs: list[Word]) -> list[Word]:
+    return [f32 for pair in pairs for f32 in widen(pair)]
+
+
+def narrow_all(m: Machine, values: list[Word]) -> list[Word]:
+    """f32 as e4m3, four in a word."""
+    return [m.narrow(values[i : i + 4]) for i in range(0, len(values), 4)]
+
+
+def roots(m: Machine, words: list[Word]) -> list[Word]:
+    """The roots of numbers in e4m3, rounded to bf16, as f32."""
+    values = [m.root(value) for word in words for value in m.widen8(word)]
+    return widen_all([m.round_pair(values[i], values[i + 1]) for i in range(0, len(values), 2)])
 
 
 def positives(pairs: list[Word], infinity: int) -> Word:

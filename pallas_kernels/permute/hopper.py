@@ -130,10 +130,3 @@ class _MlirMachine(hopper.MlirMachine, Machine):
             convergent=True,
         )
         return [Word(arith.bitcast(i32(), value)) for value in found]
-
-    def loop(self, count, initial, body):
-        def step(i, carried):
-            return [word.value for word in body(Word(i), [Word(value) for value in carried])]
-
-        done = utils.fori(to_value(count), [word.value for word in initial])(step)
-        return [Word(value) for value in done.results]

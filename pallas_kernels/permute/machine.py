@@ -1,7 +1,6 @@
 """What the permutation's kernels need of a thread beyond the packing's `Machine`: its warp, and one dense product."""
 
 import abc
-from collections.abc import Callable
 
 from pallas_kernels.pack import words
 from pallas_kernels.pack.words import Word
@@ -43,10 +42,6 @@ class Machine(words.Machine):
         Lane 4 g + t holds of a rows g, g + 8, g, g + 8 at k = 2 t (twice) and 2 t + 8 (twice), of b column g at the
         same two k, of sums row g and then g + 8 at columns 2 t and 2 t + 1.
         """
-
-    @abc.abstractmethod
-    def loop(self, count: int, initial: list[Word], body: Callable[[Word, list[Word]], list[Word]]) -> list[Word]:
-        """body(count - 1, ... body(0, initial)): a loop in the program, not unrolled."""
 
 
 def prefix_mask(lane: Word) -> Word:

@@ -97,5 +97,5 @@ def score_experts(x: Float[Array, "T D"], means: Float[Array, "E D"], *, cosine:
 
 def choose_top(scores: Float[Array, "T E"], bias: Float[Array, "E"] | None, top_k: int) -> Int[Array, "T k"]:
     """The `top_k` largest scores + bias of each token, ascending by index; ties go to the lower index."""
-    _, chosen = jax.lax.top_k(scores if bias is None else scores + bias, top_k)
+    _, chosen = jax.lax.top_k(scores if bias is None else scores + bias[None], top_k)
     return jnp.sort(chosen, axis=1).astype(jnp.int32)

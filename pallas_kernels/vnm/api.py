@@ -127,6 +127,12 @@ def _check(values: Array, metadata: Array, columns: Array, b: Array) -> tuple[in
         raise ValueError(
             f"values are {values.dtype}{list(values.shape)}; want tiles [R/64, K/64, 8, 256] (tile_order.py)"
         )
+    dispatch.refuse_fp8(
+        b.dtype,
+        "a V:N:M product",
+        "it gathers rows of b [k, n], and of 8 bits the tensor core reads b along k. Use bfloat16, or sparse24 with "
+        "the columns of b [n, k] gathered before",
+    )
     rows, compressed = dispatch.check_packed(values, metadata, b)
     if columns.ndim != 2 or columns.shape[1] != compressed or columns.dtype != jnp.int32:
         raise ValueError(

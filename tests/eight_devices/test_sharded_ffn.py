@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import device
-from tests.helpers import assert_close
+from tests.helpers import assert_close, relative_error
 from train.model.mesh import Shards
 from venom_jax import Recipe, router, sparse_ffn
 from venom_jax.ffn import _sparse, pack_weights
@@ -55,12 +56,13 @@ def sharded_function(mesh, recipe, kernels, pack=False):
 
     def ffn(x, w1, w2, packed):
         route = router.route(x, w1, recipe, axis="fsdp") if recipe.routed else None
-        if recipe.is_dense:
+        if recipe.is_dense and not recipe.in_fp8:
             return sharded_sparse_ffn(x, w1, w2, recipe=recipe, axis="fsdp", return_density=True)
         return _sharded(recipe, kernels, "fsdp", x, w1, w2, BETA, packed, route)
 
     def part(x, w1, w2, dy):
-        packed = pack_weights(w1, w2, BETA, dtype=x.dtype, implementation="reference") if pack else None
+        options: dict[str, Any] = {"dtype": x.dtype, "recipe": recipe, "implementation": "reference"}
+        packed = pack_weights(w1, w2, BETA, **options) if pack else None
         (y, density), vjp = jax.vjp(functools.partial(ffn, packed=packed), x, w1, w2)
         dx, dw1, dw2 = vjp((dy, jnp.zeros_like(density)))
         return y, jax.lax.pmean(density, ("data", "fsdp")), dx, *jax.lax.psum((dw1, dw2), "data")
@@ -103,6 +105,33 @@ def test_sharded_equals_whole(name):
         assert_close(out, reference)
 
 
+FP8_FORMS = {
+    "dense packed": (Recipe.dense(precision="fp8"), "reference"),
+    "act24 masked": (Recipe.act24(precision="fp8"), None),
+    "venom k=2 packed": (Recipe.venom(4, 2, precision="fp8"), "reference"),
+}
+
+
+@pytest.mark.parametrize("name", FP8_FORMS)
+def test_eight_bits_are_each_devices_own(name):
+    """Each device samples, scales and prunes its own tokens: as the whole layer does with these alone."""
+    recipe, kernels = FP8_FORMS[name]
+    arrays, mesh = inputs(d_model=128, d_ffn=512), mesh_of(2, 4)
+    x, w1, w2, dy = arrays
+    y, _, dx, dw1, dw2 = sharded_function(mesh, recipe, kernels, pack=kernels is not None)(*place(mesh, *arrays))
+
+    @jax.jit
+    def of_part(x, w1, w2, dy):
+        route = router.route(x, w1, recipe) if recipe.routed else None
+        (y, density), vjp = jax.vjp(lambda *a: _sparse(recipe, None, *a, BETA, None, route), x, w1, w2)
+        return y, *vjp((dy, jnp.zeros_like(density)))
+
+    parts = [of_part(*part) for part in zip(jnp.split(x, 8), [w1] * 8, [w2] * 8, jnp.split(dy, 8), strict=True)]
+    ys, dxs, dw1s, dw2s = zip(*parts, strict=True)
+    for out, reference in ((y, jnp.concatenate(ys)), (dx, jnp.concatenate(dxs)), (dw1, sum(dw1s)), (dw2, sum(dw2s))):
+        assert relative_error(out, reference) < 2e-3
+
+
 def bytes_after_gathers(function, *arrays):
     """What a device has after the all-gathers of the compiled program, where they are of 16 bits."""
     text = jax.jit(function).lower(*arrays).compile().as_text() or ""
@@ -131,6 +160,13 @@ def test_all_gathers_move_25_of_32_bytes_in_each_pass():
     forward = gathered_bytes(mesh, recipe, backward=False)
     assert forward * 32 == 25 * dense
     assert gathered_bytes(mesh, recipe, backward=True) - forward == forward
+
+
+def test_in_eight_bits_weights_travel_as_bytes():
+    mesh, recipe = mesh_of(2, 4), Recipe.all24(precision="fp8")
+    arrays = place(mesh, *inputs(jnp.float16, 128, 512))
+    moved = bytes_after_gathers(lambda *a: sharded_function(mesh, recipe, "reference", pack=True)(*a)[0], *arrays)
+    assert moved == 128 * 512 * (1 + 5 / 8) + 2 * 512 * 4  # W2, S(W1) with its positions, and their scales
 
 
 def test_projections_gather_their_weight_once_in_each_pass():

@@ -138,7 +138,15 @@ def recipe(
     options = {name: value for name, value in locals().items() if name != "preset" and value is not None}
     if "weights" in options:
         options["weights"] = tuple(options["weights"])
-    return Recipe.preset(preset, **options)
+    built = Recipe.preset(preset, **options)
+    if preset == "dense" and not built.is_dense:
+        changed = ", ".join(f"{name} = {value!r}" for name, value in options.items())
+        scope = gin.current_scope_str()
+        raise ValueError(
+            f"the preset 'dense' with {changed} would not be dense; bind that for the recipe it is meant for, such as "
+            f"venom/Recipe.{next(iter(options))}" + (f", not for {scope}" if scope else "")
+        )
+    return built
 
 
 def named_recipe(name: str) -> Recipe:
@@ -350,12 +358,21 @@ class RunConfig:
         return any(recipe.routed and recipe.router == "learned" for recipe in recipes)
 
 
+_trusts_imports = False
+
+
+def trust_imports(trusted: bool) -> None:
+    """Lets every configuration that this process reads import modules, those of other runs too: --gin_allow_imports."""
+    global _trusts_imports
+    _trusts_imports = trusted
+
+
 def load_config(
-    gin_files: Sequence[str], gin_bindings: Sequence[str] = (), *, allow_imports: bool = False
+    gin_files: Sequence[str], gin_bindings: Sequence[str] = (), *, allow_imports: bool | None = None
 ) -> RunConfig:
     """Reads gin files in order, then bindings.  A path is tried from the working directory, then from the package.
 
-    allow_imports: let them import modules, which runs those modules' code.
+    allow_imports: let them import modules, which runs those modules' code; None: as `trust_imports` says.
 
     Raises:
       ValueError: an unknown name or parameter (with its file and line), a wrong type or value, a missing file, an
@@ -365,7 +382,7 @@ def load_config(
     try:
         files = [find_config(name) for name in gin_files]
         _refuse_late_base(files)
-        if not allow_imports:
+        if not (_trusts_imports if allow_imports is None else allow_imports):
             for name in files:
                 _refuse_imports(Path(name).read_text(), name)
             _refuse_imports("\n".join(gin_bindings), "a binding")
@@ -462,6 +479,9 @@ def _one_line(error: Exception) -> str:
             place = f" ({error.filename}, line {error.lineno})" if error.filename else ""
             return f"{binding}{place} has no value; text needs quotes, as in --gin_bindings=\"Data.folder='runs/data'\""
         return f"{error.msg} In {error.filename or 'a binding'}, line {error.lineno}: {binding}"
+    if isinstance(error, tokenize.TokenError) and len(error.args) == 2:
+        what, (line, _) = error.args
+        return f"{what}, line {line}: a bracket or a quote is not closed"
     text = re.sub(r"\s*\n\s*", " ", str(error)).strip()
     missing = re.search(
         r"(\w+)\.__init__\(\) missing \d+ required \w+ arguments?: ((?:'\w+'(?:, and |, | and )?)+)", text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -154,7 +155,10 @@ def raise_broken(error: BrokenDocumentError) -> None:
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The files behind paths, glob patterns and folders (searched in depth), in sorted order, each once.
+    """The files behind paths, glob patterns and folders, in sorted order, each once.
+
+    Folders are searched in depth, linked ones too; what is hidden (`.name`) is passed over. A file that is named in
+    several ways, by links or by `..`, is one file.
 
     Raises:
       ValueError: a pattern without match, a folder without readable file, an unknown suffix.
@@ -163,7 +167,7 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     for entry in inputs:
         path = Path(entry)
         if path.is_dir():
-            inside = {p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)}
+            inside = {p for p in _inside(path) if p.name.endswith(SUFFIXES)}
             if not inside:
                 raise ValueError(f"folder {path} holds no file with a suffix among {', '.join(SUFFIXES)}")
             found |= inside
@@ -178,13 +182,34 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
         found.update(matches)
     if not found:
         raise ValueError("no input files given")
-    return sorted(found)
+    first: dict[tuple[int, int], Path] = {}
+    for path in sorted(found):
+        first.setdefault(file_identity(path), path)
+    return list(first.values())
+
+
+def file_identity(path: Path) -> tuple[int, int]:
+    """What a file is, however it is named."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def other_files(folder: Path) -> list[Path]:
     """What `find_files` passes over in a folder: files of other suffixes, hidden ones aside, in sorted order."""
-    inside = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(SUFFIXES))
-    return sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(path for path in _inside(folder) if not path.name.endswith(SUFFIXES))
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those in it, each folder once, without what is hidden."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        identity = file_identity(Path(place))
+        if identity in seen:  # a link to a folder further up, or a second one to the same
+            folders.clear()
+            continue
+        seen.add(identity)
+        yield from (path for name in names if not name.startswith(".") and (path := Path(place) / name).is_file())
 
 
 def read_documents(
@@ -261,7 +286,7 @@ def _jsonl(
 def _text_of(line: bytes, field: Field, where: str) -> str:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets nested as deep
         raise BrokenDocumentError(
             f"{where}: not valid JSON: {error}; mend or remove the line", "not valid JSON"
         ) from error
@@ -294,10 +319,10 @@ def _parquet(
             groups = file.metadata.num_row_groups
             for group in range(groups):
                 for batch in file.iter_batches(1024, row_groups=[group], columns=[field.name]):
-                    for value in batch.column(0).to_pylist():
+                    for value in batch.column(0):
                         row += 1
                         try:
-                            text = field.checked(value, f"{path}, row {row}")
+                            text = field.checked(_value_of(value, f"{path}, row {row}"), f"{path}, row {row}")
                         except BrokenDocumentError as error:
                             on_broken(error)
                             continue
@@ -307,6 +332,13 @@ def _parquet(
         raise ValueError(
             f"{path}: broken parquet file after row {row}: {error}; fetch the file again, or leave it out"
         ) from error
+
+
+def _value_of(value: pa.Scalar, where: str) -> object:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise BrokenDocumentError(f"{where}: not UTF-8 text: {error}; mend or remove the row", "not UTF-8") from error
 
 
 def _txt(path: Path, on_bytes: Callable[[int], object]) -> Iterator[str]:

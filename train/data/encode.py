@@ -95,15 +95,17 @@ class Encoder:
         writers = {
             s: _ShardWriter(self.folder, f"{unit.index:05d}-{s}", dtype, self.shard_tokens) for s in token_files.SPLITS
         }
-        skipped = Skipped(self.max_broken)
+        skipped, least = Skipped(self.max_broken), None
         try:
             for batch in _batches(self.documents(unit.files, on_bytes, skipped)):
                 for (split, text), ids in zip(batch, tokenizer.encode_batch([t for _, t in batch]), strict=True):
                     writers[split].add(ids, tokenizer.eos_id, len(text.encode(errors="replace")))
+                    least = min(_place(text), _ALL if least is None else least)
         finally:
             for writer in writers.values():
                 writer.close()
-        record = {split: writer.summary() for split, writer in writers.items()} | {"skipped": skipped.record()}
+        record = {split: writer.summary() for split, writer in writers.items()}
+        record |= {"skipped": skipped.record(), "least": least}
         write_atomically(self._record_path(unit), json.dumps(record))
 
     def documents(
@@ -199,9 +201,16 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
+_ALL = 2**64
+
+
+def _place(text: str) -> int:
+    """Where a document stands among the 2^64 places of which the first ones are held out: a hash of its text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big")
+
+
 def _is_held_out(text: str, fraction: float) -> bool:
-    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return _place(text) < fraction * _ALL
 
 
 def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -26,12 +27,14 @@ from train.data.documents import (
     Skipped,
     check_share,
     describe_skipped,
+    file_identity,
     find_files,
     other_files,
     together,
 )
 from train.data.encode import Encoder, Unit, encode_units, units_of, write_atomically
 from train.data.tokenizer import END_OF_DOCUMENT, MIN_VOCAB_SIZE, Tokenizer, load_tokenizer, train_bpe
+from train.state.workdir import WorkdirLock
 
 DEFAULT_VOCAB_SIZE = 16384
 DEFAULT_VALIDATION_FRACTION = 0.01
@@ -105,8 +108,9 @@ def prepare(
 
     train_files = find_files(inputs)
     val_files = find_files(validation) if validation else []
-    if both := set(train_files) & set(val_files):
-        raise ValueError(f"{min(both)} is both training and validation input")
+    held = {file_identity(path) for path in val_files}
+    if both := [path for path in train_files if file_identity(path) in held]:
+        raise ValueError(f"{both[0]} is both training and validation input")
     for folder in (Path(entry) for entry in (*inputs, *validation)):
         if folder.is_dir() and (others := other_files(folder)):
             print(f"{folder}: {len(others):,} files of other kinds are not read, such as {others[0]}", file=sys.stderr)
@@ -124,22 +128,69 @@ def prepare(
         "max_document_chars": max_document_chars,
         "shard_tokens": shard_tokens,
     }
-    _claim(output, settings, overwrite)
+    options = _Options(max_broken, strict, processes, progress, bool(validation))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = WorkdirLock(output, "output folder", "--output")
+    except OSError as error:
+        raise ValueError(f"cannot write to output folder {output}: {error}") from error
+    with lock:
+        _claim(output, settings, overwrite)
+        try:
+            return _write(output, files, splits, settings, given, options)
+        except _NothingHeldOutError as nothing:
+            print(
+                f"{output}: no document fell into the held-out split with validation_fraction={fraction}; the one "
+                "nearest to it is held out",
+                file=sys.stderr,
+            )
+            settings["held_out"] = nothing.fraction
+            _claim(output, settings, overwrite)
+            return _write(output, files, splits, settings, given, options)
+
+
+class _Options(NamedTuple):
+    """What does not change the result."""
+
+    max_broken: float
+    strict: bool
+    processes: int
+    progress: bool
+    separate: bool
+    """Whether the validation split has files of its own."""
+
+
+class _NothingHeldOutError(Exception):
+    def __init__(self, fraction: float):
+        """fraction: the smallest at which a document is held out."""
+        self.fraction = fraction
+
+
+def _write(
+    output: Path,
+    files: list[tuple[Path, str]],
+    splits: Sequence[str],
+    settings: dict[str, Any],
+    given: Tokenizer | None,
+    options: _Options,
+) -> dict[str, Any]:
+    """Writes all but what an interrupted run has written, and returns the manifest."""
     tokenizer_path = output / token_files.TOKENIZER
+    max_broken, strict, fraction = options.max_broken, options.strict, settings["held_out"]
     encoder = Encoder(
         folder=output / UNFINISHED,
         tokenizer=tokenizer_path,
         eos_token=given.eos_token if given else END_OF_DOCUMENT,
-        field=Field(text_field, max_document_chars),
-        held_out=settings["held_out"],
-        shard_tokens=shard_tokens,
+        field=Field(settings["text_field"], settings["max_document_chars"]),
+        held_out=fraction,
+        shard_tokens=settings["shard_tokens"],
         max_broken=None if strict else max_broken,
     )
     size = sum(path.stat().st_size for path, _ in files)
 
     def bar(description: str) -> tqdm:
         # disable=None: tqdm shows itself on a terminal only
-        return tqdm(desc=description, total=size, unit="B", unit_scale=True, disable=None if progress else True)
+        return tqdm(desc=description, total=size, unit="B", unit_scale=True, disable=None if options.progress else True)
 
     if not tokenizer_path.exists():
         if given is None:
@@ -150,14 +201,14 @@ def prepare(
                 first = next(training_text, None)
                 if first is None:  # most likely because all that was read is broken
                     check_share(read.record(), read.documents, max_broken)
-                    empty = _empty_message("train", fraction, bool(validation))
+                    empty = _empty_message("train", fraction, options.separate)
                     raise ValueError(_with_left_out(empty, read.record(), read.documents))
                 texts = _first_bytes(itertools.chain([first], training_text), BPE_TEXT_BYTES)
-                given = train_bpe(texts, vocab_size or DEFAULT_VOCAB_SIZE)
+                given = train_bpe(texts, settings["tokenizer"])
         write_atomically(tokenizer_path, given.to_json())
     units = units_of(files)
     with bar("encode") as shown:
-        encode_units(encoder, units, processes, shown.update)
+        encode_units(encoder, units, options.processes, shown.update)
     skipped = together([record["skipped"] for unit in units if (record := encoder.record(unit))])
     contents = {split: _gather(encoder, units, split) for split in splits}
     if strict and skipped["documents"]:  # of units that an earlier run without it encoded
@@ -165,8 +216,11 @@ def prepare(
     check_share(skipped, count_documents(contents), max_broken)
     for split, content in contents.items():
         if not content["documents"]:
+            least = min((record["least"] for unit in units if (record := encoder.record(unit))), default=None)
             shutil.rmtree(encoder.folder)  # nothing there is worth going on with
-            empty = _empty_message(split, fraction, bool(validation))
+            if split == "val" and not options.separate and least is not None and contents["train"]["documents"] > 1:
+                raise _NothingHeldOutError(math.nextafter((least + 1) / 2**64, 1))
+            empty = _empty_message(split, fraction, options.separate)
             raise ValueError(_with_left_out(empty, skipped, count_documents(contents)))
     manifest = _finish(output, load_tokenizer(tokenizer_path, encoder.eos_token), contents, skipped)
     shutil.rmtree(encoder.folder)

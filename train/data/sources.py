@@ -217,6 +217,9 @@ def identity(dataset: Dataset) -> dict[str, Any]:
     if isinstance(dataset, Mixture):
         sources = zip(dataset.names, dataset.parts, dataset.weights, strict=True)
         found["sources"] = [[name, part.tokens, weight] for name, part, weight in sources]
+        found["sha256"] = [part.sha256 for part in dataset.parts]
+    if isinstance(dataset, TokenDataset):
+        found["sha256"] = dataset.sha256
     if isinstance(dataset, Synthetic):
         found["synthetic"] = True
     return found

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "val")
 EDGE_BYTES = 1 << 20
+OPEN_FILES = 256  # of one split; a process may often have no more than 1,024
 # As good as endless; grain's own endless repeat has a length that overflows when batch_size is 1.
 ENDLESS = 1 << 62
 
@@ -56,6 +57,7 @@ class TokenDataset:
       eos_id: the token that ends each document.
       documents: number of documents.
       bytes: UTF-8 bytes of their text.
+      sha256: of the hashes of all token files, in order: what tells the same counts of other tokens apart.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class TokenDataset:
     eos_id: int
     documents: int
     bytes: int
+    sha256: str = ""
 
     @property
     def tokens(self) -> int:
@@ -113,7 +116,7 @@ class TokenDataset:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while filled < len(out):
             offset = start + filled - (int(self._ends[shard]) - self.shard_tokens[shard])
-            part = self._maps[shard][offset : offset + len(out) - filled]
+            part = self._map(shard)[offset : offset + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
@@ -137,8 +140,10 @@ class TokenDataset:
         return np.cumsum(self.shard_tokens)
 
     @cached_property
-    def _maps(self) -> tuple[np.memmap, ...]:
-        return tuple(np.memmap(p, np.dtype(self.dtype).newbyteorder("<"), mode="r") for p in self.shards)
+    def _map(self) -> Callable[[int], np.memmap]:
+        """A token file by its number; so many stay open, as each map holds a descriptor."""
+        dtype = np.dtype(self.dtype).newbyteorder("<")
+        return lru_cache(OPEN_FILES)(lambda shard: np.memmap(self.shards[shard], dtype, mode="r"))
 
 
 def open_dataset(folder: str | Path, split: str = "train") -> TokenDataset:
@@ -181,6 +186,7 @@ def _open(folder: Path, manifest: dict[str, Any], split: str) -> TokenDataset:
         eos_id=manifest["eos_id"],
         documents=content["documents"],
         bytes=content["bytes"],
+        sha256=hashlib.sha256("".join(entry["sha256"] for entry in content["files"]).encode()).hexdigest(),
     )
 
 

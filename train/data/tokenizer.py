@@ -7,7 +7,8 @@ the names of special tokens that occur *inside* a text as ordinary text, so no d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 END_OF_DOCUMENT = "<|endoftext|>"
 # The names under which published tokenizers keep their end-of-document token, the most specific first.
 KNOWN_END_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "<|endofdocument|>", "<eos>", "</s>")
+LONGEST_RUN = 256  # characters
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_RUN}}}(?=\S)|\s{{{LONGEST_RUN}}}(?=\s)")
+PROBE = "Zürich 東京 naïve \U0001f600 ½ q"  # what texts hold sooner or later
 MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
 
 
@@ -43,7 +47,23 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens; all cores work on the batch."""
         clean = [_without_surrogates(text) for text in texts]
-        return [e.ids for e in self.core.encode_batch_fast(clean, add_special_tokens=False)]
+        found = [e.ids for e in self.core.encode_batch_fast(clean, add_special_tokens=False)]
+        return [self._unforged(text) if self.eos_id in ids else ids for text, ids in zip(clean, found, strict=True)]
+
+    def _unforged(self, text: str) -> list[int]:
+        """Ids of a text in which the model itself finds the end token's name: cut behind the name's first letter.
+
+        Raises:
+          ValueError: even so there is an end in the text; `load_tokenizer` refuses such a tokenizer.
+        """
+        first, rest = self.eos_token[:1], self.eos_token[1:]
+        pieces = [f"{rest}{piece}{first}" for piece in text.split(self.eos_token)]
+        pieces = [pieces[0].removeprefix(rest), *pieces[1:]]
+        pieces[-1] = pieces[-1].removesuffix(first)
+        ids = [i for e in self.core.encode_batch_fast(pieces, add_special_tokens=False) for i in e.ids]
+        if self.eos_id in ids:
+            raise ValueError(f"the tokenizer gives the end-of-document token {self.eos_token!r} inside a text")
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens leave no trace, bytes that are not UTF-8 become U+FFFD."""
@@ -63,7 +83,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of at most `vocab_size` tokens, the same for the same texts in the same order.
 
     The vocabulary holds the 256 bytes, so any text can be encoded and decodes to itself, and `<|endoftext|>`
-    (id 0). It comes out smaller than asked when the texts have too few different words.
+    (id 0). It comes out smaller than asked when the texts have too few different words. A run of more than
+    `LONGEST_RUN` letters, digits, blanks or other signs counts as several words: merges inside one long word take
+    time that grows with its square.
 
     Args:
       texts: documents; read once, never held together.
@@ -92,7 +114,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         nonlocal seen
         for text in texts:
             seen = seen or bool(text)
-            yield _without_surrogates(text)
+            yield from _cut_long_runs(_without_surrogates(text))
 
     core.train_from_iterator(clean(), trainer=trainer)
     if not seen:
@@ -136,7 +158,39 @@ def _wrap(core: tokenizers.Tokenizer, eos_token: str, source: str) -> Tokenizer:
     core.encode_special_tokens = True  # "<|endoftext|>" written in a document is text, not its end
     core.no_truncation()  # a tokenizer.json may carry a length limit or padding meant for another use
     core.no_padding()
-    return Tokenizer(core, eos_token, vocab[eos_token], max(vocab.values()) + 1)
+    tokenizer = Tokenizer(core, eos_token, vocab[eos_token], max(vocab.values()) + 1)
+    _check_any_text(tokenizer, source)
+    return tokenizer
+
+
+def _check_any_text(tokenizer: Tokenizer, source: str) -> None:
+    """Raise ValueError where some text would stop the encoding, get lost in it, or hold an end of document."""
+    try:
+        for word in PROBE.split(" "):
+            if not tokenizer.encode(f"a {word} b")[len(tokenizer.encode("a b")) :]:
+                raise ValueError(f"{word!r} becomes nothing")
+    except Exception as error:  # the library raises bare Exception where a model has no unknown token
+        raise ValueError(
+            f"{source} cannot encode every text: {error}. A character that its vocabulary lacks stops it or is lost; "
+            "give the model an unknown token, or bytes to fall back to"
+        ) from error
+    name = tokenizer.eos_token
+    try:
+        for text in (name, f"a {name} b", f"a{name}b", name * 2, f" {name} {name} "):
+            tokenizer.encode(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{source}: a document that holds the text {name!r} would end there; name another end-of-document token "
+            "with --eos_token"
+        ) from error
+
+
+def _cut_long_runs(text: str) -> Iterator[str]:
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _without_surrogates(text: str) -> str:

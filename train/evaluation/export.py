@@ -1,7 +1,6 @@
 """A run as a Hugging Face model, an `ArceeForCausalLM` with its tokenizer: what `python -m train.export` writes."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,9 @@ def write_folder(
       dtype: of the stored weights.
     """
     output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tokenizer_path, output / "tokenizer.json")
+    # A post-processor puts tokens around a text (a begin of text, say) that neither training nor evaluation has seen.
+    content = json.loads(tokenizer_path.read_text(encoding="utf-8")) | {"post_processor": None}
+    (output / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     documents: dict[str, dict[str, Any]] = {
         arcee.CONFIG: arcee.config_json(config, seq_len=seq_len, eos_id=tokenizer.eos_id, dtype=dtype),
         "generation_config.json": {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id},

@@ -73,6 +73,8 @@ def _check_fields(path: Path, fields: frozenset[str]) -> None:
     else:
         found = {}
         for number, line in enumerate(path.read_bytes().splitlines(), 1):  # of bytes: U+2028 ends no line
+            if not line.strip():
+                continue
             try:
                 found[f"{path}, line {number}"] = set(json.loads(line))
             except (ValueError, TypeError) as error:
@@ -149,6 +151,21 @@ def run_tasks(
     return text + "\n", lm_eval.utils.make_table(results)
 
 
+def token_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """Tokens of a context and of what follows it, as one text where the context's tokens stay what they are.
+
+    Blanks between the two belong to the continuation, as in lm-eval. Where a token would reach over the border ("the c"
+    and "at"), the continuation has tokens of its own: it must not get those of the context, nor none.
+    """
+    blanks = len(context) - len(context.rstrip())
+    if blanks:
+        context, continuation = context[:-blanks], context[-blanks:] + continuation
+    before, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
+    if whole[: len(before)] == before and len(whole) > len(before):
+        return before, whole[len(before) :]
+    return before, tokenizer.encode(continuation)
+
+
 FOREIGN_CODE = ("trust_remote_code", "unsafe_code")  # a data set's own program, and text of the model run as one
 
 
@@ -214,6 +231,9 @@ def _as_lm(scorer: Scorer, tokenizer: Tokenizer) -> Any:
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return tokenizer.encode(string)
+
+        def _encode_pair(self, context: str, continuation: str) -> Pair:
+            return token_pair(tokenizer, context, continuation)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
             # A continuation longer than the model's sequences is scored in stretches.

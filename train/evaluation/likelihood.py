@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from train.config.settings import RunConfig
-from train.data.documents import SUFFIXES, Skipped, read_documents
+from train.data.documents import SUFFIXES, Field, Skipped, read_documents
 from train.data.tokenizer import Tokenizer
 from train.model.decoder import assemble
 from venom_jax import StackRecipe
@@ -140,7 +140,9 @@ class TextScore:
         return self.nats / self.tokens
 
 
-def score_text(scorer: Scorer, tokenizer: Tokenizer, path: Path, *, progress: bool = False) -> TextScore:
+def score_text(
+    scorer: Scorer, tokenizer: Tokenizer, path: Path, *, text_field: str = "text", progress: bool = False
+) -> TextScore:
     """-log p of a file's documents, each begun by the end-of-document token, which is not counted itself.
 
     Files are read as ``train.prepare`` reads them, broken documents left out and counted; one of another suffix is one
@@ -154,7 +156,7 @@ def score_text(scorer: Scorer, tokenizer: Tokenizer, path: Path, *, progress: bo
 
     def pieces() -> Iterator[Pair]:
         nonlocal tokens, size
-        for text in _documents(path, skipped):
+        for text in _documents(path, Field(text_field), skipped):
             ids = tokenizer.encode(text)
             skipped.documents += 1
             tokens, size = tokens + len(ids), size + len(text.encode(errors="replace"))
@@ -167,12 +169,12 @@ def score_text(scorer: Scorer, tokenizer: Tokenizer, path: Path, *, progress: bo
     return TextScore(math.fsum(nats), skipped.documents, tokens, size, skipped)
 
 
-def _documents(path: Path, skipped: Skipped) -> Iterable[str]:
+def _documents(path: Path, field: Field, skipped: Skipped) -> Iterable[str]:
     if not path.is_file():
         raise ValueError(f"no file {path}")
     if path.name.endswith(SUFFIXES):
         on_broken, on_empty = partial(skipped.add_broken, path), partial(skipped.add_empty, path)
-        return read_documents(path, on_broken=on_broken, on_empty=on_empty)
+        return read_documents(path, field, on_broken=on_broken, on_empty=on_empty)
     try:
         return [path.read_text(encoding="utf-8-sig")]
     except UnicodeDecodeError as error:

@@ -181,11 +181,11 @@ def report_validation(run: Restored, *, sparse: bool) -> None:
     print(f"step {run.step}: {describe(values)}")
 
 
-def report_text(run: Restored, path: Path, *, sparse: bool) -> None:
+def report_text(run: Restored, path: Path, *, text_field: str, sparse: bool) -> None:
     """Prints bits per byte of a file."""
     tokenizer = sources.open_split(run.config, "train").tokenizer
     for name, scorer in run.scorers(sparse=sparse):
-        score = score_text(scorer, tokenizer, path, progress=sys.stderr.isatty())
+        score = score_text(scorer, tokenizer, path, text_field=text_field, progress=sys.stderr.isatty())
         print(
             f"step {run.step}, {name}: {score.bits_per_byte:.4f} bits per byte (loss {score.loss:.4f}) of {path}: "
             f"{score.documents:,} documents, {score.tokens:,} tokens, {score.bytes:,} bytes"

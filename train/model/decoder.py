@@ -235,7 +235,8 @@ def _ffn(config: Model, max_experts: int, learned_router: bool, rngs: nnx.Rngs) 
         "rngs": rngs,
     }
     if not config.experts:
-        routing = {"max_experts": max_experts, "learned_router": learned_router}
+        # The training state knows its phase.
+        routing = {"max_experts": max_experts, "learned_router": learned_router, "remember": False}
         return SparseMLP(config.d_model, config.d_ffn, **routing, **options)
     return SparseMoE(
         config.d_model,

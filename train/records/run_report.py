@@ -84,13 +84,15 @@ def draw_layers(records: Sequence[Record], output: Path) -> bool:
         return False
     figure, rows = new_figure(len(names), 1 + 1.7 * len(names))
     steps, missing = [r["step"] for r in diagnoses], [math.nan] * len(diagnoses[0]["layers"][names[0]])
+    edges, cells = _cells(steps, [r["step"] for r in records if r["kind"] == "phase"])
     for axes, name in zip(np.atleast_1d(rows), names, strict=True):
         values = np.array([r["layers"].get(name, missing) for r in diagnoses])
         if name == "kept_router":
             values[(values == 1).all(axis=1)] = math.nan  # nothing is routed there
         layers = values.shape[1]
         axes.grid(visible=False)
-        mesh = axes.pcolormesh(_edges(steps), np.arange(layers + 1) - 0.5, values.T, cmap="viridis")
+        shown = np.array([values[i] if i is not None else np.full(layers, math.nan) for i in cells])
+        mesh = axes.pcolormesh(edges, np.arange(layers + 1) - 0.5, shown.T, cmap="viridis")
         figure.colorbar(mesh, ax=axes, pad=0.01)
         for r in records:
             if r["kind"] == "phase" and r["step"] > 0:
@@ -103,13 +105,15 @@ def draw_layers(records: Sequence[Record], output: Path) -> bool:
     return True
 
 
-def _edges(steps: Sequence[int]) -> np.ndarray:
-    """Borders of cells around the steps, halfway between neighbours."""
-    at = np.asarray(steps, float)
-    if len(at) == 1:
-        return np.array([at[0] - 0.5, at[0] + 0.5])
-    middle = (at[1:] + at[:-1]) / 2
-    return np.concatenate([[2 * at[0] - middle[0]], middle, [2 * at[-1] - middle[-1]]])
+def _cells(steps: Sequence[int], starts: Sequence[int]) -> tuple[list[int], list[int | None]]:
+    """Borders of a row of cells, and the diagnosis that each shows, None for none.
+
+    A diagnosis after ``steps[i]`` steps speaks of those since the one before, but of none before its phase began.
+    """
+    number = {step: i for i, step in enumerate(steps)}
+    first = max((start for start in starts if start < steps[0]), default=steps[0] - 1)
+    edges = sorted({first, *steps, *(start for start in starts if first < start < steps[-1])})
+    return edges, [number.get(edge) for edge in edges[1:]]
 
 
 def draw_experts(records: Sequence[Record], output: Path) -> bool:

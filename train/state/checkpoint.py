@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
@@ -47,10 +47,28 @@ def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     values |= {f"data.{name}": value for name, value in data.items()}
     values["largest number of experts"] = config.max_experts
     values[_ROUTER] = config.learned_router
-    rescaled = ", rescaled" if config.phases.rescale else ""
-    texts = [describe(phase.recipe) + (rescaled if phase.start else "") for phase in config.schedule.phases]
-    phases = [[phase.start, text] for phase, text in zip(config.schedule.phases, texts, strict=True)]
+    phases = [[phase.start, text] for phase, text in zip(config.schedule.phases, _phase_texts(config), strict=True)]
     return json.loads(json.dumps(values | {"phases": phases}))
+
+
+def _phase_texts(config: RunConfig) -> list[str]:
+    rescaled = ", rescaled" if config.phases.rescale else ""
+    return [describe(phase.recipe) + (rescaled if phase.start else "") for phase in config.schedule.phases]
+
+
+def keep_begun(config: RunConfig, begun: Sequence[tuple[int, str]]) -> RunConfig:
+    """The run with the starts that phases had when they began: a fraction of Train.steps moves with Train.steps.
+
+    begun: `Checkpoints.begun_phases`.  Starts given as steps, and phases to come, are left as they are.
+    """
+    entries = list(config.phases.schedule)
+    for i, ((start, text), wanted) in enumerate(zip(begun, _phase_texts(config), strict=False)):
+        if text == wanted and isinstance(entries[i][0], float):
+            entries[i] = (start, entries[i][1])
+    schedule = tuple(entries)
+    if schedule == config.phases.schedule:
+        return config
+    return dataclasses.replace(config, phases=dataclasses.replace(config.phases, schedule=schedule))
 
 
 def describe(recipe: StackRecipe) -> str:
@@ -70,7 +88,8 @@ def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]
     def past(values):
         return values | {"phases": [phase for phase in values["phases"] if phase[0] < step]}
 
-    saved, wanted = past(_EARLIER | {_ROUTER: wanted[_ROUTER]} | saved), past(wanted)
+    unknown = {name: wanted[name] for name in (_ROUTER, "data.sha256") if name in wanted}
+    saved, wanted = past(_EARLIER | unknown | saved), past(wanted)
     differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
     if differing:
         parts = [f"{name} is {saved.get(name)!r} there and {wanted.get(name)!r} here" for name in differing]
@@ -164,6 +183,12 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is not None:
             _check_same_run(self.workdir, self._metadata(step)["fingerprint"], wanted, step)
+
+    def begun_phases(self) -> list[tuple[int, str]]:
+        """Start and description of each phase that had begun at the newest checkpoint."""
+        if (step := self.latest) is None:
+            return []
+        return [(start, text) for start, text in self._metadata(step)["fingerprint"]["phases"] if start < step]
 
     def _metadata(self, step: int | None) -> dict[str, Any]:
         metadata = self._checkpointer.metadata(step).custom_metadata

@@ -1,5 +1,6 @@
 """Who may write into a workdir, and whether what lies in its checkpoints is what was written."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,10 +12,14 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from train.command import print_warning
+
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums"
 DAMAGED = "damaged"
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What flock answers where the file system, or its mount, knows no locks."""
 VERIFIED = "verified.json"  # the token files that were read in full, with size and time of change
 
 
@@ -40,7 +45,8 @@ class WorkdirLock:
       ValueError: another process holds it; names that process and its host.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, what: str = "workdir", option: str = "--workdir"):
+        """what, option: how the folder is called, and who gives it, for the message."""
         path = workdir / LOCK_FILE
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self.release = weakref.finalize(self, os.close, descriptor)
@@ -50,9 +56,16 @@ class WorkdirLock:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
             self.release()
             raise ValueError(
-                f"workdir {str(workdir)!r} is in use by another run ({holder}); wait for it, stop it, or give "
-                "another --workdir"
+                f"{what} {str(workdir)!r} is in use by another run ({holder}); wait for it, stop it, or give "
+                f"another {option}"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print_warning(
+                f"the file system of {str(workdir)!r} has no locks ({error.strerror}): nothing keeps a second run out "
+                f"of it; on Lustre mount with -o flock, or give {option} a folder elsewhere"
+            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
 
@@ -73,6 +86,9 @@ def is_held(workdir: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     finally:
         os.close(descriptor)
     return False

@@ -1,0 +1,1 @@
+"""Casts to eight bits, with scales that are powers of two."""
