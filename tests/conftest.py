@@ -30,6 +30,8 @@ from jaxtyping import install_import_hook
 # Before anything of these packages is imported: every annotation of an array function becomes an assertion. Modules
 # that validate plain values themselves (venom_jax.pattern, venom_jax.dispatch) are left to their own messages.
 _ARRAY_MODULES = [
+    "activation.linear",
+    "activation.selection",
     "calibrate",
     "expert_parallel",
     "ffn",
@@ -41,6 +43,7 @@ _ARRAY_MODULES = [
     "mvue",
     "permutation",
     "phases",
+    "pretrained.decoder",
     "prune",
     "router",
     "sharded_ffn",

@@ -11,9 +11,9 @@ import pytest
 
 from tests.helpers import assert_close, relative_error
 from venom_jax import Recipe, sparse_ffn
-from venom_jax.activation import value
 from venom_jax.ffn_parts import Weights
 from venom_jax.general_ffn import _form, _layer, feed_forward, pack_weights
+from venom_jax.nonlinearity import value
 
 D, F, T = 64, 256, 130
 BETA, BETA_UP = jnp.array([1.5, 1.3, 1.6, 1.2], jnp.float32), jnp.float32(1.4)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.array_types import Array, Bool, Float, Int, accumulator
-from venom_jax.activation import Activation
 from venom_jax.dispatch import Kernels
 from venom_jax.formats import Sparse24
+from venom_jax.nonlinearity import Activation
 from venom_jax.pattern import Recipe
 from venom_jax.permutation import Grouping
 from venom_jax.router import Axis

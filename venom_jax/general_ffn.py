@@ -4,7 +4,7 @@
     dh = p dy S(W2)^T    du = dh phi(g)       dg = dh phi'(g) u
     dx = dg W1^T + du Wu^T     dW2 = h^T (p dy)     dW1 = x^T dg     dWu = x^T du     dp = <h, dy S(W2)^T>
 
-Without a gate u is 1. phi is one of `venom_jax.activation`; where the gate is closed h, dg and du are zero, so what
+Without a gate u is 1. phi is one of `venom_jax.nonlinearity`; where the gate is closed h, dg and du are zero, so what
 `venom_jax.ffn` says of the squared ReLU holds for all of them: two of each four h are kept by magnitude (without a gate
 by that of relu(g)), dg and du live where h does, and for the weight gradients all are pruned once more along tokens.
 Without a gate, a bias, dropout and weights p, and with the squared ReLU, this is `venom_jax.sparse_ffn`.
@@ -24,14 +24,14 @@ from pallas_kernels.grouped24 import reference as grouped
 from pallas_kernels.pack import reference as pack
 from pallas_kernels.pack.api import pack_thresholded
 from pallas_kernels.pack.gated import gated_gradients, gated_product
-from venom_jax import activation as activations
+from venom_jax import nonlinearity as activations
 from venom_jax import packed_general_ffn as packed_form
-from venom_jax.activation import Activation
 from venom_jax.dispatch import Implementation, Kernels, choose_kernels
 from venom_jax.ffn import PackedWeights, weight_operand
 from venom_jax.ffn_parts import Form, Opening, Operands, Weights, sum_by_expert, weights_of_rows
 from venom_jax.formats import Sparse24
 from venom_jax.masked import rows_in_groups, rows_of_kernels
+from venom_jax.nonlinearity import Activation
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 from venom_jax.permutation import Grouping
 from venom_jax.router import Axis
@@ -100,7 +100,7 @@ def feed_forward(
       recipe: what is sparse. What only `venom_jax.sparse_ffn` has is refused: products sparse along F,
         transposable masks, wgrad other than "24" and "dense", token_copy = "rebuilt", hidden = "full",
         precision = "fp8".
-      activation, clamp: see `venom_jax.activation`.
+      activation, clamp: see `venom_jax.nonlinearity`.
       dropout: the rate at which hidden activations are zeroed, and the others divided by 1 - rate, before anything is
         pruned; needs `key`. A recipe sees the same mask in both forms.
       packed: `pack_weights(...)` of these weights; without a gate `venom_jax.pack_weights` will do.

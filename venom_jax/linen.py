@@ -27,6 +27,7 @@ from venom_jax.calibrate import Layer
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import PackedWeights
 from venom_jax.formats import VNM
+from venom_jax.fp8 import EightBitWeights
 from venom_jax.moe import SparseMoE
 from venom_jax.pattern import WEIGHT_GEMMS, Pattern, Recipe
 from venom_jax.placement import Hints, Mesh, Names
@@ -66,7 +67,7 @@ class SparseMLP(nn.Module):
         x: Float[Array, "*batch D"],
         *,
         recipe: Recipe | None = None,
-        packed: PackedWeights | None = None,
+        packed: PackedWeights | EightBitWeights | None = None,
         key: Array | None = None,
         return_stats: bool = False,
         implementation: Implementation | None = None,

@@ -10,14 +10,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.array_types import Array, Float
-from venom_jax import activation as activations
 from venom_jax import general_ffn, layer, memory_of_phase, router
-from venom_jax.activation import Activation
+from venom_jax import nonlinearity as activations
 from venom_jax.calibrate import Layer
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import PackedWeights
 from venom_jax.ffn_parts import Weights
 from venom_jax.fp8 import EightBitWeights
+from venom_jax.nonlinearity import Activation
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 from venom_jax.placement import Hints, Mesh, Names
 from venom_jax.router import Axis

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.array_types import Array, Float, Int
-from venom_jax import activation as activations
-from venom_jax.activation import Activation
+from venom_jax import nonlinearity as activations
 from venom_jax.dispatch import Implementation
 from venom_jax.expert_parallel import exchanged
 from venom_jax.ffn import PackedWeights
 from venom_jax.ffn_parts import Weights
 from venom_jax.general_ffn import Packed, feed_forward
 from venom_jax.mlp import Method, SparseMLP
+from venom_jax.nonlinearity import Activation
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe
 from venom_jax.router import Axis
 

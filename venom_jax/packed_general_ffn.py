@@ -24,7 +24,7 @@ from pallas_kernels.pack.gated import PackedGates
 from pallas_kernels.permute import api as permute
 from pallas_kernels.sparse24.api import sparse24
 from pallas_kernels.tile_order import TILE
-from venom_jax import activation as activations
+from venom_jax import nonlinearity as activations
 from venom_jax.ffn_parts import Form, Opening, Operands, Weights, sum_by_expert, weights_of_rows
 from venom_jax.formats import Sparse24
 from venom_jax.packed_ffn import FFN_RESIDUALS, TokenRows

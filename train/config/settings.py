@@ -21,9 +21,10 @@ from gin import config_parser
 
 import configs
 from train.config import checks
-from train.config.schedule import PhaseSchedule, resolve_step
+from train.config import precision as precisions
+from train.config.schedule import Entry, PhaseSchedule, resolve_step
 from train.config.shape import Model
-from venom_jax import LayerRecipes, Recipe, StackRecipe
+from venom_jax import LayerRecipes, Recipe
 from venom_jax.dispatch import Implementation
 
 CONFIG_ROOT = Path(configs.__path__[0]).parent
@@ -63,8 +64,10 @@ class Data:
 @gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with decoupled weight decay and clipping by the global norm."""
+    """AdamW or Muon, with decoupled weight decay and clipping by the global norm."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, AdamW for all else (train/state/muon.py)
+    momentum: float = 0.95  # Muon's
     b1: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
@@ -76,9 +79,11 @@ class Optimizer:
 
     def __post_init__(self):
         checks.check_types(self)
-        checks.at_least(self, 0, "b1", "b2", "epsilon", "weight_decay")
-        if self.b1 >= 1 or self.b2 >= 1:
-            raise ValueError(f"Optimizer.b1={self.b1} and Optimizer.b2={self.b2} must be below 1")
+        checks.at_least(self, 0, "b1", "b2", "epsilon", "weight_decay", "momentum")
+        if max(self.b1, self.b2, self.momentum) >= 1:
+            raise ValueError(
+                f"Optimizer.b1={self.b1}, Optimizer.b2={self.b2} and Optimizer.momentum={self.momentum} must be below 1"
+            )
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"Optimizer.clip={self.clip} must be positive, or None for no clipping")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -128,6 +133,7 @@ def recipe(
     threshold_grad: str | None = None,
     weight_mask: str | None = None,
     v: int | None = None,
+    precision: str | None = None,
 ) -> Recipe:
     """A preset of ``venom_jax.Recipe`` with the options that are not None changed."""
     if preset is None:
@@ -152,11 +158,14 @@ def recipe(
 def named_recipe(name: str) -> Recipe:
     """The recipe a schedule calls ``name``: that preset, changed by bindings such as ``venom/Recipe.experts = 16``.
 
-    Another name than a preset's needs its own ``name/Recipe.preset``.
+    Another name than a preset's needs its own ``name/Recipe.preset``. ``name@fp8`` and ``name@compute`` also say the
+    precision.
     """
-    with gin.config_scope(name):
+    scope, own = precisions.split_precision(name)
+    with gin.config_scope(scope):
         build = gin.get_configurable("Recipe")
-        return build(preset=name) if name in PRESETS else build()
+        options = {} if own is None else {"precision": own}
+        return build(preset=scope, **options) if scope in PRESETS else build(**options)
 
 
 @gin.register(module=NAMES)
@@ -167,6 +176,7 @@ class Phases:
     start: optimizer step as an int, or a fraction of Train.steps as a float in (0, 1).
     recipe: a preset's name, the scope of ``scope/Recipe.*`` bindings, or a reference such as ``@late/Recipe()``; or a
       list of (layer, one of these), where layer, the first that runs it, is a number or a fraction of Model.layers.
+      A name may end in its precision, such as ``act24@fp8``; what does not has the run's, ``Train.precision``.
     """
 
     schedule: Any = ((0, "dense"),)
@@ -191,21 +201,22 @@ class Phases:
     def names(self) -> set[str]:
         """The scopes of the recipes that are named."""
         recipes = [what for _, entry in self.schedule for _, what in ([(0, entry)] if _is_one(entry) else entry)]
-        return {what for what in recipes if isinstance(what, str)}
+        return {precisions.split_precision(what)[0] for what in recipes if isinstance(what, str)}
 
-    def resolve(self, steps: int, layers: int) -> PhaseSchedule:
-        """Starts as steps, names as recipes; raises ValueError where they are out of order."""
-        entries: list[tuple[int | float, str | None, StackRecipe]] = []
+    def resolve(self, steps: int, layers: int, precision: precisions.RunPrecision | None = None) -> PhaseSchedule:
+        """Starts as steps, names as recipes in their precision; raises ValueError where they are out of order."""
+        run = precision or precisions.RunPrecision()
+        entries: list[Entry] = []
         for start, what in self.schedule:
             if _is_one(what):
-                entries.append((start, what if isinstance(what, str) else None, _build(what)))
+                entries.append((start, _scope(what), run.apply(_build(what), what)))
                 continue
             first = [resolve_step(layer, layers, "a layer in Phases.schedule", of="Model.layers") for layer, _ in what]
-            recipe = LayerRecipes(tuple(zip(first, [_build(one) for _, one in what], strict=True)))
+            recipe = LayerRecipes(tuple(zip(first, [run.apply(_build(one), one) for _, one in what], strict=True)))
             recipe.parts(layers)  # refuses a part beyond the last layer
-            named = all(isinstance(one, str) for _, one in what)
-            entries.append((start, "/".join(one for _, one in what) if named else None, recipe))
-        return PhaseSchedule.build(entries, steps)
+            names = [_scope(one) for _, one in what]
+            entries.append((start, "/".join(map(str, names)) if None not in names else None, recipe))
+        return PhaseSchedule.build(run.schedule(entries, steps, layers), steps)
 
 
 def _is_pair(entry: Any) -> bool:
@@ -218,6 +229,10 @@ def _is_one(what: Any) -> bool:
 
 def _are_layers(what: Any) -> bool:
     return isinstance(what, list | tuple) and len(what) > 0 and all(_is_pair(p) and _is_one(p[1]) for p in what)
+
+
+def _scope(what: str | Recipe) -> str | None:
+    return precisions.split_precision(what)[0] if isinstance(what, str) else None
 
 
 def _build(what: str | Recipe) -> Recipe:
@@ -235,6 +250,11 @@ class Train:
     seed: int = 0
     accumulation: int = 1  # microbatches per optimizer step
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and moments are float32
+    # "fp8": the FFN's products and the attention's projections have e4m3 operands, see docs/fp8.md
+    precision: Literal["compute", "fp8"] = "compute"
+    fp8_edges: int = 0  # so many first and so many last layers stay in the compute dtype
+    fp8_until: int | float | None = None  # the step, or fraction of steps, from which all do; None: never
+    fp8_head: bool = False  # the head's products in eight bits, too, in phases that have any
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int = 1  # layers that one turn of the loop over layers runs; Model.layers: no loop, longer compilation
     loss_chunks: int = 1  # the loss is computed in this many slices of the sequence
@@ -273,6 +293,7 @@ class Train:
             "unroll",
         )
         checks.at_least(self, 0, "seed", "diagnosis_every", "sample_tokens", "sample_every", "keep_every", "z_loss")
+        checks.at_least(self, 0, "fp8_edges")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"Train.batch_size={self.batch_size} must be a multiple of Train.accumulation={self.accumulation}"
@@ -328,15 +349,24 @@ class RunConfig:
     mesh: Mesh = Mesh()
     text: str = field(default="", compare=False)  # the gin bindings it came from
     schedule: PhaseSchedule = field(init=False)
+    bound: PhaseSchedule = field(init=False)  # as Phases has it, without what Train says of precision
 
     def __post_init__(self):
-        schedule = self.phases.resolve(self.train.steps, self.model.layers)
+        train = self.train
+        run = precisions.RunPrecision(train.precision, train.fp8_edges, train.fp8_until)
+        schedule = self.phases.resolve(train.steps, self.model.layers, run)
+        object.__setattr__(self, "bound", self.phases.resolve(train.steps, self.model.layers))
         for phase in schedule.phases:
             phase.recipe.check(self.model.d_model, self.model.expert_neurons)
             if self.model.experts and phase.recipe.routed:
                 raise ValueError(
                     f"Model.experts={self.model.experts} and the recipe of phase {phase.label} routes by itself "
                     f"(experts={phase.recipe.experts}): use a recipe without routing, such as act24, inside experts"
+                )
+            if not self.model.is_plain and precisions.uses_fp8(phase.recipe):
+                raise ValueError(
+                    f"phase {phase.label} is in eight bits, which only a plain squared-ReLU FFN has: with Model.gated, "
+                    "Model.experts or another Model.activation use 16 bits"
                 )
         if self.train.diagnosis_every and not self.model.is_plain:
             raise ValueError(

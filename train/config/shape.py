@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from train.config import checks
-from venom_jax.activation import CLAMP, Activation
-from venom_jax.activation import check as check_activation
+from venom_jax.nonlinearity import CLAMP, Activation
+from venom_jax.nonlinearity import check as check_activation
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,11 @@ from venom_jax import (
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import pack_weights
 from venom_jax.ffn_parts import Weights
+from venom_jax.fp8 import EightBitWeights, linear
 from venom_jax.moe import MoEStats
 from venom_jax.packed_ffn import FFN_RESIDUALS
+from venom_jax.pretrained.decoder import rms_norm as rms_norm
+from venom_jax.pretrained.decoder import rotate
 
 ATTENTION_INPUTS = "attention_inputs"
 
@@ -59,13 +62,6 @@ REMAT_POLICIES = {
     "dots": _keep_products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*B D"]:
-    """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32 and returned in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (normed * scale).astype(x.dtype)
 
 
 class Documents(NamedTuple):
@@ -95,10 +91,8 @@ def rotary(
     position: of each token, or of the first one in each row.
     """
     place = position if jnp.ndim(position) else position + jnp.arange(x.shape[1])
-    angle = jnp.asarray(place)[..., None] * frequency
-    cos, sin = (factor * part[..., None, :] for part in (jnp.cos(angle), jnp.sin(angle)))
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+    turned = rotate(x.astype(jnp.float32) if factor != 1 else x, frequency, jnp.atleast_2d(jnp.asarray(place)))
+    return turned if factor == 1 else (factor * turned).astype(x.dtype)
 
 
 def attention_implementation(dtype: Any) -> Literal["cudnn"] | None:
@@ -124,13 +118,16 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         position: Int[Array, "B S"] | Int[Array, ""] | int = 0,
-        shards: Shards | None = None,
+        multiply: "Multiply | None" = None,
     ) -> tuple[Float[Array, "B S H h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
-        """Queries, keys and values; the first two rotated, x standing at ``position`` as in ``rotary``."""
+        """Queries, keys and values; the first two rotated, x standing at ``position`` as in ``rotary``.
+
+        multiply: a layer's way to multiply by its weights, by default in x's dtype.
+        """
         config = self.config
         heads, kv_heads = config.heads, config.key_value_heads
         with jax.named_scope("projections"):
-            qkv = _times(x, self.qkv[...], "qkv", shards)
+            qkv = (multiply or Multiply())(x, self.qkv[...], "qkv")
         qkv_BxSxNxh = qkv.reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query, key, value = jnp.split(qkv_BxSxNxh, (heads, heads + kv_heads), axis=2)
         if config.qk_norm:
@@ -162,24 +159,37 @@ class Attention(nnx.Module):
             query, key, value, mask=mask, is_causal=True, implementation=attention_implementation(query.dtype)
         )
 
-    def merge(self, mixed: Float[Array, "B S H h"], shards: Shards | None = None) -> Float[Array, "B S D"]:
+    def merge(self, mixed: Float[Array, "B S H h"], multiply: "Multiply | None" = None) -> Float[Array, "B S D"]:
         """The output projection of what the heads read."""
         with jax.named_scope("projections"):
-            return _times(mixed.reshape(*mixed.shape[:2], -1), self.out[...], "out", shards)
+            return (multiply or Multiply())(mixed.reshape(*mixed.shape[:2], -1), self.out[...], "out")
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
         documents: Documents | None = None,
-        shards: Shards | None = None,
+        multiply: "Multiply | None" = None,
         deterministic: bool = False,
     ) -> Float[Array, "B S D"]:
         position, mask = (0, None) if documents is None else documents
-        return self.merge(self.mix(*self.project(x, position, shards), mask, deterministic), shards)
+        return self.merge(self.mix(*self.project(x, position, multiply), mask, deterministic), multiply)
 
 
-def _times(x: Float[Array, "*B I"], weight: Array, name: str, shards: Shards | None) -> Float[Array, "*B O"]:
-    return x @ weight.astype(x.dtype) if shards is None else shards.times(x, weight, name)
+class Multiply(NamedTuple):
+    """How a layer multiplies by the weights of its projections: where they lie, and in which precision."""
+
+    shards: Shards | None = None
+    in_fp8: bool = False
+    implementation: Implementation | None = None
+    """Of products in eight bits."""
+
+    def __call__(self, x: Float[Array, "*B I"], weight: Array, name: str) -> Float[Array, "*B O"]:
+        """x times the weight of that name."""
+        if self.shards is not None:
+            if self.in_fp8:
+                return self.shards.times_in_fp8(x, weight, self.implementation)
+            return self.shards.times(x, weight, name)
+        return linear(x, weight, implementation=self.implementation) if self.in_fp8 else x @ weight.astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -197,7 +207,7 @@ class Block(nnx.Module):
         x: Float[Array, "B S D"],
         recipe: Recipe,
         key: PRNGKeyArray | None,
-        packed: PackedWeights | None,
+        packed: PackedWeights | EightBitWeights | None,
         implementation: Implementation | None,
         documents: Documents | None = None,
         shards: Shards | None = None,
@@ -207,15 +217,15 @@ class Block(nnx.Module):
         epsilon = self.config.norm_epsilon
         attention_input = rms_norm(x, self.attention_scale[...], epsilon)
         with jax.named_scope("attention"):
-            mixed = self.attention(attention_input, documents, shards, deterministic)
+            multiply = Multiply(shards, recipe.in_fp8, implementation)
+            mixed = self.attention(attention_input, documents, multiply, deterministic)
         x = x + mixed
         ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
         with jax.named_scope("ffn"):
-            options: dict[str, Any] = {} if self.config.experts else {"key": key}
+            options: dict[str, Any] = {"packed": packed} | ({} if self.config.experts else {"key": key})
             y, stats = self.ffn(
                 ffn_input,
                 recipe=recipe,
-                packed=packed,
                 return_stats=True,
                 implementation=implementation,
                 axis=None if shards is None else shards.axis,
@@ -275,7 +285,7 @@ class Decoder(nnx.Module):
         recipe: StackRecipe,
         dtype: Any = jnp.float32,
         key: PRNGKeyArray | None = None,
-        packed: PackedWeights | None = None,
+        packed: PackedWeights | EightBitWeights | None = None,
         implementation: Implementation | None = None,
         remat: str = "none",
         unroll: int = 1,
@@ -361,23 +371,31 @@ def assemble(graphdef: nnx.GraphDef, params: dict, method: dict) -> Decoder:
     return nnx.merge(graphdef, nnx.State(params), nnx.State(method))
 
 
-def pack_ffns(params: dict, method: dict, recipe: StackRecipe, dtype: Any) -> PackedWeights | general_ffn.Packed | None:
-    """The weights of every FFN thresholded and packed, with a leading L.
+def pack_ffns(
+    params: dict, method: dict, recipe: StackRecipe, dtype: Any
+) -> PackedWeights | EightBitWeights | general_ffn.Packed | None:
+    """The weights of every FFN thresholded and packed, in eight bits also dense ones cast, with a leading L.
 
     For several calls with the same weights: the microbatches of an optimizer step.  No gradient passes through.  None
-    where ``recipe`` reads no packed weight, or weights under transposable masks, which are not packed.
+    where ``recipe`` reads no packed weight, or weights under transposable masks, which are not packed, and where some
+    layers are in eight bits and others are not, or read other weights 2:4: each call then packs its own.
     """
-    if not {"y1", "dy2"} & set(recipe.weights):
-        return None
     ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
+    parts = [part for _, _, part in recipe.parts(ffn["w1"].shape[0])]
+    in_fp8 = any(part.in_fp8 for part in parts)
+    if not (in_fp8 or {"y1", "dy2"} & set(recipe.weights)):
+        return None
+    if any(part.weight_mask != "threshold" for part in parts):
+        return None
+    if in_fp8 and len({(part.in_fp8, part.weights) for part in parts}) > 1:
+        return None
     if "up" in ffn:
         arrays = (Weights(ffn["w1"], ffn["w2"], ffn["up"]), state["beta"], state["beta_up"])
         with jax.named_scope("ffn"):
             return jax.lax.map(lambda layer: general_ffn.pack_weights(*layer, dtype=dtype), arrays)
-    if any(part.weight_mask != "threshold" for _, _, part in recipe.parts(ffn["w1"].shape[0])):
-        return None
+    options: dict[str, Any] = {"recipe": parts[0]} if in_fp8 else {"dtype": dtype}
     with jax.named_scope("ffn"):
-        return jax.lax.map(lambda layer: pack_weights(*layer, dtype=dtype), (ffn["w1"], ffn["w2"], state["beta"]))
+        return jax.lax.map(lambda layer: pack_weights(*layer, **options), (ffn["w1"], ffn["w2"], state["beta"]))
 
 
 def auxiliary_loss(config: Model, stats: FFNStats | MoEStats) -> Float[Array, ""] | float:
@@ -451,6 +469,20 @@ def flops_per_token(config: Model, seq_len: int, recipe: StackRecipe) -> float:
     share = products / (3 * config.ffn_matrices * config.layers)
     router = 6.0 * config.layers * config.d_model * config.experts
     return sum(parts.values()) - (1 - share) * (parts["ffn"] - router)
+
+
+def compute_flops_per_token(config: Model, seq_len: int, recipe: StackRecipe, *, fp8_head: bool = False) -> float:
+    """``flops_per_token`` in units of the time of 16-bit ones: an operation on eight bits takes half of that.
+
+    In layers of eight bits those are the FFN's and the projections'; attention's are not.
+    """
+    parts, whole = component_flops(config, seq_len), flops_per_token(config, seq_len, recipe)
+    halved = 0.0
+    for first, end, part in recipe.parts(config.layers):
+        if part.in_fp8:
+            executed = sum(_executed_products(part).values()) / 6
+            halved += (end - first) / config.layers * (parts["projections"] + parts["ffn"] * executed)
+    return whole - (halved + (parts["head"] if fp8_head and halved else 0.0)) / 2
 
 
 def _executed_products(recipe: Recipe) -> dict[str, float]:

@@ -27,6 +27,8 @@ from jaxtyping import Array, Float, Int
 from train.config.settings import RunConfig
 from train.model.embedding import look_up
 from venom_jax import LayerRecipes, Recipe, StackRecipe
+from venom_jax.dispatch import Implementation
+from venom_jax.fp8.sharded_linear import sharded_linear
 from venom_jax.sharded_ffn import gather, in_order, local_recipe, scatter
 
 DATA, FSDP = AXES = ("data", "fsdp")
@@ -66,6 +68,12 @@ class Shards:
         The parameter's gradient is computed and summed in its own dtype.
         """
         return _times(self.axis, part.ndim + CUT[name], x, part)
+
+    def times_in_fp8(
+        self, x: Float[Array, "*B I"], part: Float[Array, "_ _"], implementation: Implementation | None
+    ) -> Float[Array, "*B O"]:
+        """The same in eight bits, of a parameter that is cut along I."""
+        return sharded_linear(x, part, axis=self.axis, implementation=implementation)
 
     def own_key(self, key: Array) -> Array:
         """A key of each device's own: rows of the batch do not share their noise."""
@@ -147,6 +155,12 @@ class Layout:
     def everywhere(self) -> jax.sharding.Sharding:
         """Of an array that every device holds."""
         return SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, P())
+
+    def over_devices(self, stack: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """Inside a jitted function, the stack with its first axis, a multiple of the devices, cut over all of them."""
+        if self.mesh is None:
+            return stack
+        return jax.lax.with_sharding_constraint(stack, NamedSharding(self.mesh, ROWS))
 
     def place(self, tree: Any) -> Any:
         """The tree, committed to where it belongs."""

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from train.config.precision import uses_fp8
 from train.config.settings import RunConfig
 from train.model.cross_entropy import head_logits, sharded_cross_entropy, weighted_cross_entropy
 from train.model.decoder import Decoder, assemble, auxiliary_loss, balance, join_layers, pack_ffns, take_layers
@@ -99,11 +100,13 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
             labels = tokens[:, 1:]
             weights = jnp.full(labels.shape, 1 / (labels.size * devices), jnp.float32)
             operands, train = (hidden, model.head_weight(), labels, weights), config.train
+            in_fp8 = train.fp8_head and uses_fp8(recipe)
             with jax.named_scope("head"):
                 if shards is None:
-                    value = weighted_cross_entropy(*operands, train.loss_chunks, train.z_loss)
+                    value = weighted_cross_entropy(*operands, train.loss_chunks, train.z_loss, in_fp8)
                 else:
-                    value = sharded_cross_entropy(*operands, train.loss_chunks, train.z_loss, shards.axis)
+                    options = (train.loss_chunks, train.z_loss, shards.axis, in_fp8)
+                    value = sharded_cross_entropy(*operands, *options)
             return value + auxiliary_loss(config.model, stats) / devices, stats
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -113,7 +116,9 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
         count = config.train.accumulation
         if shards is not None:
             key = shards.own_key(key)
-        packed = pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype))
+        # In eight bits a single microbatch casts its own: stacked for all layers, casts would be copied once more.
+        shared = count > 1 or not uses_fp8(recipe)
+        packed = pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype)) if shared else None
         own = layout.local_recipe(recipe, count)
         if count == 1:
             grads, loss, density, load = microbatch(params, method, packed, tokens, key, recipe=own)
@@ -193,7 +198,7 @@ def make_train_step(
     limit, number: from ``guard.Watch``.  A step that does not count by ``guard.counts``, or whose number is not the
     state's (None: any), leaves the state as ``guard.keep_if`` says.
     """
-    optimizer, schedule = for_run(config)
+    optimizer, schedule = for_run(config, layout)
     gradients = make_gradients(graphdef, config, layout)
 
     def step_with(recipe: StackRecipe, state: TrainState, tokens, limit, number) -> tuple[TrainState, Metrics]:
