@@ -4,6 +4,7 @@ import atexit
 import os
 import platform
 import shutil
+import sys
 import tempfile
 
 # Most of the time of these tests is compilation of programs that run once, on tiny arrays. So every process of a test
@@ -82,5 +83,7 @@ def strict_dtypes():
 
 @pytest.fixture(autouse=True)
 def no_bindings():
-    """Bindings that an earlier test has read would reach every recipe that a test takes by its name."""
+    """Bindings that an earlier test has read would reach every recipe that a test takes by its name; trust likewise."""
     gin.clear_config()
+    if settings := sys.modules.get("train.config.settings"):
+        settings.trust_imports(False)

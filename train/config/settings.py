@@ -145,9 +145,9 @@ def recipe(
     if "weights" in options:
         options["weights"] = tuple(options["weights"])
     built = Recipe.preset(preset, **options)
-    if preset == "dense" and not built.is_dense:
+    scope = gin.current_scope_str()
+    if preset == "dense" and scope in ("", "dense") and not built.is_dense:  # another name may stand for anything
         changed = ", ".join(f"{name} = {value!r}" for name, value in options.items())
-        scope = gin.current_scope_str()
         raise ValueError(
             f"the preset 'dense' with {changed} would not be dense; bind that for the recipe it is meant for, such as "
             f"venom/Recipe.{next(iter(options))}" + (f", not for {scope}" if scope else "")
