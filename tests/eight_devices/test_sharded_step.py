@@ -49,6 +49,20 @@ def test_gradients_equal_those_of_one_device_and_one_microbatch(options):
     assert max(error for name, error in errors.items() if "w1" in name) > 0.1, "the selection matters here"
 
 
+@pytest.mark.parametrize("shape", [{"gated": True}, {"gated": True, "experts": 4, "shared_experts": 1, "d_expert": 16}])
+def test_gates_and_experts_are_those_of_one_device(shape):
+    """Neurons, or whole experts, are cut over devices and gathered for each pass."""
+    config = replace(run_config(shape=shape, batch_size=16, seq_len=64, accumulation=2), mesh=Mesh(data=2, fsdp=4))
+    recipe = Recipe.act24(token_blocks=16)
+    results = []
+    for found, layout in ((replace(config, mesh=Mesh()), ONE_DEVICE), (config, layout_of(config))):
+        graphdef, state = decoder.structure(found.model, 1), initial_state(found, layout)
+        gradients = jax.jit(make_gradients(graphdef, found, layout), static_argnames="recipe")
+        results.append(gradients(state.params, state.method, layout.rows(BATCH), jax.random.key(1), recipe=recipe))
+    for found, one in zip(*map(jax.tree.leaves, results), strict=True):
+        assert_close(found, one)
+
+
 def test_the_diagnosis_speaks_of_the_fours_that_the_devices_prune():
     config = replace(run_config(batch_size=16, seq_len=64, accumulation=2), mesh=Mesh(data=2, fsdp=4))
     graphdef, layout, few = decoder.structure(config.model, config.max_experts), layout_of(config), BATCH[:8]

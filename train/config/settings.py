@@ -1,6 +1,6 @@
 """What a run is: frozen, validated dataclasses, bound from gin files.
 
-This module holds every gin configurable of the project.  They are registered, not decorated: built from Python they
+This module names every gin configurable of the project.  They are registered, not decorated: built from Python they
 ignore gin.  gin checks names, never types, so each dataclass checks its own fields when it is built, long before
 anything is compiled.
 """
@@ -23,6 +23,7 @@ import configs
 from train.config import checks
 from train.config import precision as precisions
 from train.config.schedule import Entry, PhaseSchedule, resolve_step
+from train.config.shape import Model
 from venom_jax import LayerRecipes, Recipe
 from venom_jax.dispatch import Implementation
 
@@ -31,47 +32,7 @@ NAMES = "train.config"
 """The module in gin's full names, such as `train.config.Model`: what a user's file may hold, wherever the class is."""
 PRESETS = ("dense", "act24", "all24", "venom")
 
-
-@gin.register(module=NAMES)
-@dataclass(frozen=True)
-class Model:
-    """The decoder: RMSNorm, RoPE, (grouped-query) attention, squared-ReLU FFN."""
-
-    vocab_size: int
-    d_model: int
-    d_ffn: int
-    layers: int
-    heads: int
-    kv_heads: int | None = None  # None: one key-value head for each query head
-    rope_base: float = 10000.0
-    norm_epsilon: float = 1e-5
-    init_std: float = 0.02  # embedding, head, qkv; projections into the residual stream get this / sqrt(2 layers)
-    ffn_init_std: float = 0.03  # W1
-    tied_head: bool = False
-    qk_norm: bool = False  # RMSNorm, with a scale for each feature, on every query and key before the rotation
-    # id of the token at which a document begins (the data's end-of-document token): attention then stays inside a
-    # document and positions count from its beginning.  None: documents in one sequence see each other.
-    document_start: int | None = None
-
-    def __post_init__(self):
-        checks.check_types(self)
-        checks.at_least(self, 1, "vocab_size", "d_model", "d_ffn", "layers", "heads", "kv_heads")
-        checks.at_least(self, 0, "document_start")
-        if self.d_model % self.heads or (self.d_model // self.heads) % 2:
-            raise ValueError(
-                f"Model.d_model={self.d_model} must be an even multiple of Model.heads={self.heads}: "
-                "RoPE turns pairs of features; change one of the two"
-            )
-        if self.heads % self.key_value_heads:
-            raise ValueError(f"Model.heads={self.heads} must be a multiple of Model.kv_heads={self.kv_heads}")
-
-    @property
-    def key_value_heads(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.heads
+gin.register(module=NAMES)(Model)
 
 
 def _is_source(entry: Any) -> bool:
@@ -396,7 +357,22 @@ class RunConfig:
         schedule = self.phases.resolve(train.steps, self.model.layers, run)
         object.__setattr__(self, "bound", self.phases.resolve(train.steps, self.model.layers))
         for phase in schedule.phases:
-            phase.recipe.check(self.model.d_model, self.model.d_ffn)
+            phase.recipe.check(self.model.d_model, self.model.expert_neurons)
+            if self.model.experts and phase.recipe.routed:
+                raise ValueError(
+                    f"Model.experts={self.model.experts} and the recipe of phase {phase.label} routes by itself "
+                    f"(experts={phase.recipe.experts}): use a recipe without routing, such as act24, inside experts"
+                )
+            if not self.model.is_plain and precisions.uses_fp8(phase.recipe):
+                raise ValueError(
+                    f"phase {phase.label} is in eight bits, which only a plain squared-ReLU FFN has: with Model.gated, "
+                    "Model.experts or another Model.activation use 16 bits"
+                )
+        if self.train.diagnosis_every and not self.model.is_plain:
+            raise ValueError(
+                f"Train.diagnosis_every={self.train.diagnosis_every} looks into a plain squared-ReLU FFN; with "
+                "Model.gated, Model.experts or another Model.activation bind 0"
+            )
         object.__setattr__(self, "schedule", schedule)
         for name in ("warmup", "decay"):
             resolve_step(getattr(self.learning_rate, name), self.train.steps, f"LearningRate.{name}")

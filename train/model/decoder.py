@@ -20,10 +20,24 @@ from train.config.settings import Model
 from train.model.cross_entropy import head_logits
 from train.model.embedding import look_up
 from train.model.mesh import Shards
-from venom_jax import FFNStats, Method, PackedWeights, Recipe, SparseMLP, StackRecipe
+from train.model.rope import frequencies
+from venom_jax import (
+    FFNStats,
+    Method,
+    PackedWeights,
+    Recipe,
+    SparseMLP,
+    SparseMoE,
+    StackRecipe,
+    general_ffn,
+    moe,
+    phases,
+)
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import pack_weights
+from venom_jax.ffn_parts import Weights
 from venom_jax.fp8 import EightBitWeights, linear
+from venom_jax.moe import MoEStats
 from venom_jax.packed_ffn import FFN_RESIDUALS
 from venom_jax.pretrained.decoder import rms_norm as rms_norm
 from venom_jax.pretrained.decoder import rotate
@@ -66,15 +80,19 @@ def find_documents(tokens: Int[Array, "B S"], start: int) -> Documents:
 
 
 def rotary(
-    x: Float[Array, "B S H h"], base: float, position: Int[Array, "B S"] | Int[Array, ""] | int = 0
+    x: Float[Array, "B S H h"],
+    frequency: Float[Array, " h_2"],
+    position: Int[Array, "B S"] | Int[Array, ""] | int = 0,
+    factor: float = 1.0,
 ) -> Float[Array, "B S H h"]:
-    """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * base^(-2i/h).
+    """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * frequency_i.
 
+    frequency, factor: from ``rope.frequencies``.
     position: of each token, or of the first one in each row.
     """
-    half = x.shape[-1] // 2
     place = position if jnp.ndim(position) else position + jnp.arange(x.shape[1])
-    return rotate(x, base ** (-jnp.arange(half) / half), jnp.atleast_2d(jnp.asarray(place)))
+    turned = rotate(x.astype(jnp.float32) if factor != 1 else x, frequency, jnp.atleast_2d(jnp.asarray(place)))
+    return turned if factor == 1 else (factor * turned).astype(x.dtype)
 
 
 def attention_implementation(dtype: Any) -> Literal["cudnn"] | None:
@@ -115,7 +133,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             query = rms_norm(query, self.query_scale[...], config.norm_epsilon)
             key = rms_norm(key, self.key_scale[...], config.norm_epsilon)
-        query, key = (rotary(part, config.rope_base, position) for part in (query, key))
+        frequency, factor = frequencies(config)
+        query, key = (rotary(part, frequency, position, factor) for part in (query, key))
         return checkpoint_name((query, key, value), ATTENTION_INPUTS)
 
     def mix(
@@ -181,16 +200,7 @@ class Block(nnx.Module):
         self.attention_scale = nnx.Param(jnp.ones(config.d_model, jnp.float32))
         self.attention = Attention(config, rngs=rngs)
         self.ffn_scale = nnx.Param(jnp.ones(config.d_model, jnp.float32))
-        self.ffn = SparseMLP(
-            config.d_model,
-            config.d_ffn,
-            max_experts=max_experts,
-            learned_router=learned_router,
-            remember=False,  # the training state knows its phase
-            rngs=rngs,
-            w1_init=nnx.initializers.normal(config.ffn_init_std),
-            w2_init=nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers)),
-        )
+        self.ffn = _ffn(config, max_experts, learned_router, rngs)
 
     def __call__(
         self,
@@ -212,16 +222,42 @@ class Block(nnx.Module):
         x = x + mixed
         ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
         with jax.named_scope("ffn"):
+            options: dict[str, Any] = {"packed": packed} | ({} if self.config.experts else {"key": key})
             y, stats = self.ffn(
                 ffn_input,
                 recipe=recipe,
-                packed=packed,
                 return_stats=True,
-                key=key,
                 implementation=implementation,
                 axis=None if shards is None else shards.axis,
+                **options,
             )
         return x + y, (stats, ffn_input)
+
+
+def _ffn(config: Model, max_experts: int, learned_router: bool, rngs: nnx.Rngs) -> SparseMLP | SparseMoE:
+    """The FFN of a block: one layer, or a mixture of experts."""
+    options: dict[str, Any] = {
+        "gated": config.gated,
+        "activation": config.activation,
+        "clamp": config.clamp,
+        "w1_init": nnx.initializers.normal(config.ffn_init_std),
+        "w2_init": nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers)),
+        "rngs": rngs,
+    }
+    if not config.experts:
+        # The training state knows its phase.
+        routing = {"max_experts": max_experts, "learned_router": learned_router, "remember": False}
+        return SparseMLP(config.d_model, config.d_ffn, **routing, **options)
+    return SparseMoE(
+        config.d_model,
+        config.expert_neurons,
+        experts=config.experts,
+        experts_per_token=config.experts_per_token,
+        shared_experts=config.shared_experts,
+        scores=config.expert_scores,
+        router_init=nnx.initializers.normal(config.init_std),
+        **options,
+    )
 
 
 class Decoder(nnx.Module):
@@ -335,8 +371,10 @@ def assemble(graphdef: nnx.GraphDef, params: dict, method: dict) -> Decoder:
     return nnx.merge(graphdef, nnx.State(params), nnx.State(method))
 
 
-def pack_ffns(params: dict, method: dict, recipe: StackRecipe, dtype: Any) -> PackedWeights | EightBitWeights | None:
-    """Both weights of every FFN thresholded and packed, in eight bits also dense ones cast, with a leading L.
+def pack_ffns(
+    params: dict, method: dict, recipe: StackRecipe, dtype: Any
+) -> PackedWeights | EightBitWeights | general_ffn.Packed | None:
+    """The weights of every FFN thresholded and packed, in eight bits also dense ones cast, with a leading L.
 
     For several calls with the same weights: the microbatches of an optimizer step.  No gradient passes through.  None
     where ``recipe`` reads no packed weight, or weights under transposable masks, which are not packed, and where some
@@ -351,15 +389,47 @@ def pack_ffns(params: dict, method: dict, recipe: StackRecipe, dtype: Any) -> Pa
         return None
     if in_fp8 and len({(part.in_fp8, part.weights) for part in parts}) > 1:
         return None
+    if "up" in ffn:
+        arrays = (Weights(ffn["w1"], ffn["w2"], ffn["up"]), state["beta"], state["beta_up"])
+        with jax.named_scope("ffn"):
+            return jax.lax.map(lambda layer: general_ffn.pack_weights(*layer, dtype=dtype), arrays)
     options: dict[str, Any] = {"recipe": parts[0]} if in_fp8 else {"dtype": dtype}
     with jax.named_scope("ffn"):
         return jax.lax.map(lambda layer: pack_weights(*layer, **options), (ffn["w1"], ffn["w2"], state["beta"]))
 
 
+def auxiliary_loss(config: Model, stats: FFNStats | MoEStats) -> Float[Array, ""] | float:
+    """What the experts' routers add to the training loss; 0 without experts."""
+    if not isinstance(stats, MoEStats):
+        return 0.0
+    return config.expert_balance_loss * stats.balance_loss.sum() + config.expert_z_loss * stats.z_loss.sum()
+
+
+def balance(config: Model, method: dict, load: Float[Array, "L E"], recipe: StackRecipe) -> dict:
+    """The method's state after one step of the balancing bias, of a recipe's routing or of the experts'."""
+    if not config.experts:
+        return phases.update_bias(method, load, recipe)
+    ffn = method["blocks"]["ffn"]
+    ffn = ffn | {"bias": moe.updated_bias(ffn["bias"], load, config.expert_balance_rate)}
+    return method | {"blocks": method["blocks"] | {"ffn": ffn}}
+
+
 def parameter_count(config: Model) -> int:
-    """All parameters: V D (twice unless the head is tied) + L (D (H + 2K) h + D^2 + 2 D F + 2 D (+ 2 h)) + D."""
+    """All parameters: V D (twice unless the head is tied) + L (D (H + 2K) h + D^2 + 2 D F + 2 D (+ 2 h)) + D.
+
+    2 D F is 3 D F with a gate; with experts F is the neurons of all, and the router adds D E.
+    """
+    return _parameters(config, config.neurons)
+
+
+def active_parameter_count(config: Model) -> int:
+    """As ``parameter_count``, of experts those that a token computes."""
+    return _parameters(config, config.active_neurons)
+
+
+def _parameters(config: Model, neurons: int) -> int:
     width = (config.heads + 2 * config.key_value_heads) * config.head_dim
-    layer = config.d_model * (width + config.d_model + 2 * config.d_ffn + 2)
+    layer = config.d_model * (width + config.d_model + config.ffn_matrices * neurons + config.experts + 2)
     if config.qk_norm:
         layer += 2 * config.head_dim
     embeddings = config.vocab_size * config.d_model * (1 if config.tied_head else 2)
@@ -370,7 +440,8 @@ def component_flops(config: Model, seq_len: int) -> dict[str, float]:
     """Floating-point operations of one token's dense forward and backward pass, a multiply-add counted as 2.
 
     head: 6 D V; projections: 6 L (D (H + 2K) h + D^2); attention, causal, so that each query meets S / 2 keys on
-    average: 6 L D S; ffn: 6 products of 2 L D F.  Recomputation is not counted.
+    average: 6 L D S; ffn: 6 products of 2 L D F, 9 with a gate, F the neurons that a token computes, and the router of
+    experts 6 L D E.  Recomputation is not counted.
     """
     width = (config.heads + 2 * config.key_value_heads) * config.head_dim
     layers, d_model = config.layers, config.d_model
@@ -378,7 +449,7 @@ def component_flops(config: Model, seq_len: int) -> dict[str, float]:
         "head": 6.0 * d_model * config.vocab_size,
         "projections": 6.0 * layers * d_model * (width + d_model),
         "attention": 6.0 * layers * d_model * seq_len,
-        "ffn": 12.0 * layers * d_model * config.d_ffn,
+        "ffn": 6.0 * layers * d_model * (config.ffn_matrices * config.active_neurons + config.experts),
     }
 
 
@@ -389,10 +460,15 @@ def flops_per_token(config: Model, seq_len: int, recipe: StackRecipe) -> float:
     count.
     """
     parts = component_flops(config, seq_len)
-    products = sum(
-        (end - first) * sum(_executed_products(part).values()) for first, end, part in recipe.parts(config.layers)
-    )
-    return sum(parts.values()) - parts["ffn"] + parts["ffn"] * products / (6 * config.layers)
+    twice = ("y1", "dx", "dw1") if config.gated else ()  # with W1 and with Wu
+
+    def executed(part: Recipe) -> float:
+        return sum(share * (2 if name in twice else 1) for name, share in _executed_products(part).items())
+
+    products = sum((end - first) * executed(part) for first, end, part in recipe.parts(config.layers))
+    share = products / (3 * config.ffn_matrices * config.layers)
+    router = 6.0 * config.layers * config.d_model * config.experts
+    return sum(parts.values()) - (1 - share) * (parts["ffn"] - router)
 
 
 def compute_flops_per_token(config: Model, seq_len: int, recipe: StackRecipe, *, fp8_head: bool = False) -> float:

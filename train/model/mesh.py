@@ -6,7 +6,7 @@ The batch is cut over both axes. A large parameter, its moments and its gradient
 
 | parameter | cut along        | how a device uses it                                                                  |
 |-----------|------------------|--------------------------------------------------------------------------------------|
-| w1, w2    | neurons          | `venom_jax.sharded_ffn`                                                               |
+| w1, up, w2 | neurons, or experts | `venom_jax.sharded_ffn`, `venom_jax.general_ffn`                                  |
 | qkv, out  | their input side | gathered in the compute dtype for each of the two passes                              |
 | head      | d_model          | gathered for the loss; its gradient is scattered                                      |
 | embedding | d_model          | each device looks up its part of the rows of everybody's tokens; parts are exchanged  |
@@ -36,7 +36,7 @@ ROWS = P(AXES)
 """Of a batch: its rows over all devices."""
 
 # The dimension, counted from the end, along which a parameter of this name is cut.
-CUT = {"w1": -1, "w2": -2, "qkv": -2, "out": -2, "head": -2, "embedding": -1}
+CUT = {"w1": -1, "up": -1, "w2": -2, "qkv": -2, "out": -2, "head": -2, "embedding": -1}
 
 
 @dataclass(frozen=True)
@@ -286,12 +286,12 @@ def check_divisible(config: RunConfig, data: int, fsdp: int) -> None:
             f"microbatches over {size} devices (Mesh.data={data} x Mesh.fsdp={fsdp}); use a multiple of {rows}, or "
             "fewer devices"
         )
-    for name in ("d_model", "d_ffn"):
+    for name in ("d_model", "d_expert" if shape.d_expert else "d_ffn"):
         if getattr(shape, name) % fsdp:
             raise ValueError(f"Model.{name}={getattr(shape, name)} does not divide over Mesh.fsdp={fsdp} devices")
     for recipe in config.schedule.recipes:
         _each_part(recipe, lambda part: local_recipe(part, rows))
-        if not recipe.is_dense and shape.d_ffn // fsdp % 4:
+        if not recipe.is_dense and not shape.experts and shape.d_ffn // fsdp % 4:
             raise ValueError(
                 f"Model.d_ffn={shape.d_ffn} over Mesh.fsdp={fsdp} devices leaves {shape.d_ffn // fsdp} neurons each, "
                 "no multiple of 4; bind a smaller Mesh.fsdp"

@@ -139,7 +139,7 @@ class Logger:
             return
         self._watch.learn(step, values["loss"])
         phase = self._config.schedule.phases[phase_index]
-        if not phase.recipe.routed:
+        if not (phase.recipe.routed or self._config.model.experts):
             values = {name: value for name, value in values.items() if not name.startswith("load_")}
         rate = self._throughput.measure(step)
         values["tokens_per_second"] = round(rate, 1)
@@ -159,10 +159,11 @@ class Logger:
 def opening(config: RunConfig, devices: int) -> str:
     """The first line of a run: what is trained on what, and which sparse phases have no kernels here."""
     shape, train = config.model, config.train
-    text = f"{decoder.parameter_count(shape):,} parameters on {devices} x {jax.devices()[0].device_kind}"
+    active = f", {decoder.active_parameter_count(shape):,} of them active," if shape.experts else ""
+    text = f"{decoder.parameter_count(shape):,} parameters{active} on {devices} x {jax.devices()[0].device_kind}"
 
     def has_kernels(recipe: Recipe) -> bool:
-        sizes = (shape.d_model, shape.d_ffn, train.dtype)
+        sizes = (shape.d_model, shape.expert_neurons, train.dtype)
         plain = recipe.is_dense and not recipe.in_fp8
         return plain or choose_kernels(train.implementation, recipe, *sizes, local=True) is not None
 
@@ -206,8 +207,9 @@ def plan(config: RunConfig) -> str:
 
     dense_flops = flops(Recipe.dense())
     count = decoder.parameter_count(config.model)
+    active = f"{decoder.active_parameter_count(config.model):,} active, " if config.model.experts else ""
     lines = [
-        f"parameters      {count:,} ({count * 12 / 2**30:.2f} GiB with two moments, float32)",
+        f"parameters      {count:,} ({active}{count * 12 / 2**30:.2f} GiB with two moments, float32)",
         f"batch           {train.batch_size} x {train.seq_len} = {tokens:,} tokens, accumulation {train.accumulation}",
         f"devices         {data * fsdp} (Mesh.data={data} x Mesh.fsdp={fsdp})",
         f"memory          {estimate(config, data, fsdp)}",

@@ -135,10 +135,15 @@ def _differing_phase(saved: list, wanted: list) -> str:
     return f"phase {number} of Phases.schedule, which begins at step {here[0]}, has {listed}"
 
 
+_LATER_SHAPE = (
+    *("qk_norm", "document_start", "gated", "activation", "clamp", "experts", "experts_per_token", "shared_experts"),
+    *("rope_factor", "rope_original_length", "rope_fast", "rope_slow", "rope_attention_factor"),
+    *("d_expert", "expert_scores", "expert_balance_rate", "expert_balance_loss", "expert_z_loss"),
+)
 # Fields that checkpoints may lack because they are older: these had the default.
 _EARLIER = {
     f"{kind.__name__}.{item.name}": item.default
-    for kind, names in ((Model, ("qk_norm", "document_start")), (Optimizer, _STATE_FIELDS))
+    for kind, names in ((Model, _LATER_SHAPE), (Optimizer, _STATE_FIELDS))
     for item in dataclasses.fields(kind)
     if item.name in names
 } | {"Optimizer.clip is a number": True}

@@ -56,7 +56,7 @@ def estimate(config: RunConfig, data: int, fsdp: int) -> Memory:
     shape, train = config.model, config.train
     state, wide = abstract_state(config), jnp.dtype(train.dtype).itemsize
     width = (shape.heads + 2 * shape.key_value_heads) * shape.head_dim
-    layer = shape.d_model * (width + shape.d_model + 2 * shape.d_ffn)
+    layer = shape.d_model * (width + shape.d_model + shape.ffn_matrices * shape.neurons)
     head = shape.d_model * shape.vocab_size
     copies = 1 if train.accumulation == 1 else 2  # the sum so far, and a microbatch's
     # Of one layer: weights that come while another's are in use, and its gradients before they are scattered.
@@ -81,7 +81,10 @@ def _activations(config: RunConfig, width: int) -> tuple[int, int]:
 
 
 def _of_recipe(config: RunConfig, width: int, recipe: Recipe) -> tuple[float, float]:
-    d, f, wide = config.model.d_model, config.model.d_ffn, jnp.dtype(config.train.dtype).itemsize
+    shape = config.model
+    # A gate leaves two arrays of hidden activations; experts their inputs and outputs, a copy for each.
+    d, f, wide = shape.d_model, shape.active_neurons * (shape.ffn_matrices - 1), jnp.dtype(config.train.dtype).itemsize
+    copies = wide * 2 * d * shape.experts_per_token if shape.experts else 0
     share = recipe.top_k / recipe.experts
     # a, or a packed twice at 9/16 of its size, of the neurons that a token computes; without recomputation dense keeps
     # a^2 as well. In eight bits y2 alone, packed twice at 5/8, and what the products read as a byte an entry.
@@ -91,7 +94,7 @@ def _of_recipe(config: RunConfig, width: int, recipe: Recipe) -> tuple[float, fl
         hidden = wide * f * (1.0 if recipe.is_dense else share * 9 / 8)
         unpruned = hidden * (2 if recipe.is_dense else 1)
     narrower = 3 * d * (wide - 1) if recipe.in_fp8 else 0
-    everything = 2 * 4 * d + wide * (4 * d + 2 * width) + unpruned
+    everything = copies + 2 * 4 * d + wide * (4 * d + 2 * width) + unpruned
     unrolled = (
         wide * (1.5 * d + width) - narrower + unpruned
     )  # a loop keeps the norms' float32 and the projections, too
