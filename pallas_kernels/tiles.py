@@ -257,8 +257,8 @@ class TileConfig:
         }
         if packs and (Epilogue(**others) != Epilogue() or problem.out_dtype != problem.packed_dtype):
             return f"{problem}: what is packed passes through no other epilogue, rounded to {problem.packed_dtype}"
-        if problem.a != "sparse" and not (packs or problem.is_fp8):
-            return f"{problem}: a dense product is XLA's, unless its result is packed"
+        if problem.a != "sparse" and problem.mode == "dense" and not (packs or problem.is_fp8):
+            return f"{problem}: a dense product is XLA's, unless it runs over groups or its result is packed"
         if packs and self.warpgroups == 2 and self.warpgroup_n > 192:
             return f"{self.warpgroup_n=}: four warpgroups begin with 128 registers a thread, too few for that product"
         if problem.b_interleaved and (problem.mode != "dense" or problem.b_k_major or problem.v):

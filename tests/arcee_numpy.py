@@ -20,8 +20,8 @@ def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     def linear(x, name):
         return x @ weights[name].T
 
-    angles = np.outer(np.arange(len(tokens)), config["rope_theta"] ** (-np.arange(0, size, 2) / size))
-    turn = np.exp(1j * angles)
+    frequency, factor = _yarn(config.get("rope_scaling"), config["rope_theta"], size)
+    turn = factor * np.exp(1j * np.outer(np.arange(len(tokens)), frequency))
 
     def rotate(x):
         turned = (x[:, : size // 2] + 1j * x[:, size // 2 :]) * turn
@@ -46,3 +46,21 @@ def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
         x = x + linear(hidden, f"{layer}mlp.down_proj.weight")
     head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
     return linear(norm(x, "model.norm.weight"), head)
+
+
+def _yarn(scaling: dict | None, base: float, size: int) -> tuple[np.ndarray, float]:
+    """Pair by pair, by the number of its turns within the original length."""
+    if scaling is None:
+        return base ** (-np.arange(0, size, 2) / size), 1.0
+    length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    # The pair (not whole) that turns t times: base^(-2i/size) length = 2 pi t.
+    edges = [
+        size / 2 * np.log(length / 2 / np.pi / scaling[name]) / np.log(base) for name in ("beta_fast", "beta_slow")
+    ]
+    first, last = max(np.floor(edges[0]), 0), min(np.ceil(edges[1]), size - 1)
+    found = []
+    for i in range(size // 2):
+        frequency = base ** (-2 * i / size)
+        share = min(max((i - first) / (last - first), 0), 1)
+        found.append(frequency * (1 - share) + frequency / factor * share)
+    return np.array(found), 1 + np.log(factor) / 10

@@ -4,6 +4,7 @@ import atexit
 import os
 import platform
 import shutil
+import sys
 import tempfile
 
 # Most of the time of these tests is compilation of programs that run once, on tiny arrays. So every process of a test
@@ -30,8 +31,12 @@ from jaxtyping import install_import_hook
 # Before anything of these packages is imported: every annotation of an array function becomes an assertion. Modules
 # that validate plain values themselves (venom_jax.pattern, venom_jax.dispatch) are left to their own messages.
 _ARRAY_MODULES = [
+    "activation.linear",
+    "activation.selection",
     "calibrate",
+    "expert_parallel",
     "ffn",
+    "ffn_parts",
     "formats",
     "layer",
     "linen",
@@ -39,6 +44,7 @@ _ARRAY_MODULES = [
     "mvue",
     "permutation",
     "phases",
+    "pretrained.decoder",
     "prune",
     "router",
     "sharded_ffn",
@@ -77,5 +83,7 @@ def strict_dtypes():
 
 @pytest.fixture(autouse=True)
 def no_bindings():
-    """Bindings that an earlier test has read would reach every recipe that a test takes by its name."""
+    """Bindings that an earlier test has read would reach every recipe that a test takes by its name; trust likewise."""
     gin.clear_config()
+    if settings := sys.modules.get("train.config.settings"):
+        settings.trust_imports(False)

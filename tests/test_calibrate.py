@@ -187,7 +187,7 @@ def test_a_transition_fits_the_router_where_experts_are_formed():
     shuffled = np.random.default_rng(2).permutation(16)
     params, method = stack(jnp.asarray(w1[:, shuffled]), jnp.ones((16, 8)))
     given: dict[str, Any] = {"seed": 0, "inputs": {("ffn",): jnp.asarray(x)[None]}}
-    with pytest.raises(ValueError, match="no leaf ffn/router"):
+    with pytest.raises(ValueError, match="no room for a learned router"):
         phases.transition(params, method, [], DENSE, LEARNED, **given)
     method["ffn"]["router"] = jnp.zeros((1, 4, 8))
     assert calibrate.needs_inputs(DENSE, LEARNED, 1, rescale=False)

@@ -126,8 +126,15 @@ def test_hopper_with_sizes_of_another_order():
 
 def test_a_benchmark_row_names_the_fastest_rival():
     times = {"ours": 2.0, "dense": 6.0, "a": 4.0, "b": 3.0}
-    assert bench._against(times, ["dense"]) == {"rival_ms": 6.0, "speedup": 3.0}
-    assert bench._against(times, ["a", "b"]) == {"rival_ms": 3.0, "speedup": 1.5, "rival_form": "b"}
+    found = bench._against(times, "ours", ["dense"], 0.001234)
+    assert found == {"ms": 2.0, "rival_ms": 6.0, "speedup": 3.0, "relerr": 0.00123}
+    assert bench._against(times, "ours", ["a", "b"], 0.1) == {
+        "ms": 2.0,
+        "rival_ms": 3.0,
+        "speedup": 1.5,
+        "relerr": 0.1,
+        "rival_form": "b",
+    }
     assert {name for name, recipe in bench.RECIPES.items() if recipe.in_fp8} == {
         name for name in bench.RECIPES if name.endswith("fp8")
     }

@@ -126,7 +126,7 @@ def test_precision_reaches_the_layer_in_nnx_and_linen():
     np.testing.assert_array_equal(mlp(x, recipe=recipe), expected)
     packed = venom_jax.pack_weights(mlp.w1[...], mlp.w2[...], mlp.beta[...], recipe=recipe)
     np.testing.assert_array_equal(mlp(x, recipe=recipe, packed=packed), expected)
-    in_linen = venom_jax.linen.SparseMLP(32, 64, max_experts=8)
+    in_linen = venom_jax.linen.SparseMLP(64, max_experts=8)
     variables = {"params": {"w1": mlp.w1[...], "w2": mlp.w2[...]}}
     method = in_linen.init(jax.random.key(0), x)["Method"]
     np.testing.assert_array_equal(in_linen.apply(variables | {"Method": method}, x, recipe=recipe), expected)

@@ -68,6 +68,19 @@ def check_rows(tokens, top_k, groups, width, dtype):
     rows = jax.random.normal(jax.random.key(1), rows.shape).astype(dtype)
     total = jax.jit(reference.sum_copies)(rows, where.row_of_slot)
     assert_same(api.sum_copies(rows, where.row_of_slot, implementation="hopper"), total)
+    check_weighted_rows(x.at[tokens - 1, 0].set(jnp.inf), rows, where)
+
+
+def check_weighted_rows(x, rows, where):
+    of_copy = jax.random.uniform(jax.random.key(2), where.row_of_slot.shape)
+    of_row = jnp.full(len(where.token_of_row), 2.0).at[where.row_of_slot.reshape(-1)].set(of_copy.reshape(-1))
+    found = api.gather_rows(x, where.token_of_row, of_row, implementation="hopper")
+    assert_same(found, jax.jit(reference.gather_rows)(x, where.token_of_row, of_row))
+    assert not np.asarray(found, np.float32)[np.asarray(where.token_of_row) == len(x)].any()
+    found = api.sum_copies(rows, where.row_of_slot, of_copy, implementation="hopper")
+    expected = (np.asarray(rows, np.float64)[where.row_of_slot] * np.asarray(of_copy)[:, :, None]).sum(1)
+    # Rounded once to 16 bits; XLA may make one rounding of a product and a sum.
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=1e-6)
 
 
 def check_choice(tokens, d_model, experts, top_k, *, cosine, with_bias):
@@ -185,6 +198,9 @@ def test_row_kernels_lower(dtype, lowering):
     where, slots = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2240,), (1000, 2)))
     assert "mosaic_gpu" in lowered(api.gather_rows, x, where)
     assert "mosaic_gpu" in lowered(api.sum_copies, rows, slots)
+    weights = [jax.ShapeDtypeStruct(of.shape, jnp.float32) for of in (where, slots)]
+    assert "mosaic_gpu" in lowered(api.gather_rows, x, where, weights[0])
+    assert "mosaic_gpu" in lowered(api.sum_copies, rows, slots, weights[1])
 
 
 @pytest.mark.parametrize(("d_model", "experts", "top_k"), [(128, 2, 1), (2048, 16, 4), (4096, 32, 8)])

@@ -21,7 +21,9 @@ from train.model import arcee, decoder
 from venom_jax import Recipe
 
 GROUPED = replace(MODEL, heads=4, kv_heads=2, tied_head=True, rope_base=50.0, norm_epsilon=1e-2)
-SHAPES = pytest.mark.parametrize("shape", [MODEL, GROUPED], ids=["plain", "grouped and tied"])
+# Angles of a context four times as long as 16: pairs that stay, pairs that are slowed down, and one between.
+YARN = replace(MODEL, d_model=64, rope_base=100.0, rope_factor=4.0, rope_original_length=16, rope_fast=4.0)
+SHAPES = pytest.mark.parametrize("shape", [MODEL, GROUPED, YARN], ids=["plain", "grouped and tied", "YaRN"])
 TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab_size, 24)
 
 
@@ -57,6 +59,15 @@ def test_the_exported_files_hold_the_same_function(tmp_path, shape):
     assert ours.std() > 1, "logits near zero would agree whatever the layout"
     np.testing.assert_allclose(
         arcee_numpy.logits(write(tmp_path, shape, params), TOKENS), ours, atol=1e-4 * np.abs(ours).max()
+    )
+
+
+@SHAPES
+def test_the_shape_comes_back(tmp_path, shape):
+    values = arcee.config_json(shape, seq_len=64, eos_id=0, dtype="float32")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert replace(arcee.read_model(tmp_path), init_std=shape.init_std) == replace(
+        shape, kv_heads=shape.key_value_heads
     )
 
 
@@ -162,7 +173,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         ({"attention_bias": True}, NotImplementedError, "attention_bias = True"),
         ({"mlp_bias": True}, NotImplementedError, "mlp_bias = True"),
         ({"head_dim": 8}, NotImplementedError, "head_dim = 8"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, NotImplementedError, "rope_type = 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, NotImplementedError, "rope_type = 'llama3'"),
     ],
 )
 def test_models_that_this_decoder_cannot_be_are_refused(tmp_path, change, error, message):

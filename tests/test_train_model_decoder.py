@@ -50,7 +50,7 @@ def test_causality_by_gradient(small, tokens):
 
 def test_rotary_turns_pairs_by_position_times_frequency():
     x = jax.random.normal(jax.random.key(0), (1, 5, 1, 4))
-    found = decoder.rotary(x, base=100.0)[0, :, 0]
+    found = decoder.rotary(x, 100.0 ** -(jnp.arange(2) / 2))[0, :, 0]
     for position in range(5):
         for pair, frequency in enumerate((1.0, 0.1)):
             turned = complex(*x[0, position, 0, [pair, pair + 2]]) * np.exp(1j * position * frequency)
@@ -59,7 +59,9 @@ def test_rotary_turns_pairs_by_position_times_frequency():
 
 def test_rotary_inner_products_depend_on_the_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 8))
-    turned_q, turned_k = (decoder.rotary(jnp.tile(v, (1, 12, 1, 1)), 1e4)[0, :, 0] for v in (q, k))
+    turned_q, turned_k = (
+        decoder.rotary(jnp.tile(v, (1, 12, 1, 1)), 1e4 ** -(jnp.arange(4) / 4))[0, :, 0] for v in (q, k)
+    )
     products = np.asarray(turned_q @ turned_k.T)
     for offset in (0, 3, -4):
         diagonal = np.diagonal(products, offset)

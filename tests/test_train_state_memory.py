@@ -65,6 +65,18 @@ def test_unrolled_layers_take_what_they_took(size, recipe, devices, gib):
     assert memory.estimate(config, 1, devices).total / 2**30 == pytest.approx(gib, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "gib"),
+    [("dense", 34.6), ("act24", 32.2), ("all24", 30.6), ("act24:4:2", 30.7), ("venom:4:1", 29.1)],
+)
+def test_layers_in_eight_bits_take_what_they_took(recipe, gib):
+    """8 of 7B's layers: docs/results/h200/train8.json."""
+    config = with_phases(
+        load_config(["configs/size/7b-layers.gin"], ["Data.synthetic = True"]), [parse_recipe(f"{recipe}@fp8")[1]]
+    )
+    assert memory.estimate(config, 1, 1).total / 2**30 == pytest.approx(gib, rel=0.07)
+
+
 def test_microbatches_have_a_sum_of_gradients_beside_their_own():
     one, two = (memory.estimate(of_1b(Train_accumulation=n), 1, 1) for n in (1, 2))
     assert two.gradients == 2 * one.gradients

@@ -211,7 +211,7 @@ def test_the_loss_that_is_looked_at_is_the_steps():
     config = run_config(z_loss=0.1)
     graphdef, _, _ = build(config.model, config.max_experts, 0)
     state, tokens = initial_state(config), jnp.arange(8 * 17, dtype=jnp.int32).reshape(8, 17)
-    tensors = dict(explain._tensors(graphdef, config, state, tokens, 0))
+    tensors = dict(explain._tensors(graphdef, config, config.schedule.recipes[0], state, tokens, 0))
     _, metrics = make_train_step(graphdef, config)(state, tokens)
     np.testing.assert_allclose(tensors["the loss"], metrics["loss"], rtol=1e-6)
 

@@ -5,8 +5,12 @@
 
 A step is what a run executes: gradients, clipping, AdamW, the router's bias.  Each recipe takes turns with dense on one
 state, which each step donates to the next, so that a card which warms up treats both alike; the weights are the first
-ones, neither clustered nor scaled.  ``venom:E:k`` names a routed recipe, ``act24:E:k`` the same with dense weights.  A
-row is printed, and the file written, as soon as its recipe has run.
+ones, neither clustered nor scaled.  ``venom:E:k`` names a routed recipe, ``act24:E:k`` the same with dense weights;
+with ``@fp8`` behind it, as in ``dense@fp8`` or ``venom:4:1@fp8``, a recipe runs in eight bits.  A row is printed, and
+the file written, as soon as its recipe has run.  With ``--together`` all take turns in one race, without a switch, and
+those in eight bits are compared with dense in eight bits, too.
+
+``mfu_dense`` and ``mfu_executed`` are of the device's peak for 16 bits, where an operation on eight bits counts half.
 
 ``part_ms``: where the step's time goes, from a trace of two steps (`train.records.trace`): the FFN with its router and
 packing, attention with its rotation, the projections around it, the head with its loss, clipping with AdamW, what is
@@ -34,7 +38,7 @@ def work(values: flags.FlagValues) -> int:
     if not output.parent.is_dir():
         raise ValueError(f"--json={values.json}: there is no folder {output.parent}")
     size = Path(values.gin_file[0]).stem if values.gin_file else "model"
-    rows = measure(config, names, size, values.rounds, values.parts, values.switch, output)
+    rows = measure(config, names, size, values.rounds, values.parts, values.switch, output, together=values.together)
     missing = len(wanted) - sum(not row["case"].endswith(", switch") for row in rows)
     if missing:
         print_error(f"{missing} of the recipes did not run; the lines above say why")
@@ -48,5 +52,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("json", None, "file for the rows", required=True)
     flags.DEFINE_integer("rounds", 5, "turns of every recipe", lower_bound=1)
     flags.DEFINE_boolean("parts", True, "trace where the time of a step goes")
+    flags.DEFINE_boolean("together", False, "one race in which all recipes take turns")
     flags.DEFINE_boolean("switch", True, "also time dense and the last recipe behind the phases' switch")
     app.run(program(work))

@@ -14,12 +14,19 @@ from train.config.settings import trust_imports
 from train.data.sources import open_split
 from train.evaluation.sampling import TEMPERATURE, TOP_P, sample_text
 from train.evaluation.validation import restore
+from train.sparsity import usage
 
 
 @program
 def main(values: flags.FlagValues) -> None:
     """The command."""
     trust_imports(values.gin_allow_imports)
+    options = {"temperature": values.temperature, "top_p": values.top_p, "seed": values.seed}
+    if values.model is not None or values.sparsity is not None:
+        model = usage.from_flags(values)
+        text = usage.generate_text(model, values.prompt, new_tokens=values.new_tokens, **options)
+        print(f"{model.subject.name}, {model.forward}:\n{text}")
+        return
     run = restore(values.workdir, ema=values.ema)
     tokenizer = open_split(run.config, "train").tokenizer
     with tqdm(total=values.new_tokens, unit="token", disable=None) as bar:  # None: shown on a terminal only
@@ -31,16 +38,19 @@ def main(values: flags.FlagValues) -> None:
             tokenizer,
             values.prompt,
             new_tokens=values.new_tokens,
-            temperature=values.temperature,
-            top_p=values.top_p,
-            seed=values.seed,
             on_tokens=bar.update,
+            **options,
         )
     print(f"step {run.step}:\n{text}")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step", required=True)
+    flags.DEFINE_string("workdir", None, "folder of a run of train.main; FOLDER@STEP for an older step")
+    flags.DEFINE_string("model", None, "in its place: Hugging Face folder, .gguf file, or a workdir")
+    flags.DEFINE_string("sparsity", None, "folder of train.sparsify: prune the model's activations as saved there")
+    flags.DEFINE_boolean("allow_other_weights", False, "take --sparsity for weights that it was not calibrated on")
+    flags.DEFINE_string("tokenizer", None, "with --model: a tokenizer.json in place of the model's own")
+    flags.mark_flags_as_mutual_exclusive(["workdir", "model"], required=True)
     flags.DEFINE_string("prompt", "The ", "the text to continue; empty starts a new document")
     flags.DEFINE_integer("new_tokens", 200, "how many tokens to draw at most")
     flags.DEFINE_float("temperature", TEMPERATURE, "0 takes the most probable token")

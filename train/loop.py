@@ -183,6 +183,9 @@ def train(run: Run) -> int:
     start, masks, seconds, report = checkpoints.latest or 0, None, 0.0, {}
     if start:
         state, masks, seconds = checkpoints.restore(abstract_state(config, layout), iterator)
+        # Phases that differ in their precision only may have come, or gone, since it was saved.
+        phase = jax.device_put(np.int32(config.schedule.index_at(start - 1)), state.phase.sharding)
+        state = replace(state, phase=phase)
     else:
         state, report = first_state(config, run.params, layout)
     first_alone(lambda: begin_records(run, start))

@@ -11,8 +11,9 @@ from typing import Any
 from absl import app, flags, logging
 
 from train import loop
-from train.command import compute_deterministically, keep_compiled_programs, outlive_output, print_error
+from train.command import compute_deterministically, keep_compiled_programs, print_error
 from train.config.settings import load_config, trust_imports
+from train.output import outlive_output
 from train.records import logger
 from train.state import processes
 from train.state.checkpoint import CheckpointError

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from train.command import outlive_output
+from train.output import outlive_output
 from train.records.plots import FIELDS, plot_pareto, plot_runs
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from train.command import outlive_output
 from train.data.documents import MAX_DOCUMENT_CHARS, describe_skipped
 from train.data.prepare import (
     DEFAULT_VALIDATION_FRACTION,
@@ -23,6 +22,7 @@ from train.data.prepare import (
     count_documents,
     prepare,
 )
+from train.output import outlive_output
 
 
 def main(argv: Sequence[str]) -> int:

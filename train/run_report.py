@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from absl import app
 
-from train.command import outlive_output
+from train.output import outlive_output
 from train.records.run_report import write_report
 
 

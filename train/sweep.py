@@ -29,7 +29,8 @@ from typing import Any
 
 from absl import app, flags
 
-from train.command import outlive_output, print_error
+from train.command import print_error
+from train.output import outlive_output
 from train.sweeps.sweep import run_sweep
 
 

@@ -19,9 +19,11 @@ from venom_jax.ffn import pack_weights as pack_weights
 from venom_jax.formats import VNM as VNM
 from venom_jax.formats import Sparse24 as Sparse24
 from venom_jax.fp8 import EightBitWeights as EightBitWeights
+from venom_jax.general_ffn import feed_forward as feed_forward
 from venom_jax.layer import sparse_ffn as sparse_ffn
 from venom_jax.mlp import Method as Method
 from venom_jax.mlp import SparseMLP as SparseMLP
+from venom_jax.moe import SparseMoE as SparseMoE
 from venom_jax.pattern import LayerRecipes as LayerRecipes
 from venom_jax.pattern import Pattern as Pattern
 from venom_jax.pattern import Recipe as Recipe

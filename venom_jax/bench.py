@@ -4,6 +4,7 @@ Everything that a training step pays is inside: thresholding and packing both we
 packing the activations both ways, six products. Each recipe is timed only after its outputs and gradients agree with
 the masked reference in the same run (on fewer tokens). Operands are random, buffers rotate, recipes take turns with
 dense.
+With --fp8 all of one size are compiled at once and race together; one size takes about a minute (--d_model, --masters).
 `stage_ms` times the parts of a step one by one; their sum is more than the step, in which XLA fuses across them.
 """
 
@@ -127,44 +128,67 @@ def gpu_name() -> str:
 def measure(
     tokens: int, d_model: int, d_ffn: int, names: list[str], masters: Any, with_stages: bool
 ) -> Iterator[dict[str, Any]]:
-    """Rows for each recipe at one size, as they come; a recipe takes turns with its rivals.
-
-    The rival of all is "dense", XLA's layer in bf16; of sparse recipes in eight bits also "dense8", the fastest dense
-    layer in eight bits, be it ours or one of `rivals8`.
-    """
+    """A row for each recipe at one size, as it comes; a recipe takes turns with dense."""
     sets = [operands(tokens, d_model, d_ffn, seed, masters) for seed in range(2)]
-    dense, dense8 = {"dense": timing.repeated(step(Recipe.dense(), None), sets)}, {}
-    if any(_against_dense8(RECIPES[name]) for name in names):
-        dense8 = {name: timing.repeated(rival, sets) for name, rival in rivals8().items()}
+    dense = timing.repeated(step(Recipe.dense(), None), sets)
     for name in names:
-        recipe = RECIPES[name]
-        row: dict[str, Any] = {
-            "bench": "ffn",
-            "case": f"{name} D={d_model} F={d_ffn}",
-            "tokens": tokens,
-            "masters": jnp.dtype(masters).name,
-            "ms": None,
-            "rival": "dense",
-            "rival_ms": None,
-            "speedup": None,
-            "relerr": None,
-            "device": gpu_name(),
-            "jax": jax.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
+        row = _row(name, tokens, d_model, d_ffn, masters)
         try:
-            error = checked_error(recipe, d_model, d_ffn)
-            runs = {"ours": timing.repeated(step(recipe, "hopper"), sets)} | dense
-            runs |= dense8 if _against_dense8(recipe) else {}
+            error = checked_error(RECIPES[name], d_model, d_ffn)
+            runs = {"ours": timing.repeated(step(RECIPES[name], "hopper"), sets), "dense": dense}
             times = timing.race(runs, dict.fromkeys(runs, len(sets)))
         except (RuntimeError, NotImplementedError) as failure:
             yield row | {"failure": str(failure)[:300]}
             continue
-        row |= {"ms": round(times["ours"], 4), "relerr": float(f"{error:.3g}")}
-        parts = stage_times(recipe, sets[0]) if with_stages and not recipe.in_fp8 else {}
-        yield row | _against(times, ["dense"]) | parts
-        if _against_dense8(recipe):
-            yield row | {"rival": "dense8"} | _against(times, list(dense8))
+        parts = stage_times(RECIPES[name], sets[0]) if with_stages and not RECIPES[name].in_fp8 else {}
+        yield row | _against(times, "ours", ["dense"], error) | parts
+
+
+def measure_fp8(tokens: int, d_model: int, d_ffn: int, names: list[str], masters: Any) -> Iterator[dict[str, Any]]:
+    """Rows for recipes in eight bits, all compiled at once and all in one race, against dense layers of two kinds.
+
+    The rival "dense" is XLA's layer in bf16, "dense8" the fastest dense layer in eight bits: ours or one of `rivals8`.
+    """
+    sets = [operands(tokens, d_model, d_ffn, seed, masters) for seed in range(2)]
+    steps = {"dense": step(Recipe.dense(), None)} | rivals8()
+    steps |= {name: step(RECIPES[name], "hopper") for name in names}
+    jobs: dict[Any, Callable[[], timing.Run]] = {
+        name: functools.partial(timing.repeated, function, sets) for name, function in steps.items()
+    }
+    checks: dict[Any, Callable[[], Any]] = {
+        ("error", name): functools.partial(checked_error, RECIPES[name], d_model, d_ffn) for name in names
+    }
+    built: dict[Any, Any] = timing.build(checks | jobs, at_once=16)
+    failed = {name: result for name, result in built.items() if isinstance(result, Exception)}
+    runs = {name: built[name] for name in jobs if name not in failed and ("error", name) not in failed}
+    times = timing.race(runs, dict.fromkeys(runs, len(sets)), rounds=5)
+    dense8 = [name for name in rivals8() if name in times]
+    for name in names:
+        row = _row(name, tokens, d_model, d_ffn, masters)
+        if name not in times:
+            yield row | {"failure": str(failed.get(("error", name), failed.get(name)))[:300]}
+            continue
+        error = built["error", name]
+        yield row | _against(times, name, ["dense"], error)
+        if not RECIPES[name].is_dense:
+            yield row | {"rival": "dense8"} | _against(times, name, dense8, error)
+
+
+def _row(name: str, tokens: int, d_model: int, d_ffn: int, masters: Any) -> dict[str, Any]:
+    return {
+        "bench": "ffn",
+        "case": f"{name} D={d_model} F={d_ffn}",
+        "tokens": tokens,
+        "masters": jnp.dtype(masters).name,
+        "ms": None,
+        "rival": "dense",
+        "rival_ms": None,
+        "speedup": None,
+        "relerr": None,
+        "device": gpu_name(),
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def rivals8() -> dict[str, Callable[..., Any]]:
@@ -177,14 +201,15 @@ def rivals8() -> dict[str, Callable[..., Any]]:
     }
 
 
-def _against_dense8(recipe: Recipe) -> bool:
-    return recipe.in_fp8 and not recipe.is_dense
-
-
-def _against(times: dict[str, float], rivals_of_row: list[str]) -> dict[str, Any]:
-    """The fields of a row that speak of the fastest of some rivals."""
+def _against(times: dict[str, float], ours: str, rivals_of_row: list[str], error: float) -> dict[str, Any]:
+    """The measured fields of a row, against the fastest of some rivals."""
     fastest = min(rivals_of_row, key=lambda name: times[name])
-    found = {"rival_ms": round(times[fastest], 4), "speedup": round(times[fastest] / times["ours"], 3)}
+    found = {
+        "ms": round(times[ours], 4),
+        "rival_ms": round(times[fastest], 4),
+        "speedup": round(times[fastest] / times[ours], 3),
+        "relerr": float(f"{error:.3g}"),
+    }
     return found if len(rivals_of_row) == 1 else found | {"rival_form": fastest}
 
 
@@ -215,17 +240,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, help="file for the rows")
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="names, separated by commas")
+    parser.add_argument("--recipes", help="names, separated by commas (default: all, or with --fp8 those in 8 bits)")
+    parser.add_argument(
+        "--fp8", action="store_true", help="recipes in 8 bits, in one race with dense layers of 16 and 8"
+    )
     parser.add_argument("--d_model", type=int, nargs="*", default=[size[0] for size in SIZES], help="of the sizes")
     parser.add_argument("--masters", nargs="*", default=["bfloat16", "float32"], help="dtypes of weights and gradients")
     parser.add_argument("--stages", action="store_true", help="time the parts of each step with bfloat16 masters too")
     arguments = parser.parse_args()
-    names, rows = arguments.recipes.split(","), []
+    default = [name for name, recipe in RECIPES.items() if recipe.in_fp8] if arguments.fp8 else list(RECIPES)
+    names, rows = default if arguments.recipes is None else arguments.recipes.split(","), []
     for masters in arguments.masters:
         for d_model, d_ffn in SIZES:
             if d_model in arguments.d_model:
+                given = (arguments.tokens, d_model, d_ffn, names, jnp.dtype(masters))
                 with_stages = arguments.stages and masters == "bfloat16"
-                for row in measure(arguments.tokens, d_model, d_ffn, names, jnp.dtype(masters), with_stages):
+                for row in measure_fp8(*given) if arguments.fp8 else measure(*given, with_stages):
                     print(json.dumps(row), flush=True)
                     rows.append(row)
                     with open(arguments.json, "w") as file:

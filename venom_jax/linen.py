@@ -1,4 +1,4 @@
-"""SparseMLP and VNMLinear as flax.linen modules.
+"""SparseMLP, VNMLinear and SparseMoE as flax.linen modules.
 
     class Block(nn.Module):
         @nn.compact
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
@@ -26,6 +27,8 @@ from venom_jax.calibrate import Layer
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import PackedWeights
 from venom_jax.formats import VNM
+from venom_jax.fp8 import EightBitWeights
+from venom_jax.moe import SparseMoE
 from venom_jax.pattern import WEIGHT_GEMMS, Pattern, Recipe
 from venom_jax.placement import Hints, Mesh, Names
 from venom_jax.prune import vnm as prune_vnm
@@ -64,7 +67,7 @@ class SparseMLP(nn.Module):
         x: Float[Array, "*batch D"],
         *,
         recipe: Recipe | None = None,
-        packed: PackedWeights | None = None,
+        packed: PackedWeights | EightBitWeights | None = None,
         key: Array | None = None,
         return_stats: bool = False,
         implementation: Implementation | None = None,
@@ -134,6 +137,11 @@ class VNMLinear(nn.Module):
         held = VNM(None, metadata, columns, (self.d_out, x.shape[-1]), self.pattern)
         y = vnm_linear(x.reshape(-1, x.shape[-1]), w, held, gradient=self.gradient, implementation=implementation)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def sparse_moe(d_model: int, d_expert: int, *, name: str | None = None, **options: Any) -> nn.Module:
+    """A module with the parameters and call arguments of `SparseMoE`, by nnx's bridge; biases are under `Method`."""
+    return nnx.bridge.to_linen(SparseMoE, d_model, d_expert, name=name, **options)
 
 
 def _places(w: Array, pattern: Pattern) -> dict[str, Array]:

@@ -12,8 +12,11 @@ from venom_jax import trees as named
 from venom_jax.pattern import LayerRecipes, Recipe, StackRecipe
 from venom_jax.trees import Path, Weight
 
-_WEIGHTS = ("w1", "w2")
-_STATE = ("beta", "bias", "permutation", "router", "phase")
+NEURONS = {"w1": -1, "w2": -2, "up": -1, "b1": -1, "b_up": -1}
+"""The parameters of an FFN, of which those of gates and biases may be absent, and where their neurons run."""
+_WEIGHTS = tuple(NEURONS)
+_BIASES = ("b1", "b_up")
+_STATE = ("beta", "beta_up", "bias", "permutation", "router", "phase")
 
 
 class Part(NamedTuple):
@@ -54,7 +57,7 @@ class Model:
             return {name: self._turned(leaf, name, 0) for name, leaf in leaves.items()}
 
         found = Arrays(of(params, _WEIGHTS), of(method, _STATE), [of(tree, _WEIGHTS) for tree in averages])
-        w1, w2 = (found.params[name] for name in _WEIGHTS)
+        w1, w2 = found.params["w1"], found.params["w2"]
         stack = w1.shape[:-2]
         if w2.shape != (*stack, *w1.shape[:-3:-1]):
             raise ValueError(
@@ -71,7 +74,7 @@ class Model:
     def _turned(self, leaf: Any, name: str, to: int | None) -> Any:
         """The leaf with its layers first (to = 0), or where they were (to = None)."""
         axis = self._axes[name]
-        if not axis or np.ndim(leaf) < (2 if name in _STATE else 3):
+        if not axis or np.ndim(leaf) < (2 if name in (*_STATE, *_BIASES) else 3):
             return leaf
         return named.move_axis(leaf, axis, 0) if to == 0 else named.move_axis(leaf, 0, axis)
 
@@ -152,7 +155,7 @@ class Model:
         params, method, others, averages = self._given
         every = [path for path, _ in named.named_leaves(params)]
         weights: dict[Path, Weight] = {
-            (*path, name): self._weight(path, name) for path in self._orders for name in _WEIGHTS
+            (*path, name): self._weight(path, name) for path in self._orders for name in self._work[path].params
         }
         moved = [named.permute(tree, weights, every) if weights else tree for tree in others]
 
@@ -175,11 +178,12 @@ class Model:
 
     def _weight(self, path: Path, name: str) -> Weight:
         shape = self._work[path].params[name].shape
-        stack, matrix = list(range(len(shape) - 2)), [len(shape) - 2, len(shape) - 1]
-        axes = [*stack, *matrix]  # where each axis of the leaf as it is comes from
+        own = 1 if name in _BIASES else 2
+        stack = list(range(len(shape) - own))
+        axes = list(range(len(shape)))  # where each axis of the leaf as it is comes from
         if stack and self._axes[name]:
             axes.insert(self._axes[name], axes.pop(0))
-        neurons = matrix[1] if name == "w1" else matrix[0]
+        neurons = len(shape) + NEURONS[name]
         at = tuple(axes.index(axis) for axis in stack)
         return Weight(tuple(shape[axis] for axis in axes), axes.index(neurons), at, self._orders[path])
 

@@ -30,7 +30,7 @@ from pallas_kernels.array_types import Array
 from venom_jax import calibrate, memory_of_phase, router
 from venom_jax import trees as named
 from venom_jax.mlp import Method, SparseMLP
-from venom_jax.model_trees import Arrays, Model, Part
+from venom_jax.model_trees import NEURONS, Arrays, Model, Part
 from venom_jax.pattern import WEIGHT_GEMMS, Recipe, StackRecipe, WeightGemm, WeightMask
 from venom_jax.threshold import optimal_scale, sparse_weight
 from venom_jax.trees import Path
@@ -38,6 +38,7 @@ from venom_jax.trees import Path
 # Products of the forward, and the weight each reads with its threshold axis (counted from the end).
 _FORWARD: dict[WeightGemm, tuple[str, int]] = {"y1": ("w1", -2), "y3": ("w2", -2)}
 _READS: dict[WeightGemm, tuple[str, int]] = _FORWARD | {"dy2": ("w2", -1), "dx": ("w1", -1)}
+_Y1 = WEIGHT_GEMMS.index("y1")
 
 
 class Transition(NamedTuple):
@@ -192,7 +193,7 @@ def bake(params: Any, method: Any, recipe: StackRecipe, *, layer_axis: int = 0, 
         model = Model((*enter((params, method)), [], []), layer_axis, method_axis)
         for part in model.parts(recipe, recipe, 0, remembered=False):
             here = model.take(part)
-            _bake(here.params, here.method["beta"], part.old, [*_FORWARD])
+            _bake(here.params, here.method, part.old, [*_FORWARD])
             model.put(part, here)
         return leave(model.close()[0], params)
 
@@ -239,20 +240,25 @@ def _change(model: Model, part: Part, seed: int, inputs: Any, rescale: bool) -> 
 
     turned_off = [gemm for gemm in _FORWARD if gemm in old.weights and gemm not in new.weights]
     for tree in every:
-        _bake(tree, method["beta"], old, turned_off)
+        _bake(tree, method, old, turned_off)
     report |= {f"baked_{_FORWARD[gemm][0]}": 1.0 for gemm in turned_off}
 
     order = None
     if calibrate.reclusters(old, new):
         order = _cluster(here.params["w1"], new, seed, part.number, x)
         for tree in every:
-            tree["w1"] = named.take(tree["w1"], order[..., None, :], -1)
-            tree["w2"] = named.take(tree["w2"], order[..., :, None], -2)
+            for name, leaf in tree.items():
+                axis, is_matrix = NEURONS[name], leaf.ndim > order.ndim
+                tree[name] = named.take(leaf, np.expand_dims(order, -3 - axis) if is_matrix else order, axis)
         method["permutation"] = named.take(method["permutation"], order, -1)
         report["clustered_experts"] = float(new.experts)
     if order is not None or new.experts != old.experts:
         method["bias"] = jnp.zeros_like(method["bias"])
     method["beta"] = _new_beta(here.params, method["beta"], old, new, moved=order is not None)
+    if "up" in here.params:  # a gate's other factor is read as W1 is, by a scale of its own
+        as_w1 = jnp.broadcast_to(jnp.asarray(method["beta_up"])[..., None], method["beta"].shape)
+        found = _new_beta({**here.params, "w1": here.params["up"]}, as_w1, old, new, moved=order is not None)
+        method["beta_up"] = found[..., _Y1]
     if calibrate.refits(old, new):
         method["router"] = _fit_router(here.params["w1"], new, x, method["router"])
     if "phase" in method:
@@ -277,12 +283,15 @@ def _layer(arrays: Arrays) -> calibrate.Layer:
     )
 
 
-def _bake(tree: dict[str, Any], beta: Any, recipe: Recipe, gemms: Sequence[WeightGemm]) -> None:
+def _bake(tree: dict[str, Any], method: dict[str, Any], recipe: Recipe, gemms: Sequence[WeightGemm]) -> None:
     """W <- beta S(W) in `tree` for the weights that these products read sparse."""
+    beta = method["beta"]
     for gemm in gemms:
         if gemm in recipe.weights:
             name, axis = _FORWARD[gemm]
             tree[name] = named.apply(_baked(axis, recipe.weight_mask), tree[name], beta[..., WEIGHT_GEMMS.index(gemm)])
+            if name == "w1" and "up" in tree:
+                tree["up"] = named.apply(_baked(axis, recipe.weight_mask), tree["up"], method["beta_up"])
 
 
 @functools.cache

@@ -38,6 +38,7 @@ SMALL = (
 LARGE8 = (
     TileConfig(64, 256, stages=4, store_slots=1, raster_m=8, deferred=True),
     TileConfig(64, 256, stages=4, store_slots=1, raster_m=16, raster_n=16, deferred=True),
+    TileConfig(64, 256, stages=4, store_slots=1, raster_m=32, raster_n=8, deferred=True),
     TileConfig(64, 256, stages=4, store_slots=2, raster_m=16, raster_n=16),
     TileConfig(64, 192, stages=6, store_slots=1, raster_m=8, deferred=True),
     TileConfig(64, 192, stages=6, store_slots=1, raster_m=16, raster_n=16, deferred=True),
@@ -52,6 +53,8 @@ SMALL8 = (
 )
 
 PROMOTING = (
+    TileConfig(64, 192, stages=6, store_slots=1, raster_m=8, promote=PROMOTE),
+    TileConfig(64, 192, stages=6, store_slots=1, raster_m=8, promote=PROMOTE // 2),
     TileConfig(64, 192, stages=5, store_slots=1, raster_m=8, promote=PROMOTE),
     TileConfig(64, 192, stages=5, store_slots=1, raster_m=16, raster_n=16, promote=PROMOTE),
     TileConfig(64, 128, stages=7, store_slots=1, raster_m=8, promote=PROMOTE),

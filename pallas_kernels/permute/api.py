@@ -15,33 +15,35 @@ from pallas_kernels.permute.reference import Sorted
 def gather_rows(
     tokens: Float[Array, "T D"],
     token_of_row: Int[Array, "R"],
+    weights: Float[Array, "R"] | None = None,
     *,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "R D"]:
-    """rows[r] = tokens[token_of_row[r]]; zero in padding rows, where that is T.
+    """rows[r] = tokens[token_of_row[r]] (times weights[r], in f32); zero in padding rows, where that is T.
 
     Raises:
       NotImplementedError: the named implementation does not take this device, dtype or D.
     """
     if _choose(implementation, tokens) != "reference":
-        return hopper.gather_rows(tokens, token_of_row)
-    return reference.gather_rows(tokens, token_of_row)
+        return hopper.gather_rows(tokens, token_of_row, weights)
+    return reference.gather_rows(tokens, token_of_row, weights)
 
 
 def sum_copies(
     rows: Float[Array, "R D"],
     row_of_slot: Int[Array, "T k"],
+    weights: Float[Array, "T k"] | None = None,
     *,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "T D"]:
-    """tokens[t] = the sum over j of rows[row_of_slot[t, j]], in order of j, in f32, rounded once.
+    """tokens[t] = the sum over j of rows[row_of_slot[t, j]] (times weights[t, j]), in order of j, in f32, rounded once.
 
     Raises:
       NotImplementedError: as `gather_rows`.
     """
     if _choose(implementation, rows) != "reference":
-        return hopper.sum_copies(rows, row_of_slot)
-    return reference.sum_copies(rows, row_of_slot)
+        return hopper.sum_copies(rows, row_of_slot, weights)
+    return reference.sum_copies(rows, row_of_slot, weights)
 
 
 def sort_into_groups(

@@ -19,20 +19,24 @@ _SHARED_WORDS = 2048
 """What `pack.hopper.launch` counts shared memory in."""
 
 
-def gather_rows(tokens: jax.Array, token_of_row: jax.Array) -> jax.Array:
+def gather_rows(tokens: jax.Array, token_of_row: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """As `reference.gather_rows`; a row is a multiple of 16 bytes."""
     (count, width), itemsize = tokens.shape, tokens.dtype.itemsize
-    rows = Rows(token_of_row.shape[0], width * itemsize // 16, count, itemsize=itemsize)
+    weighted = weights is not None
+    rows = Rows(token_of_row.shape[0], width * itemsize // 16, count, itemsize=itemsize, weighted=weighted)
     out = {"rows": jax.ShapeDtypeStruct((rows.count, width), tokens.dtype)}
-    return _launch(threads.gather, rows, {"tokens": tokens, "token_of_row": token_of_row}, out)["rows"]
+    arrays = {"tokens": tokens, "token_of_row": token_of_row} | ({"weights": weights} if weighted else {})
+    return _launch(threads.gather, rows, arrays, out)["rows"]
 
 
-def sum_copies(rows: jax.Array, row_of_slot: jax.Array) -> jax.Array:
+def sum_copies(rows: jax.Array, row_of_slot: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """As `reference.sum_copies`; a row is a multiple of 16 bytes."""
     (count, width), (tokens, top_k), itemsize = rows.shape, row_of_slot.shape, rows.dtype.itemsize
-    problem = Rows(tokens, width * itemsize // 16, count, top_k, itemsize)
+    weighted = weights is not None
+    problem = Rows(tokens, width * itemsize // 16, count, top_k, itemsize, weighted)
     out = {"tokens": jax.ShapeDtypeStruct((tokens, width), rows.dtype)}
-    return _launch(threads.add_up, problem, {"rows": rows, "row_of_slot": row_of_slot}, out)["tokens"]
+    arrays = {"rows": rows, "row_of_slot": row_of_slot} | ({"weights": weights} if weighted else {})
+    return _launch(threads.add_up, problem, arrays, out)["tokens"]
 
 
 def sort_into_groups(group: jax.Array, groups: int, *, align: int, interleaved: bool) -> Sorted:

@@ -57,17 +57,30 @@ def sort_into_groups(group: Int[Array, "T k"], groups: int, *, align: int, inter
     return Sorted(token_of_row, row_of_slot.reshape(tokens, top_k), sizes)
 
 
-def gather_rows(tokens: Float[Array, "T D"], token_of_row: Int[Array, "R"]) -> Float[Array, "R D"]:
-    """rows[r] = tokens[token_of_row[r]]; zero where that is T."""
-    return tokens.at[token_of_row].get(mode="fill", fill_value=0)
+def gather_rows(
+    tokens: Float[Array, "T D"], token_of_row: Int[Array, "R"], weights: Float[Array, "R"] | None = None
+) -> Float[Array, "R D"]:
+    """rows[r] = tokens[token_of_row[r]] (times weights[r], in f32, rounded once); zero where that is T."""
+    rows = tokens.at[token_of_row].get(mode="fill", fill_value=0)
+    if weights is None:
+        return rows
+    scaled = rows.astype(accumulator(rows.dtype)) * weights[:, None]
+    # A padding row stays +0.0 whatever its weight.
+    return jnp.where((token_of_row < tokens.shape[0])[:, None], scaled.astype(rows.dtype), 0)
 
 
-def sum_copies(rows: Float[Array, "R D"], row_of_slot: Int[Array, "T k"]) -> Float[Array, "T D"]:
-    """tokens[t] = rows[row_of_slot[t, 0]] + rows[row_of_slot[t, 1]] + ..., from left to right in f32, rounded once."""
+def sum_copies(
+    rows: Float[Array, "R D"], row_of_slot: Int[Array, "T k"], weights: Float[Array, "T k"] | None = None
+) -> Float[Array, "T D"]:
+    """tokens[t] = rows[row_of_slot[t, 0]] + rows[row_of_slot[t, 1]] + ..., from left to right in f32, rounded once.
+
+    With weights each row is multiplied by its copy's first, in f32.
+    """
     copies = rows[row_of_slot]
-    if copies.shape[1] == 1:
+    if copies.shape[1] == 1 and weights is None:
         return copies[:, 0]
     copies = copies.astype(accumulator(rows.dtype))
+    copies = copies if weights is None else copies * weights[:, :, None]
     total = copies[:, 0]
     for slot in range(1, copies.shape[1]):
         total = total + copies[:, slot]

@@ -23,6 +23,8 @@ class Rows:
     sources: int
     top_k: int = 1
     itemsize: int = 2
+    weighted: bool = False
+    """Each copy of a row is multiplied by an f32 of "weights" on its way."""
 
     @property
     def unroll(self) -> int:
@@ -41,14 +43,18 @@ class Rows:
 
 
 def gather(m: Machine, rows: Rows) -> None:
-    """rows[r] = tokens[token_of_row[r]], zero where that is the number of tokens."""
+    """rows[r] = tokens[token_of_row[r]], times weights[r], zero where that is the number of tokens."""
     mine = rows.mine(m)
     tokens = [m.load_word("token_of_row", piece // rows.pieces) for piece in mine]
+    weights = [m.load_word("weights", piece // rows.pieces) for piece in mine] if rows.weighted else []
     found = []
     for piece, token in zip(mine, tokens, strict=True):
         # A padding row reads the last token and keeps no bit of it: NaN would survive a product with zero.
         source = m.minimum(token, rows.sources - 1) * rows.pieces + piece % rows.pieces
         found.append(m.load("tokens", source))
+    if rows.weighted:
+        scaled = (_scaled(m, words, weight, rows.itemsize) for words, weight in zip(found, weights, strict=True))
+        found = [_rounded(m, words, rows.itemsize) for words in scaled]
     for piece, token, words in zip(mine, tokens, found, strict=True):
         real = m.greater(constant(m, rows.sources), token)
         m.store("rows", piece, [word & real for word in words])
@@ -57,30 +63,47 @@ def gather(m: Machine, rows: Rows) -> None:
 def add_up(m: Machine, rows: Rows) -> None:
     """tokens[t] = the sum of rows[row_of_slot[t, :]] from left to right in f32, rounded once; one copy is copied.
 
-    A slot beyond the rows reads the last one.
+    Weighted, each is multiplied by weights[t, :] first. A slot beyond the rows reads the last one.
     """
     mine = rows.mine(m)
-    slots = [
-        [m.load_word("row_of_slot", piece // rows.pieces * rows.top_k + j) for j in range(rows.top_k)] for piece in mine
-    ]
+    copies = [[piece // rows.pieces * rows.top_k + j for j in range(rows.top_k)] for piece in mine]
+    slots = [[m.load_word("row_of_slot", copy) for copy in of_piece] for of_piece in copies]
+    weights = [[m.load_word("weights", copy) for copy in of_piece] for of_piece in copies] if rows.weighted else None
     slots = [[m.minimum(row, rows.sources - 1) for row in of_piece] for of_piece in slots]
     found = [
         [m.load("rows", row * rows.pieces + piece % rows.pieces) for row in of_piece]
         for piece, of_piece in zip(mine, slots, strict=True)
     ]
-    for piece, copies in zip(mine, found, strict=True):
-        m.store("tokens", piece, copies[0] if len(copies) == 1 else _sum(m, copies, rows.itemsize))
+    for i, piece in enumerate(mine):
+        if weights is None and rows.top_k == 1:
+            m.store("tokens", piece, found[i][0])
+            continue
+        if weights is None:
+            terms = [_widened(m, words, rows.itemsize) for words in found[i]]
+        else:
+            terms = [_scaled(m, *of_copy, rows.itemsize) for of_copy in zip(found[i], weights[i], strict=True)]
+        m.store("tokens", piece, _rounded(m, _sum(m, terms), rows.itemsize))
 
 
-def _sum(m: Machine, copies: list[list[Word]], itemsize: int) -> list[Word]:
-    if itemsize == 2:
-        copies = [[f32 for pair in words for f32 in m.widen(pair)] for words in copies]
-    total = copies[0]
-    for words in copies[1:]:
+def _sum(m: Machine, terms: list[list[Word]]) -> list[Word]:
+    """Of f32, from left to right."""
+    total = terms[0]
+    for words in terms[1:]:
         total = [m.add_f32(a, b) for a, b in zip(total, words, strict=True)]
-    if itemsize == 4:
-        return total
-    return [m.round_pair(total[i], total[i + 1]) for i in range(0, len(total), 2)]
+    return total
+
+
+def _scaled(m: Machine, words: list[Word], weight: Word, itemsize: int) -> list[Word]:
+    """A piece as f32, times a weight."""
+    return [m.multiply_f32(f32, weight) for f32 in _widened(m, words, itemsize)]
+
+
+def _widened(m: Machine, words: list[Word], itemsize: int) -> list[Word]:
+    return words if itemsize == 4 else [f32 for pair in words for f32 in m.widen(pair)]
+
+
+def _rounded(m: Machine, f32: list[Word], itemsize: int) -> list[Word]:
+    return f32 if itemsize == 4 else [m.round_pair(f32[i], f32[i + 1]) for i in range(0, len(f32), 2)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from train.model import decoder
 from train.model.mesh import ONE_DEVICE, layout_of
 from train.state.state import initial_state
 from train.step import explain
-from train.step.step import make_diagnosis, make_gradients
+from train.step.step import make_diagnosis, make_gradients, make_train_step
 from venom_jax import Recipe
 
 BATCH = np.random.default_rng(5).integers(0, 300, (16, 65), np.int32)
@@ -49,6 +49,20 @@ def test_gradients_equal_those_of_one_device_and_one_microbatch(options):
     assert max(error for name, error in errors.items() if "w1" in name) > 0.1, "the selection matters here"
 
 
+@pytest.mark.parametrize("shape", [{"gated": True}, {"gated": True, "experts": 4, "shared_experts": 1, "d_expert": 16}])
+def test_gates_and_experts_are_those_of_one_device(shape):
+    """Neurons, or whole experts, are cut over devices and gathered for each pass."""
+    config = replace(run_config(shape=shape, batch_size=16, seq_len=64, accumulation=2), mesh=Mesh(data=2, fsdp=4))
+    recipe = Recipe.act24(token_blocks=16)
+    results = []
+    for found, layout in ((replace(config, mesh=Mesh()), ONE_DEVICE), (config, layout_of(config))):
+        graphdef, state = decoder.structure(found.model, 1), initial_state(found, layout)
+        gradients = jax.jit(make_gradients(graphdef, found, layout), static_argnames="recipe")
+        results.append(gradients(state.params, state.method, layout.rows(BATCH), jax.random.key(1), recipe=recipe))
+    for found, one in zip(*map(jax.tree.leaves, results), strict=True):
+        assert_close(found, one)
+
+
 def test_the_diagnosis_speaks_of_the_fours_that_the_devices_prune():
     config = replace(run_config(batch_size=16, seq_len=64, accumulation=2), mesh=Mesh(data=2, fsdp=4))
     graphdef, layout, few = decoder.structure(config.model, config.max_experts), layout_of(config), BATCH[:8]
@@ -73,10 +87,29 @@ def test_the_guards_look_computes_the_gradients_of_the_devices():
     state = initial_state(config, layout)
     gradients = jax.jit(make_gradients(graphdef, config, layout), static_argnames="recipe")
     expected, *_ = gradients(state.params, state.method, layout.rows(BATCH), jax.random.key(0), recipe=recipe)
-    seen = dict(explain._tensors(graphdef, config, initial_state(config), jnp.asarray(BATCH), 0))
+    seen = dict(explain._tensors(graphdef, config, recipe, initial_state(config), jnp.asarray(BATCH), 0))
     for name in ("w1", "w2"):
         found = next(leaf for key, leaf in seen.items() if "gradient" in key and key.endswith(f"{name} in layer 0"))
         assert_close(found, expected["blocks"]["ffn"][name][0])
+
+
+@pytest.mark.parametrize("fsdp", [4, 1])
+def test_eight_bits_give_the_gradients_of_one_device_but_for_its_scales_of_tokens(fsdp):
+    """Weights have one scale wherever they lie; x and dy have each device's own, which move bits as roundings do."""
+    recipe = Recipe.act24(token_blocks=8, precision="fp8")
+    config = run_config(batch_size=16, seq_len=64, phases=((0, recipe),), fp8_head=True)
+    config = replace(config, mesh=Mesh(data=8 // fsdp, fsdp=fsdp))
+
+    def gradients_of(layout):
+        graphdef, state = decoder.structure(config.model, config.max_experts), initial_state(config, layout)
+        gradients = jax.jit(make_gradients(graphdef, config, layout), static_argnames="recipe")
+        grads, _, metrics = gradients(state.params, state.method, layout.rows(BATCH), jax.random.key(1), recipe=recipe)
+        return grads, metrics["loss"]
+
+    (found, loss), (expected, whole) = gradients_of(layout_of(config)), gradients_of(ONE_DEVICE)
+    assert float(loss) == pytest.approx(float(whole), rel=1e-4)
+    errors = jax.tree.map(relative_error, found, expected)
+    assert max(jax.tree.leaves(errors)) < 0.05, errors
 
 
 @pytest.mark.parametrize(("accumulation", "shape"), [(1, "32x16"), (2, "2x32x16")], ids=["by layer", "at the end"])
@@ -89,3 +122,23 @@ def test_copies_sum_a_layers_gradients_in_the_backward_unless_there_are_microbat
     text = jax.jit(gradients, static_argnames="recipe").lower(*arguments, recipe=Recipe()).as_text()
     summed = re.findall(r"\}\) : \(tensor<((?:2x)?32x16)xf32>\) -> tensor<\1xf32>", text)
     assert set(summed) == {shape}
+
+
+def test_muon_shares_matrices_among_devices():
+    """Two layers, so stacks of two and four matrices on eight devices: the same update as on one."""
+    config = replace(run_config(batch_size=16, optimizer={"kind": "muon"}), mesh=Mesh(data=2, fsdp=4))
+    layout = layout_of(config)
+
+    def step_of(layout):
+        state = initial_state(config, layout)
+        train_step = make_train_step(decoder.structure(config.model, config.max_experts), config, layout)
+        for _ in range(2):
+            state, _ = train_step(state, layout.rows(BATCH[:, :17]))
+        return state
+
+    found, expected = step_of(layout), step_of(ONE_DEVICE)
+    start = initial_state(config)
+    for name in ("w1", "w2"):
+        after, alone, before = (np.asarray(one.params["blocks"]["ffn"][name]) for one in (found, expected, start))
+        assert relative_error(after - before, alone - before) < 1e-3
+        assert np.abs(alone - before).max() > 0

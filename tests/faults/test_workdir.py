@@ -25,7 +25,7 @@ from train.state.workdir import CHECKPOINTS, CHECKSUMS, DAMAGED, WorkdirLock, se
 HOLDER = """
 import sys, time
 from pathlib import Path
-from train.workdir import WorkdirLock
+from train.state.workdir import WorkdirLock
 lock = WorkdirLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

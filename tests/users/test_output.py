@@ -75,13 +75,13 @@ def test_a_terminal_goes_away(tmp_path, before, what, code, saved):
 
 
 def test_words_that_a_terminal_cannot_show_are_escaped():
-    code = "from train.command import outlive_output; outlive_output(); print('ü東'); print('end')"
+    code = "from train.output import outlive_output; outlive_output(); print('ü東'); print('end')"
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
     assert done.stdout == b"\\xfc\\u6771\nend\n"
 
 
 def test_output_that_the_shell_has_closed():
-    code = "from train.command import outlive_output; outlive_output(); print('a'); import sys; sys.stderr.write('b')"
+    code = "from train.output import outlive_output; outlive_output(); print('a'); import sys; sys.stderr.write('b')"
     done = subprocess.run(f'{sys.executable} -c "{code}" >&- 2>&-', shell=True, check=False)
     assert done.returncode == 0

@@ -6,6 +6,9 @@ from itertools import pairwise
 
 from venom_jax import LayerRecipes, StackRecipe
 
+type Entry = tuple[int | float, str | None, StackRecipe]
+"""Start, name or None, recipe; a start as a float is a fraction of the run's steps."""
+
 
 def resolve_step(value: int | float, steps: int, name: str, *, of: str = "Train.steps") -> int:
     """A step as given, or a fraction in (0, 1) of ``steps`` rounded to the nearest step.
@@ -22,18 +25,23 @@ def resolve_step(value: int | float, steps: int, name: str, *, of: str = "Train.
 
 
 def label(name: str | None, recipe: StackRecipe) -> str:
-    """Short name of a phase for logs and plots, such as ``venom E=4 k=1``; with the layer where each part starts."""
+    """Short name of a phase for logs and plots, such as ``venom E=4 k=1 fp8``; with the layer where each part starts.
+
+    name: of the recipe, or of each part's with slashes between; where these are not as many, parts have none.
+    """
     if isinstance(recipe, LayerRecipes):
-        names = name.split("/") if name else [None] * len(recipe.starts)
+        names = (name.split("/") if "/" in name else [name] * len(recipe.starts)) if name else []
+        names = names if len(names) == len(recipe.starts) else [None] * len(recipe.starts)
         parts = [(first, label(own, part)) for own, (first, part) in zip(names, recipe.starts, strict=True)]
         return ", ".join(f"{what} from layer {first}" if first else what for first, what in parts)
-    if name is None:
-        if recipe.is_dense:
-            return "dense"
+    if name is None and recipe.is_dense:
+        name = "dense"
+    elif name is None:
         parts = ["act24"] if recipe.activations else []
         parts = [*parts, "w24"] if recipe.weights else parts
         name = "+".join(parts) or "routed"
-    return f"{name} E={recipe.experts} k={recipe.top_k}" if recipe.routed else name
+    name = f"{name} E={recipe.experts} k={recipe.top_k}" if recipe.routed else name
+    return f"{name} fp8" if recipe.in_fp8 else name
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class PhaseSchedule:
     phases: tuple[Phase, ...]
 
     @classmethod
-    def build(cls, entries: Sequence[tuple[int | float, str | None, StackRecipe]], steps: int) -> "PhaseSchedule":
+    def build(cls, entries: Sequence[Entry], steps: int) -> "PhaseSchedule":
         """Entries are (start, name or None, recipe); a start may be a fraction of ``steps``."""
         phases = tuple(
             Phase(resolve_step(start, steps, "a start in Phases.schedule"), label(name, recipe), recipe)

@@ -1,6 +1,6 @@
 """What a run is: frozen, validated dataclasses, bound from gin files.
 
-This module holds every gin configurable of the project.  They are registered, not decorated: built from Python they
+This module names every gin configurable of the project.  They are registered, not decorated: built from Python they
 ignore gin.  gin checks names, never types, so each dataclass checks its own fields when it is built, long before
 anything is compiled.
 """
@@ -11,8 +11,6 @@ import difflib
 import math
 import re
 import tokenize
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +20,11 @@ import gin
 from gin import config_parser
 
 import configs
-from train.config.schedule import PhaseSchedule, resolve_step
-from venom_jax import LayerRecipes, Recipe, StackRecipe
+from train.config import checks
+from train.config import precision as precisions
+from train.config.schedule import Entry, PhaseSchedule, resolve_step
+from train.config.shape import Model
+from venom_jax import LayerRecipes, Recipe
 from venom_jax.dispatch import Implementation
 
 CONFIG_ROOT = Path(configs.__path__[0]).parent
@@ -31,91 +32,12 @@ NAMES = "train.config"
 """The module in gin's full names, such as `train.config.Model`: what a user's file may hold, wherever the class is."""
 PRESETS = ("dense", "act24", "all24", "venom")
 
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether ``value`` has the annotated type; an int is a float, a bool is not an int."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(_matches(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    origin = typing.get_origin(hint) or hint
-    return hint is Any or isinstance(value, origin)
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
-    if typing.get_args(hint):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if hint is types.NoneType:
-        return "None"
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def _check_types(config: Any) -> None:
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if item.init and not _matches(value, hints[item.name]):
-            raise ValueError(f"{type(config).__name__}.{item.name}={value!r} must be {_describe(hints[item.name])}")
-
-
-def _at_least(config: Any, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"{type(config).__name__}.{name}={value!r} must be at least {minimum}")
-
-
-@gin.register(module=NAMES)
-@dataclass(frozen=True)
-class Model:
-    """The decoder: RMSNorm, RoPE, (grouped-query) attention, squared-ReLU FFN."""
-
-    vocab_size: int
-    d_model: int
-    d_ffn: int
-    layers: int
-    heads: int
-    kv_heads: int | None = None  # None: one key-value head for each query head
-    rope_base: float = 10000.0
-    norm_epsilon: float = 1e-5
-    init_std: float = 0.02  # embedding, head, qkv; projections into the residual stream get this / sqrt(2 layers)
-    ffn_init_std: float = 0.03  # W1
-    tied_head: bool = False
-    qk_norm: bool = False  # RMSNorm, with a scale for each feature, on every query and key before the rotation
-    # id of the token at which a document begins (the data's end-of-document token): attention then stays inside a
-    # document and positions count from its beginning.  None: documents in one sequence see each other.
-    document_start: int | None = None
-
-    def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 1, "vocab_size", "d_model", "d_ffn", "layers", "heads", "kv_heads")
-        _at_least(self, 0, "document_start")
-        if self.d_model % self.heads or (self.d_model // self.heads) % 2:
-            raise ValueError(
-                f"Model.d_model={self.d_model} must be an even multiple of Model.heads={self.heads}: "
-                "RoPE turns pairs of features; change one of the two"
-            )
-        if self.heads % self.key_value_heads:
-            raise ValueError(f"Model.heads={self.heads} must be a multiple of Model.kv_heads={self.kv_heads}")
-
-    @property
-    def key_value_heads(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.heads
+gin.register(module=NAMES)(Model)
 
 
 def _is_source(entry: Any) -> bool:
     good = isinstance(entry, list | tuple) and len(entry) == 2
-    return good and isinstance(entry[0], str) and _matches(entry[1], float) and entry[1] > 0
+    return good and isinstance(entry[0], str) and checks.matches(entry[1], float) and entry[1] > 0
 
 
 @gin.register(module=NAMES)
@@ -128,7 +50,7 @@ class Data:
     synthetic: bool = False  # tokens drawn at random, to try or to time a run
 
     def __post_init__(self):
-        _check_types(self)
+        checks.check_types(self)
         if not isinstance(self.sources, list | tuple) or not all(map(_is_source, self.sources)):
             raise ValueError(f"Data.sources={self.sources!r} must be a list of (folder, weight), weights positive")
         if (self.folder is not None) + bool(self.sources) + self.synthetic != 1:
@@ -142,8 +64,10 @@ class Data:
 @gin.register(module=NAMES)
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with decoupled weight decay and clipping by the global norm."""
+    """AdamW or Muon, with decoupled weight decay and clipping by the global norm."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, AdamW for all else (train/state/muon.py)
+    momentum: float = 0.95  # Muon's
     b1: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
@@ -154,10 +78,12 @@ class Optimizer:
     ema: float | None = None  # decay of a moving average of the parameters, such as 0.999; None: no average
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 0, "b1", "b2", "epsilon", "weight_decay")
-        if self.b1 >= 1 or self.b2 >= 1:
-            raise ValueError(f"Optimizer.b1={self.b1} and Optimizer.b2={self.b2} must be below 1")
+        checks.check_types(self)
+        checks.at_least(self, 0, "b1", "b2", "epsilon", "weight_decay", "momentum")
+        if max(self.b1, self.b2, self.momentum) >= 1:
+            raise ValueError(
+                f"Optimizer.b1={self.b1}, Optimizer.b2={self.b2} and Optimizer.momentum={self.momentum} must be below 1"
+            )
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"Optimizer.clip={self.clip} must be positive, or None for no clipping")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -180,8 +106,8 @@ class LearningRate:
     rewarm: int = 0  # steps of a linear rise from 0 after each change of experts or top_k; 0: none
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 0, "rewarm")
+        checks.check_types(self)
+        checks.at_least(self, 0, "rewarm")
         if not 0 < self.peak < math.inf:
             raise ValueError(f"LearningRate.peak={self.peak} must be positive and finite")
         if not 0 <= self.final_fraction <= 1:
@@ -207,6 +133,7 @@ def recipe(
     threshold_grad: str | None = None,
     weight_mask: str | None = None,
     v: int | None = None,
+    precision: str | None = None,
 ) -> Recipe:
     """A preset of ``venom_jax.Recipe`` with the options that are not None changed."""
     if preset is None:
@@ -218,9 +145,9 @@ def recipe(
     if "weights" in options:
         options["weights"] = tuple(options["weights"])
     built = Recipe.preset(preset, **options)
-    if preset == "dense" and not built.is_dense:
+    scope = gin.current_scope_str()
+    if preset == "dense" and scope in ("", "dense") and not built.is_dense:  # another name may stand for anything
         changed = ", ".join(f"{name} = {value!r}" for name, value in options.items())
-        scope = gin.current_scope_str()
         raise ValueError(
             f"the preset 'dense' with {changed} would not be dense; bind that for the recipe it is meant for, such as "
             f"venom/Recipe.{next(iter(options))}" + (f", not for {scope}" if scope else "")
@@ -231,11 +158,14 @@ def recipe(
 def named_recipe(name: str) -> Recipe:
     """The recipe a schedule calls ``name``: that preset, changed by bindings such as ``venom/Recipe.experts = 16``.
 
-    Another name than a preset's needs its own ``name/Recipe.preset``.
+    Another name than a preset's needs its own ``name/Recipe.preset``. ``name@fp8`` and ``name@compute`` also say the
+    precision.
     """
-    with gin.config_scope(name):
+    scope, own = precisions.split_precision(name)
+    with gin.config_scope(scope):
         build = gin.get_configurable("Recipe")
-        return build(preset=name) if name in PRESETS else build()
+        options = {} if own is None else {"precision": own}
+        return build(preset=scope, **options) if scope in PRESETS else build(**options)
 
 
 @gin.register(module=NAMES)
@@ -246,13 +176,14 @@ class Phases:
     start: optimizer step as an int, or a fraction of Train.steps as a float in (0, 1).
     recipe: a preset's name, the scope of ``scope/Recipe.*`` bindings, or a reference such as ``@late/Recipe()``; or a
       list of (layer, one of these), where layer, the first that runs it, is a number or a fraction of Model.layers.
+      A name may end in its precision, such as ``act24@fp8``; what does not has the run's, ``Train.precision``.
     """
 
     schedule: Any = ((0, "dense"),)
     rescale: bool = False  # where a token computes more neurons from a phase on, scale W2 so that outputs change least
 
     def __post_init__(self):
-        _check_types(self)
+        checks.check_types(self)
         entries = self.schedule
         if not isinstance(entries, list | tuple) or not entries:
             raise ValueError(f"Phases.schedule={entries!r} must be a list of (start, recipe)")
@@ -270,25 +201,26 @@ class Phases:
     def names(self) -> set[str]:
         """The scopes of the recipes that are named."""
         recipes = [what for _, entry in self.schedule for _, what in ([(0, entry)] if _is_one(entry) else entry)]
-        return {what for what in recipes if isinstance(what, str)}
+        return {precisions.split_precision(what)[0] for what in recipes if isinstance(what, str)}
 
-    def resolve(self, steps: int, layers: int) -> PhaseSchedule:
-        """Starts as steps, names as recipes; raises ValueError where they are out of order."""
-        entries: list[tuple[int | float, str | None, StackRecipe]] = []
+    def resolve(self, steps: int, layers: int, precision: precisions.RunPrecision | None = None) -> PhaseSchedule:
+        """Starts as steps, names as recipes in their precision; raises ValueError where they are out of order."""
+        run = precision or precisions.RunPrecision()
+        entries: list[Entry] = []
         for start, what in self.schedule:
             if _is_one(what):
-                entries.append((start, what if isinstance(what, str) else None, _build(what)))
+                entries.append((start, _scope(what), run.apply(_build(what), what)))
                 continue
             first = [resolve_step(layer, layers, "a layer in Phases.schedule", of="Model.layers") for layer, _ in what]
-            recipe = LayerRecipes(tuple(zip(first, [_build(one) for _, one in what], strict=True)))
+            recipe = LayerRecipes(tuple(zip(first, [run.apply(_build(one), one) for _, one in what], strict=True)))
             recipe.parts(layers)  # refuses a part beyond the last layer
-            named = all(isinstance(one, str) for _, one in what)
-            entries.append((start, "/".join(one for _, one in what) if named else None, recipe))
-        return PhaseSchedule.build(entries, steps)
+            names = [_scope(one) for _, one in what]
+            entries.append((start, "/".join(map(str, names)) if None not in names else None, recipe))
+        return PhaseSchedule.build(run.schedule(entries, steps, layers), steps)
 
 
 def _is_pair(entry: Any) -> bool:
-    return isinstance(entry, list | tuple) and len(entry) == 2 and _matches(entry[0], int | float)
+    return isinstance(entry, list | tuple) and len(entry) == 2 and checks.matches(entry[0], int | float)
 
 
 def _is_one(what: Any) -> bool:
@@ -297,6 +229,10 @@ def _is_one(what: Any) -> bool:
 
 def _are_layers(what: Any) -> bool:
     return isinstance(what, list | tuple) and len(what) > 0 and all(_is_pair(p) and _is_one(p[1]) for p in what)
+
+
+def _scope(what: str | Recipe) -> str | None:
+    return precisions.split_precision(what)[0] if isinstance(what, str) else None
 
 
 def _build(what: str | Recipe) -> Recipe:
@@ -314,6 +250,11 @@ class Train:
     seed: int = 0
     accumulation: int = 1  # microbatches per optimizer step
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters and moments are float32
+    # "fp8": the FFN's products and the attention's projections have e4m3 operands, see docs/fp8.md
+    precision: Literal["compute", "fp8"] = "compute"
+    fp8_edges: int = 0  # so many first and so many last layers stay in the compute dtype
+    fp8_until: int | float | None = None  # the step, or fraction of steps, from which all do; None: never
+    fp8_head: bool = False  # the head's products in eight bits, too, in phases that have any
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int = 1  # layers that one turn of the loop over layers runs; Model.layers: no loop, longer compilation
     loss_chunks: int = 1  # the loss is computed in this many slices of the sequence
@@ -335,8 +276,8 @@ class Train:
     sample_every: int = 0  # also a sample after every so many steps; 0: at the end only
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(
+        checks.check_types(self)
+        checks.at_least(
             self,
             1,
             "steps",
@@ -351,7 +292,8 @@ class Train:
             "loss_chunks",
             "unroll",
         )
-        _at_least(self, 0, "seed", "diagnosis_every", "sample_tokens", "sample_every", "keep_every", "z_loss")
+        checks.at_least(self, 0, "seed", "diagnosis_every", "sample_tokens", "sample_every", "keep_every", "z_loss")
+        checks.at_least(self, 0, "fp8_edges")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"Train.batch_size={self.batch_size} must be a multiple of Train.accumulation={self.accumulation}"
@@ -371,8 +313,8 @@ class Guard:
     max_skips: int = 10  # consecutive steps left out before the run stops all the same
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 1, "window", "max_skips")
+        checks.check_types(self)
+        checks.at_least(self, 1, "window", "max_skips")
         if self.spike is not None and not self.spike > 0:
             raise ValueError(f"Guard.spike={self.spike} must be positive (nats), or None for no limit")
 
@@ -389,8 +331,8 @@ class Mesh:
     fsdp: int | None = None
 
     def __post_init__(self):
-        _check_types(self)
-        _at_least(self, 1, "data", "fsdp")
+        checks.check_types(self)
+        checks.at_least(self, 1, "data", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -407,11 +349,30 @@ class RunConfig:
     mesh: Mesh = Mesh()
     text: str = field(default="", compare=False)  # the gin bindings it came from
     schedule: PhaseSchedule = field(init=False)
+    bound: PhaseSchedule = field(init=False)  # as Phases has it, without what Train says of precision
 
     def __post_init__(self):
-        schedule = self.phases.resolve(self.train.steps, self.model.layers)
+        train = self.train
+        run = precisions.RunPrecision(train.precision, train.fp8_edges, train.fp8_until)
+        schedule = self.phases.resolve(train.steps, self.model.layers, run)
+        object.__setattr__(self, "bound", self.phases.resolve(train.steps, self.model.layers))
         for phase in schedule.phases:
-            phase.recipe.check(self.model.d_model, self.model.d_ffn)
+            phase.recipe.check(self.model.d_model, self.model.expert_neurons)
+            if self.model.experts and phase.recipe.routed:
+                raise ValueError(
+                    f"Model.experts={self.model.experts} and the recipe of phase {phase.label} routes by itself "
+                    f"(experts={phase.recipe.experts}): use a recipe without routing, such as act24, inside experts"
+                )
+            if not self.model.is_plain and precisions.uses_fp8(phase.recipe):
+                raise ValueError(
+                    f"phase {phase.label} is in eight bits, which only a plain squared-ReLU FFN has: with Model.gated, "
+                    "Model.experts or another Model.activation use 16 bits"
+                )
+        if self.train.diagnosis_every and not self.model.is_plain:
+            raise ValueError(
+                f"Train.diagnosis_every={self.train.diagnosis_every} looks into a plain squared-ReLU FFN; with "
+                "Model.gated, Model.experts or another Model.activation bind 0"
+            )
         object.__setattr__(self, "schedule", schedule)
         for name in ("warmup", "decay"):
             resolve_step(getattr(self.learning_rate, name), self.train.steps, f"LearningRate.{name}")

@@ -119,7 +119,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     core.train_from_iterator(clean(), trainer=trainer)
     if not seen:
         raise ValueError("cannot train a tokenizer: the input holds no text")
-    return _wrap(core, END_OF_DOCUMENT, "the trained tokenizer")
+    return wrap_tokenizer(core, END_OF_DOCUMENT, "the trained tokenizer")
 
 
 def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
@@ -140,19 +140,19 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
         core = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for anything it cannot parse
         raise ValueError(f"{path} is not a tokenizer.json that the tokenizers library can read: {error}") from error
+    return wrap_tokenizer(core, eos_token, str(path))
+
+
+def wrap_tokenizer(core: tokenizers.Tokenizer, eos_token: str | None, source: str) -> Tokenizer:
+    """A tokenizer of the library as ours; arguments and errors as in `load_tokenizer`."""
+    vocab = core.get_vocab(with_added_tokens=True)
     if eos_token is None:
-        vocab = core.get_vocab(with_added_tokens=True)
         eos_token = next((name for name in KNOWN_END_OF_DOCUMENT if name in vocab), None)
         if eos_token is None:
             raise ValueError(
-                f"{path} has none of the usual end-of-document tokens {', '.join(KNOWN_END_OF_DOCUMENT)}; "
+                f"{source} has none of the usual end-of-document tokens {', '.join(KNOWN_END_OF_DOCUMENT)}; "
                 "name one of its tokens with --eos_token"
             )
-    return _wrap(core, eos_token, str(path))
-
-
-def _wrap(core: tokenizers.Tokenizer, eos_token: str, source: str) -> Tokenizer:
-    vocab = core.get_vocab(with_added_tokens=True)
     if eos_token not in vocab:
         raise ValueError(f"{source} has no token {eos_token!r}; name one of its {len(vocab)} tokens")
     core.encode_special_tokens = True  # "<|endoftext|>" written in a document is text, not its end

@@ -7,15 +7,15 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow.parquet as pq
 
 from train.data.tokenizer import Tokenizer
-from train.evaluation.likelihood import Pair, Scorer, windows
+from train.evaluation.likelihood import BatchScorer, Pair, windows
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,29 @@ def _check_fields(path: Path, fields: frozenset[str]) -> None:
             raise ValueError(f"{where}: no field {', '.join(lacking)}; the item has {', '.join(sorted(names))}")
 
 
+class Generate(Protocol):
+    """Tokens that a model writes behind a prompt; `ended` is asked now and then whether to stop."""
+
+    def __call__(
+        self,
+        prompt: Sequence[int],
+        *,
+        new_tokens: int,
+        temperature: float,
+        top_p: float,
+        ended: Callable[[list[int]], bool],
+    ) -> list[int]: ...
+
+
 def run_tasks(
-    scorer: Scorer,
+    scorer: BatchScorer,
     tokenizer: Tokenizer,
     tasks: Sequence[str],
     *,
     data_dir: Path | None,
     limit: int | None,
     model_args: dict[str, Any],
+    generate: Generate | None = None,
 ) -> tuple[str, str]:
     """lm-eval's results as its own JSON, and its table.
 
@@ -104,6 +119,7 @@ def run_tasks(
       data_dir: folder with local items; None lets lm-eval fetch its own.
       limit: score only this many items of each task.
       model_args: recorded in the JSON.
+      generate: writes text, for tasks that ask for it.
 
     Raises:
       ValueError: lm-eval is not installed, a task or its items cannot be used or fetched, or a task asks for code that
@@ -135,7 +151,7 @@ def run_tasks(
         refuse_foreign_code(tasks, manager.task_index)
         try:
             results = simple_evaluate(
-                model=_as_lm(scorer, tokenizer),
+                model=_as_lm(scorer, tokenizer, generate),
                 model_args=model_args,
                 tasks=list(tasks),
                 limit=limit,
@@ -221,7 +237,30 @@ def local_task(task: str, files: dict[str, list[str]], upstream: Path, *, cache:
     }
 
 
-def _as_lm(scorer: Scorer, tokenizer: Tokenizer) -> Any:
+MOST_NEW_TOKENS = 256  # where a task names no number
+
+
+def _write(generate: Generate, tokenizer: Tokenizer, context: str, settings: Mapping[str, Any]) -> str:
+    """What follows `context`, up to the first of the task's stop texts: the likeliest tokens, or drawn as it asks."""
+    stops = settings.get("until") or []
+    stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+    temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
+
+    def first_stop(text: str) -> int:
+        return min((at for stop in stops if (at := text.find(stop)) >= 0), default=-1)
+
+    drawn = generate(
+        tokenizer.encode(context) or [tokenizer.eos_id],
+        new_tokens=int(settings.get("max_gen_toks") or MOST_NEW_TOKENS),
+        temperature=temperature,
+        top_p=float(settings.get("top_p") or 1.0),
+        ended=lambda drawn: first_stop(tokenizer.decode(drawn)) >= 0,
+    )
+    text = tokenizer.decode(drawn)
+    return text if (end := first_stop(text)) < 0 else text[:end]
+
+
+def _as_lm(scorer: BatchScorer, tokenizer: Tokenizer, generate: Generate | None) -> Any:
     """The model as lm-eval wants it."""
     from lm_eval.api.model import TemplateLM
 
@@ -251,6 +290,8 @@ def _as_lm(scorer: Scorer, tokenizer: Tokenizer) -> Any:
             return [(sum(logp for logp, _ in some), all(best for _, best in some)) for some in found]
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-            raise NotImplementedError("tasks that generate text are not supported; choose one scored by likelihood")
+            if generate is None:
+                raise NotImplementedError("this forward pass writes no text; choose a task scored by likelihood")
+            return [_write(generate, tokenizer, *request.args) for request in requests]
 
     return Adapter()

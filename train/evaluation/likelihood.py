@@ -1,7 +1,7 @@
 """Log-likelihoods of tokens under a model, in batches of a few fixed shapes so that few programs are compiled."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import batched
@@ -26,19 +26,21 @@ SHORTENINGS = 4  # batches are as long as a training sequence, half, a quarter o
 WINDOWS_AT_ONCE = 4096
 
 
-class Scorer:
-    """log p(continuation | context) of one model.
+class BatchScorer:
+    """log p(continuation | context) of one model, batch by batch.
 
-    A batch has as many tokens as a microbatch of the training: short sequences, more rows.
+    Args:
+      score: tokens [B, S+1] -> (log p, whether most probable) of tokens[:, 1:], both [B, S].
+      max_length: the longest S.
+      tokens: of a batch; short sequences, more rows.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, config: RunConfig, params: dict, method: dict, recipe: StackRecipe):
-        train = config.train
-        self.max_length = train.seq_len
-        self._tokens = train.batch_size // train.accumulation * train.seq_len
-        shortenings = [2**i for i in range(SHORTENINGS) if train.seq_len % 2**i == 0]
-        self._lengths = sorted(train.seq_len // by for by in shortenings)
-        self._score = partial(_make_score(graphdef, config), params, method, recipe=recipe)
+    def __init__(self, score: Callable[[np.ndarray], tuple[Array, Array]], *, max_length: int, tokens: int):
+        self.max_length = max_length
+        self._tokens = tokens
+        shortenings = [2**i for i in range(SHORTENINGS) if max_length % 2**i == 0]
+        self._lengths = sorted(max_length // by for by in shortenings)
+        self._score = score
 
     def __call__(self, pairs: Sequence[Pair], *, progress: bool = False) -> list[tuple[float, bool]]:
         """(sum of log p in nats, whether each token of the continuation was the most probable) of each pair.
@@ -77,6 +79,16 @@ class Scorer:
                 "(Train.seq_len); leave that item out"
             )
         return [*context, *continuation][-(self.max_length + 1) :]
+
+
+class Scorer(BatchScorer):
+    """The scorer of a run's model; a batch has as many tokens as a microbatch of the training."""
+
+    def __init__(self, graphdef: nnx.GraphDef, config: RunConfig, params: dict, method: dict, recipe: StackRecipe):
+        train = config.train
+        score = partial(_make_score(graphdef, config), params, method, recipe=recipe)
+        tokens = train.batch_size // train.accumulation * train.seq_len
+        super().__init__(score, max_length=train.seq_len, tokens=tokens)
 
 
 def _make_score(graphdef: nnx.GraphDef, config: RunConfig):
@@ -141,7 +153,7 @@ class TextScore:
 
 
 def score_text(
-    scorer: Scorer, tokenizer: Tokenizer, path: Path, *, text_field: str = "text", progress: bool = False
+    scorer: BatchScorer, tokenizer: Tokenizer, path: Path, *, text_field: str = "text", progress: bool = False
 ) -> TextScore:
     """-log p of a file's documents, each begun by the end-of-document token, which is not counted itself.
 

@@ -63,6 +63,7 @@ def sample(
     seed: int = 0,
     stop_id: int | None = None,
     on_tokens: Callable[[int], object] = lambda count: None,
+    ended: Callable[[list[int]], bool] = lambda drawn: False,
 ) -> list[int]:
     """Tokens that follow `prompt`, drawn one at a time from softmax(logits / temperature) cut at `top_p`.
 
@@ -78,6 +79,7 @@ def sample(
       seed: the same seed gives the same tokens.
       stop_id: ends the text early; it is not part of the result.
       on_tokens: called now and then with the number of tokens drawn since the last call.
+      ended: asked now and then, with the tokens drawn so far, whether to stop.
 
     Raises:
       ValueError: an empty prompt or an option out of range.
@@ -111,6 +113,8 @@ def sample(
         )
         on_tokens(int(carry.count) - count)
         count = int(carry.count)
+        if ended(np.asarray(carry.drawn)[:count].tolist()):
+            break
     return np.asarray(carry.drawn)[:count].tolist()
 
 

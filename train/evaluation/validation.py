@@ -5,10 +5,12 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from train.config.schedule import Phase
@@ -16,8 +18,10 @@ from train.config.settings import RunConfig, load_config
 from train.data import sources
 from train.data.documents import describe_skipped
 from train.data.token_files import Windows, eval_batches
+from train.data.tokenizer import Tokenizer
 from train.evaluation import harness
 from train.evaluation.likelihood import Scorer, score_text
+from train.evaluation.sampling import cached_model, sample
 from train.model.mesh import ONE_DEVICE, Layout
 from train.state import checkpoint
 from train.state.remote import Remote, is_remote
@@ -107,7 +111,12 @@ class Restored(NamedTuple):
     @property
     def phase(self) -> Phase:
         """The phase that the checkpoint stands in."""
-        return self.config.schedule.phases[int(self.state.phase)]
+        return self.config.schedule.phases[self.phase_index]
+
+    @property
+    def phase_index(self) -> int:
+        """By its step: phases that differ in their precision only may have come or gone since it was saved."""
+        return self.config.schedule.index_at(max(0, self.step - 1))
 
     def dense_params(self) -> dict:
         """Parameters of the dense model: a baked copy where the phase's forward reads a weight sparse."""
@@ -177,7 +186,7 @@ def restore(source: str | Path, *, ema: bool = False) -> Restored:
 def report_validation(run: Restored, *, sparse: bool) -> None:
     """Prints loss and bits per byte on the validation split."""
     dataset = sources.open_split(run.config, "val")
-    values = Evaluator(run.graphdef, run.config, dataset)(run.state, int(run.state.phase), sparse=sparse)
+    values = Evaluator(run.graphdef, run.config, dataset)(run.state, run.phase_index, sparse=sparse)
     print(f"step {run.step}: {describe(values)}")
 
 
@@ -194,12 +203,26 @@ def report_text(run: Restored, path: Path, *, text_field: str, sparse: bool) -> 
             print(line)
 
 
+def _generate(run: Restored, params: dict, tokenizer: Tokenizer, prompt: Sequence[int], **options: Any) -> list[int]:
+    """Tokens behind a prompt by the dense model, as lm-eval's tasks ask for them."""
+    return sample(
+        cached_model(run.graphdef, jnp.dtype(run.config.train.dtype)),
+        (params, run.state.method),
+        prompt,
+        seq_len=run.config.train.seq_len,
+        vocab_size=tokenizer.vocab_size,
+        stop_id=tokenizer.eos_id,
+        **options,
+    )
+
+
 def report_tasks(run: Restored, workdir: Path, tasks: Sequence[str], *, sparse: bool, **options: Any) -> None:
     """Prints lm-eval's table and writes its JSON as `WORKDIR/lm_eval-STEP-dense.json` (and `-sparse`)."""
     tokenizer = sources.open_split(run.config, "train").tokenizer
     for name, scorer in run.scorers(sparse=sparse):
         model_args = {"workdir": str(workdir), "step": run.step, "forward": name}
-        text, table = harness.run_tasks(scorer, tokenizer, tasks, model_args=model_args, **options)
+        writer = partial(_generate, run, run.dense_params(), tokenizer) if name == "dense" else None
+        text, table = harness.run_tasks(scorer, tokenizer, tasks, model_args=model_args, generate=writer, **options)
         print(f"step {run.step}, {name}:\n{table}", flush=True)
         output = workdir / f"lm_eval-{run.step}-{name}.json"
         try:

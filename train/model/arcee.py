@@ -28,6 +28,11 @@ def config_json(config: Model, *, seq_len: int, eos_id: int, dtype: str) -> dict
     Raises:
       NotImplementedError: the architecture lacks something that the model has.
     """
+    if not config.is_plain:
+        raise NotImplementedError(
+            "ArceeForCausalLM has a squared-ReLU FFN without a gate; Model.gated, Model.experts and another "
+            "Model.activation have no export"
+        )
     if config.qk_norm:
         raise NotImplementedError("ArceeForCausalLM has no norm on queries and keys; Model.qk_norm=True has no export")
     return {
@@ -43,6 +48,7 @@ def config_json(config: Model, *, seq_len: int, eos_id: int, dtype: str) -> dict
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_base,
+        **_yarn(config),
         "tie_word_embeddings": config.tied_head,
         "attention_bias": False,
         "mlp_bias": False,
@@ -51,6 +57,33 @@ def config_json(config: Model, *, seq_len: int, eos_id: int, dtype: str) -> dict
         "bos_token_id": eos_id,  # a document begins where another ended
         "eos_token_id": eos_id,
         "torch_dtype": dtype,
+    }
+
+
+def _yarn(config: Model) -> dict[str, Any]:
+    if config.rope_factor == 1:
+        return {}
+    values = {
+        "rope_type": "yarn",
+        "factor": config.rope_factor,
+        "original_max_position_embeddings": config.rope_original_length,
+        "beta_fast": config.rope_fast,
+        "beta_slow": config.rope_slow,
+        "attention_factor": config.rope_attention_factor,
+    }
+    return {"rope_scaling": {name: value for name, value in values.items() if value is not None}}
+
+
+def _read_yarn(rope: Mapping[str, Any], longest: int | None) -> dict[str, Any]:
+    """Fields of `Model`; `longest` is the context where the original one is not named."""
+    if rope.get("rope_type", "default") != "yarn":
+        return {}
+    return {
+        "rope_factor": float(rope.get("factor", 1)),
+        "rope_original_length": rope.get("original_max_position_embeddings", longest),
+        "rope_fast": float(rope.get("beta_fast") or 32),
+        "rope_slow": float(rope.get("beta_slow") or 1),
+        "rope_attention_factor": rope.get("attention_factor"),
     }
 
 
@@ -73,12 +106,15 @@ def read_model(folder: Path) -> Model:
     if absent := [name for name in required if name not in values]:
         raise ValueError(f"{path} lacks {', '.join(absent)}")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
     heads, width = values["num_attention_heads"], values["hidden_size"]
     lacking = {
         "attention_bias": (values.get("attention_bias", False), False),
         "mlp_bias": (values.get("mlp_bias", False), False),
         "head_dim": (values.get("head_dim") or width // heads, width // heads),
-        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "rope_type": (kind, "default" if kind != "yarn" else "yarn"),
+        "mscale_all_dim": (rope.get("mscale_all_dim") or None, None),
+        "truncate": (rope.get("truncate", True), True),
     }
     for name, (found, supported) in lacking.items():
         if found != supported:
@@ -91,6 +127,7 @@ def read_model(folder: Path) -> Model:
         heads=heads,
         kv_heads=values.get("num_key_value_heads"),
         rope_base=rope.get("rope_theta", values.get("rope_theta", DEFAULT_ROPE_BASE)),
+        **_read_yarn(dict(rope) | {"rope_type": kind}, values.get("max_position_embeddings")),
         norm_epsilon=values.get("rms_norm_eps", DEFAULT_EPSILON),
         tied_head=values.get("tie_word_embeddings", False),
     )

@@ -20,10 +20,27 @@ from train.config.settings import Model
 from train.model.cross_entropy import head_logits
 from train.model.embedding import look_up
 from train.model.mesh import Shards
-from venom_jax import FFNStats, Method, PackedWeights, Recipe, SparseMLP, StackRecipe
+from train.model.rope import frequencies
+from venom_jax import (
+    FFNStats,
+    Method,
+    PackedWeights,
+    Recipe,
+    SparseMLP,
+    SparseMoE,
+    StackRecipe,
+    general_ffn,
+    moe,
+    phases,
+)
 from venom_jax.dispatch import Implementation
 from venom_jax.ffn import pack_weights
+from venom_jax.ffn_parts import Weights
+from venom_jax.fp8 import EightBitWeights, linear
+from venom_jax.moe import MoEStats
 from venom_jax.packed_ffn import FFN_RESIDUALS
+from venom_jax.pretrained.decoder import rms_norm as rms_norm
+from venom_jax.pretrained.decoder import rotate
 
 ATTENTION_INPUTS = "attention_inputs"
 
@@ -47,13 +64,6 @@ REMAT_POLICIES = {
 }
 
 
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*B D"]:
-    """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32 and returned in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (normed * scale).astype(x.dtype)
-
-
 class Documents(NamedTuple):
     """Where each token stands in its document, and which keys belong to a query's document."""
 
@@ -70,18 +80,19 @@ def find_documents(tokens: Int[Array, "B S"], start: int) -> Documents:
 
 
 def rotary(
-    x: Float[Array, "B S H h"], base: float, position: Int[Array, "B S"] | Int[Array, ""] | int = 0
+    x: Float[Array, "B S H h"],
+    frequency: Float[Array, " h_2"],
+    position: Int[Array, "B S"] | Int[Array, ""] | int = 0,
+    factor: float = 1.0,
 ) -> Float[Array, "B S H h"]:
-    """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * base^(-2i/h).
+    """Rotary position embedding: features (i, i + h/2) at position s turn by the angle s * frequency_i.
 
+    frequency, factor: from ``rope.frequencies``.
     position: of each token, or of the first one in each row.
     """
-    half = x.shape[-1] // 2
     place = position if jnp.ndim(position) else position + jnp.arange(x.shape[1])
-    angle = jnp.asarray(place)[..., None] * base ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+    turned = rotate(x.astype(jnp.float32) if factor != 1 else x, frequency, jnp.atleast_2d(jnp.asarray(place)))
+    return turned if factor == 1 else (factor * turned).astype(x.dtype)
 
 
 def attention_implementation(dtype: Any) -> Literal["cudnn"] | None:
@@ -107,19 +118,23 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         position: Int[Array, "B S"] | Int[Array, ""] | int = 0,
-        shards: Shards | None = None,
+        multiply: "Multiply | None" = None,
     ) -> tuple[Float[Array, "B S H h"], Float[Array, "B S K h"], Float[Array, "B S K h"]]:
-        """Queries, keys and values; the first two rotated, x standing at ``position`` as in ``rotary``."""
+        """Queries, keys and values; the first two rotated, x standing at ``position`` as in ``rotary``.
+
+        multiply: a layer's way to multiply by its weights, by default in x's dtype.
+        """
         config = self.config
         heads, kv_heads = config.heads, config.key_value_heads
         with jax.named_scope("projections"):
-            qkv = _times(x, self.qkv[...], "qkv", shards)
+            qkv = (multiply or Multiply())(x, self.qkv[...], "qkv")
         qkv_BxSxNxh = qkv.reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)
         query, key, value = jnp.split(qkv_BxSxNxh, (heads, heads + kv_heads), axis=2)
         if config.qk_norm:
             query = rms_norm(query, self.query_scale[...], config.norm_epsilon)
             key = rms_norm(key, self.key_scale[...], config.norm_epsilon)
-        query, key = (rotary(part, config.rope_base, position) for part in (query, key))
+        frequency, factor = frequencies(config)
+        query, key = (rotary(part, frequency, position, factor) for part in (query, key))
         return checkpoint_name((query, key, value), ATTENTION_INPUTS)
 
     def mix(
@@ -144,24 +159,37 @@ class Attention(nnx.Module):
             query, key, value, mask=mask, is_causal=True, implementation=attention_implementation(query.dtype)
         )
 
-    def merge(self, mixed: Float[Array, "B S H h"], shards: Shards | None = None) -> Float[Array, "B S D"]:
+    def merge(self, mixed: Float[Array, "B S H h"], multiply: "Multiply | None" = None) -> Float[Array, "B S D"]:
         """The output projection of what the heads read."""
         with jax.named_scope("projections"):
-            return _times(mixed.reshape(*mixed.shape[:2], -1), self.out[...], "out", shards)
+            return (multiply or Multiply())(mixed.reshape(*mixed.shape[:2], -1), self.out[...], "out")
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
         documents: Documents | None = None,
-        shards: Shards | None = None,
+        multiply: "Multiply | None" = None,
         deterministic: bool = False,
     ) -> Float[Array, "B S D"]:
         position, mask = (0, None) if documents is None else documents
-        return self.merge(self.mix(*self.project(x, position, shards), mask, deterministic), shards)
+        return self.merge(self.mix(*self.project(x, position, multiply), mask, deterministic), multiply)
 
 
-def _times(x: Float[Array, "*B I"], weight: Array, name: str, shards: Shards | None) -> Float[Array, "*B O"]:
-    return x @ weight.astype(x.dtype) if shards is None else shards.times(x, weight, name)
+class Multiply(NamedTuple):
+    """How a layer multiplies by the weights of its projections: where they lie, and in which precision."""
+
+    shards: Shards | None = None
+    in_fp8: bool = False
+    implementation: Implementation | None = None
+    """Of products in eight bits."""
+
+    def __call__(self, x: Float[Array, "*B I"], weight: Array, name: str) -> Float[Array, "*B O"]:
+        """x times the weight of that name."""
+        if self.shards is not None:
+            if self.in_fp8:
+                return self.shards.times_in_fp8(x, weight, self.implementation)
+            return self.shards.times(x, weight, name)
+        return linear(x, weight, implementation=self.implementation) if self.in_fp8 else x @ weight.astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -172,23 +200,14 @@ class Block(nnx.Module):
         self.attention_scale = nnx.Param(jnp.ones(config.d_model, jnp.float32))
         self.attention = Attention(config, rngs=rngs)
         self.ffn_scale = nnx.Param(jnp.ones(config.d_model, jnp.float32))
-        self.ffn = SparseMLP(
-            config.d_model,
-            config.d_ffn,
-            max_experts=max_experts,
-            learned_router=learned_router,
-            remember=False,  # the training state knows its phase
-            rngs=rngs,
-            w1_init=nnx.initializers.normal(config.ffn_init_std),
-            w2_init=nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers)),
-        )
+        self.ffn = _ffn(config, max_experts, learned_router, rngs)
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
         recipe: Recipe,
         key: PRNGKeyArray | None,
-        packed: PackedWeights | None,
+        packed: PackedWeights | EightBitWeights | None,
         implementation: Implementation | None,
         documents: Documents | None = None,
         shards: Shards | None = None,
@@ -198,20 +217,47 @@ class Block(nnx.Module):
         epsilon = self.config.norm_epsilon
         attention_input = rms_norm(x, self.attention_scale[...], epsilon)
         with jax.named_scope("attention"):
-            mixed = self.attention(attention_input, documents, shards, deterministic)
+            multiply = Multiply(shards, recipe.in_fp8, implementation)
+            mixed = self.attention(attention_input, documents, multiply, deterministic)
         x = x + mixed
         ffn_input = rms_norm(x, self.ffn_scale[...], epsilon)
         with jax.named_scope("ffn"):
+            options: dict[str, Any] = {"packed": packed} | ({} if self.config.experts else {"key": key})
             y, stats = self.ffn(
                 ffn_input,
                 recipe=recipe,
-                packed=packed,
                 return_stats=True,
-                key=key,
                 implementation=implementation,
                 axis=None if shards is None else shards.axis,
+                **options,
             )
         return x + y, (stats, ffn_input)
+
+
+def _ffn(config: Model, max_experts: int, learned_router: bool, rngs: nnx.Rngs) -> SparseMLP | SparseMoE:
+    """The FFN of a block: one layer, or a mixture of experts."""
+    options: dict[str, Any] = {
+        "gated": config.gated,
+        "activation": config.activation,
+        "clamp": config.clamp,
+        "w1_init": nnx.initializers.normal(config.ffn_init_std),
+        "w2_init": nnx.initializers.normal(config.init_std / math.sqrt(2 * config.layers)),
+        "rngs": rngs,
+    }
+    if not config.experts:
+        # The training state knows its phase.
+        routing = {"max_experts": max_experts, "learned_router": learned_router, "remember": False}
+        return SparseMLP(config.d_model, config.d_ffn, **routing, **options)
+    return SparseMoE(
+        config.d_model,
+        config.expert_neurons,
+        experts=config.experts,
+        experts_per_token=config.experts_per_token,
+        shared_experts=config.shared_experts,
+        scores=config.expert_scores,
+        router_init=nnx.initializers.normal(config.init_std),
+        **options,
+    )
 
 
 class Decoder(nnx.Module):
@@ -239,7 +285,7 @@ class Decoder(nnx.Module):
         recipe: StackRecipe,
         dtype: Any = jnp.float32,
         key: PRNGKeyArray | None = None,
-        packed: PackedWeights | None = None,
+        packed: PackedWeights | EightBitWeights | None = None,
         implementation: Implementation | None = None,
         remat: str = "none",
         unroll: int = 1,
@@ -325,25 +371,65 @@ def assemble(graphdef: nnx.GraphDef, params: dict, method: dict) -> Decoder:
     return nnx.merge(graphdef, nnx.State(params), nnx.State(method))
 
 
-def pack_ffns(params: dict, method: dict, recipe: StackRecipe, dtype: Any) -> PackedWeights | None:
-    """Both weights of every FFN thresholded and packed, with a leading L.
+def pack_ffns(
+    params: dict, method: dict, recipe: StackRecipe, dtype: Any
+) -> PackedWeights | EightBitWeights | general_ffn.Packed | None:
+    """The weights of every FFN thresholded and packed, in eight bits also dense ones cast, with a leading L.
 
     For several calls with the same weights: the microbatches of an optimizer step.  No gradient passes through.  None
-    where ``recipe`` reads no packed weight, or weights under transposable masks, which are not packed.
+    where ``recipe`` reads no packed weight, or weights under transposable masks, which are not packed, and where some
+    layers are in eight bits and others are not, or read other weights 2:4: each call then packs its own.
     """
-    if not {"y1", "dy2"} & set(recipe.weights):
-        return None
     ffn, state = params["blocks"]["ffn"], method["blocks"]["ffn"]
-    if any(part.weight_mask != "threshold" for _, _, part in recipe.parts(ffn["w1"].shape[0])):
+    parts = [part for _, _, part in recipe.parts(ffn["w1"].shape[0])]
+    in_fp8 = any(part.in_fp8 for part in parts)
+    if not (in_fp8 or {"y1", "dy2"} & set(recipe.weights)):
         return None
+    if any(part.weight_mask != "threshold" for part in parts):
+        return None
+    if in_fp8 and len({(part.in_fp8, part.weights) for part in parts}) > 1:
+        return None
+    if "up" in ffn:
+        arrays = (Weights(ffn["w1"], ffn["w2"], ffn["up"]), state["beta"], state["beta_up"])
+        with jax.named_scope("ffn"):
+            return jax.lax.map(lambda layer: general_ffn.pack_weights(*layer, dtype=dtype), arrays)
+    options: dict[str, Any] = {"recipe": parts[0]} if in_fp8 else {"dtype": dtype}
     with jax.named_scope("ffn"):
-        return jax.lax.map(lambda layer: pack_weights(*layer, dtype=dtype), (ffn["w1"], ffn["w2"], state["beta"]))
+        return jax.lax.map(lambda layer: pack_weights(*layer, **options), (ffn["w1"], ffn["w2"], state["beta"]))
+
+
+def auxiliary_loss(config: Model, stats: FFNStats | MoEStats) -> Float[Array, ""] | float:
+    """What the experts' routers add to the training loss; 0 without experts."""
+    if not isinstance(stats, MoEStats):
+        return 0.0
+    return config.expert_balance_loss * stats.balance_loss.sum() + config.expert_z_loss * stats.z_loss.sum()
+
+
+def balance(config: Model, method: dict, load: Float[Array, "L E"], recipe: StackRecipe) -> dict:
+    """The method's state after one step of the balancing bias, of a recipe's routing or of the experts'."""
+    if not config.experts:
+        return phases.update_bias(method, load, recipe)
+    ffn = method["blocks"]["ffn"]
+    ffn = ffn | {"bias": moe.updated_bias(ffn["bias"], load, config.expert_balance_rate)}
+    return method | {"blocks": method["blocks"] | {"ffn": ffn}}
 
 
 def parameter_count(config: Model) -> int:
-    """All parameters: V D (twice unless the head is tied) + L (D (H + 2K) h + D^2 + 2 D F + 2 D (+ 2 h)) + D."""
+    """All parameters: V D (twice unless the head is tied) + L (D (H + 2K) h + D^2 + 2 D F + 2 D (+ 2 h)) + D.
+
+    2 D F is 3 D F with a gate; with experts F is the neurons of all, and the router adds D E.
+    """
+    return _parameters(config, config.neurons)
+
+
+def active_parameter_count(config: Model) -> int:
+    """As ``parameter_count``, of experts those that a token computes."""
+    return _parameters(config, config.active_neurons)
+
+
+def _parameters(config: Model, neurons: int) -> int:
     width = (config.heads + 2 * config.key_value_heads) * config.head_dim
-    layer = config.d_model * (width + config.d_model + 2 * config.d_ffn + 2)
+    layer = config.d_model * (width + config.d_model + config.ffn_matrices * neurons + config.experts + 2)
     if config.qk_norm:
         layer += 2 * config.head_dim
     embeddings = config.vocab_size * config.d_model * (1 if config.tied_head else 2)
@@ -354,7 +440,8 @@ def component_flops(config: Model, seq_len: int) -> dict[str, float]:
     """Floating-point operations of one token's dense forward and backward pass, a multiply-add counted as 2.
 
     head: 6 D V; projections: 6 L (D (H + 2K) h + D^2); attention, causal, so that each query meets S / 2 keys on
-    average: 6 L D S; ffn: 6 products of 2 L D F.  Recomputation is not counted.
+    average: 6 L D S; ffn: 6 products of 2 L D F, 9 with a gate, F the neurons that a token computes, and the router of
+    experts 6 L D E.  Recomputation is not counted.
     """
     width = (config.heads + 2 * config.key_value_heads) * config.head_dim
     layers, d_model = config.layers, config.d_model
@@ -362,7 +449,7 @@ def component_flops(config: Model, seq_len: int) -> dict[str, float]:
         "head": 6.0 * d_model * config.vocab_size,
         "projections": 6.0 * layers * d_model * (width + d_model),
         "attention": 6.0 * layers * d_model * seq_len,
-        "ffn": 12.0 * layers * d_model * config.d_ffn,
+        "ffn": 6.0 * layers * d_model * (config.ffn_matrices * config.active_neurons + config.experts),
     }
 
 
@@ -373,10 +460,29 @@ def flops_per_token(config: Model, seq_len: int, recipe: StackRecipe) -> float:
     count.
     """
     parts = component_flops(config, seq_len)
-    products = sum(
-        (end - first) * sum(_executed_products(part).values()) for first, end, part in recipe.parts(config.layers)
-    )
-    return sum(parts.values()) - parts["ffn"] + parts["ffn"] * products / (6 * config.layers)
+    twice = ("y1", "dx", "dw1") if config.gated else ()  # with W1 and with Wu
+
+    def executed(part: Recipe) -> float:
+        return sum(share * (2 if name in twice else 1) for name, share in _executed_products(part).items())
+
+    products = sum((end - first) * executed(part) for first, end, part in recipe.parts(config.layers))
+    share = products / (3 * config.ffn_matrices * config.layers)
+    router = 6.0 * config.layers * config.d_model * config.experts
+    return sum(parts.values()) - (1 - share) * (parts["ffn"] - router)
+
+
+def compute_flops_per_token(config: Model, seq_len: int, recipe: StackRecipe, *, fp8_head: bool = False) -> float:
+    """``flops_per_token`` in units of the time of 16-bit ones: an operation on eight bits takes half of that.
+
+    In layers of eight bits those are the FFN's and the projections'; attention's are not.
+    """
+    parts, whole = component_flops(config, seq_len), flops_per_token(config, seq_len, recipe)
+    halved = 0.0
+    for first, end, part in recipe.parts(config.layers):
+        if part.in_fp8:
+            executed = sum(_executed_products(part).values()) / 6
+            halved += (end - first) / config.layers * (parts["projections"] + parts["ffn"] * executed)
+    return whole - (halved + (parts["head"] if fp8_head and halved else 0.0)) / 2
 
 
 def _executed_products(recipe: Recipe) -> dict[str, float]:

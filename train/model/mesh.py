@@ -6,7 +6,7 @@ The batch is cut over both axes. A large parameter, its moments and its gradient
 
 | parameter | cut along        | how a device uses it                                                                  |
 |-----------|------------------|--------------------------------------------------------------------------------------|
-| w1, w2    | neurons          | `venom_jax.sharded_ffn`                                                               |
+| w1, up, w2 | neurons, or experts | `venom_jax.sharded_ffn`, `venom_jax.general_ffn`                                  |
 | qkv, out  | their input side | gathered in the compute dtype for each of the two passes                              |
 | head      | d_model          | gathered for the loss; its gradient is scattered                                      |
 | embedding | d_model          | each device looks up its part of the rows of everybody's tokens; parts are exchanged  |
@@ -27,6 +27,8 @@ from jaxtyping import Array, Float, Int
 from train.config.settings import RunConfig
 from train.model.embedding import look_up
 from venom_jax import LayerRecipes, Recipe, StackRecipe
+from venom_jax.dispatch import Implementation
+from venom_jax.fp8.sharded_linear import sharded_linear
 from venom_jax.sharded_ffn import gather, in_order, local_recipe, scatter
 
 DATA, FSDP = AXES = ("data", "fsdp")
@@ -34,7 +36,7 @@ ROWS = P(AXES)
 """Of a batch: its rows over all devices."""
 
 # The dimension, counted from the end, along which a parameter of this name is cut.
-CUT = {"w1": -1, "w2": -2, "qkv": -2, "out": -2, "head": -2, "embedding": -1}
+CUT = {"w1": -1, "up": -1, "w2": -2, "qkv": -2, "out": -2, "head": -2, "embedding": -1}
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class Shards:
         The parameter's gradient is computed and summed in its own dtype.
         """
         return _times(self.axis, part.ndim + CUT[name], x, part)
+
+    def times_in_fp8(
+        self, x: Float[Array, "*B I"], part: Float[Array, "_ _"], implementation: Implementation | None
+    ) -> Float[Array, "*B O"]:
+        """The same in eight bits, of a parameter that is cut along I."""
+        return sharded_linear(x, part, axis=self.axis, implementation=implementation)
 
     def own_key(self, key: Array) -> Array:
         """A key of each device's own: rows of the batch do not share their noise."""
@@ -147,6 +155,12 @@ class Layout:
     def everywhere(self) -> jax.sharding.Sharding:
         """Of an array that every device holds."""
         return SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, P())
+
+    def over_devices(self, stack: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+        """Inside a jitted function, the stack with its first axis, a multiple of the devices, cut over all of them."""
+        if self.mesh is None:
+            return stack
+        return jax.lax.with_sharding_constraint(stack, NamedSharding(self.mesh, ROWS))
 
     def place(self, tree: Any) -> Any:
         """The tree, committed to where it belongs."""
@@ -272,12 +286,12 @@ def check_divisible(config: RunConfig, data: int, fsdp: int) -> None:
             f"microbatches over {size} devices (Mesh.data={data} x Mesh.fsdp={fsdp}); use a multiple of {rows}, or "
             "fewer devices"
         )
-    for name in ("d_model", "d_ffn"):
+    for name in ("d_model", "d_expert" if shape.d_expert else "d_ffn"):
         if getattr(shape, name) % fsdp:
             raise ValueError(f"Model.{name}={getattr(shape, name)} does not divide over Mesh.fsdp={fsdp} devices")
     for recipe in config.schedule.recipes:
         _each_part(recipe, lambda part: local_recipe(part, rows))
-        if not recipe.is_dense and shape.d_ffn // fsdp % 4:
+        if not recipe.is_dense and not shape.experts and shape.d_ffn // fsdp % 4:
             raise ValueError(
                 f"Model.d_ffn={shape.d_ffn} over Mesh.fsdp={fsdp} devices leaves {shape.d_ffn // fsdp} neurons each, "
                 "no multiple of 4; bind a smaller Mesh.fsdp"

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from train.command import print_error
+from train.config.precision import COMPUTE, split_precision
 from train.config.schedule import label
 from train.config.settings import PRESETS, Phases, RunConfig, named_recipe
 from train.data.sources import open_fitting
@@ -36,29 +37,34 @@ TRACED_STEPS = 2
 MAX_UNKNOWN = 0.05
 """Share of a step whose kernels may be unknown in ``part_ms``, where they count as other."""
 SWITCH = "switch"
+DENSE_FP8 = "dense fp8"
 
 
 def parse_recipe(text: str) -> tuple[str, Recipe]:
-    """'act24', 'venom:4:1' or 'act24:4:2' -> (label, recipe).
+    """'act24', 'venom:4:1', 'act24:4:2' or one of these with '@fp8' behind it -> (label, recipe).
 
     Raises:
       ValueError: an unknown name, or another form.
     """
-    name, *numbers = text.split(":")
+    whole, precision = split_precision(text)
+    name, *numbers = whole.split(":")
     if not numbers and name in PRESETS:
         recipe = named_recipe(name)
     elif name in ("venom", "act24") and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
         recipe = Recipe.preset(name, experts=int(numbers[0]), top_k=int(numbers[1]))
     else:
         raise ValueError(
-            f"--recipes has {text!r}; give dense, act24, all24, venom, venom:EXPERTS:TOP_K or act24:EXPERTS:TOP_K"
+            f"--recipes has {text!r}; give dense, act24, all24, venom, venom:EXPERTS:TOP_K or act24:EXPERTS:TOP_K, "
+            "and @fp8 behind it for eight bits"
         )
+    recipe = recipe if precision is None else replace(recipe, precision=precision)
     return label(name, recipe), recipe
 
 
 def with_phases(config: RunConfig, recipes: list[Recipe]) -> RunConfig:
-    """The run that has each recipe for a step, so that its program holds them all."""
-    train = replace(config.train, steps=max(config.train.steps, len(recipes)))
+    """The run that has each recipe for a step, so that its program holds them all; recipes say their own precision."""
+    steps = max(config.train.steps, len(recipes))
+    train = replace(config.train, steps=steps, precision=COMPUTE, fp8_edges=0, fp8_until=None)
     return replace(config, phases=Phases(tuple(enumerate(recipes))), train=train)
 
 
@@ -149,21 +155,30 @@ class Bench:
         """Races the program against its rival, prints the row and writes the file."""
         pair = [rival] if rival is program else [rival, program]
         times, self.state = race(pair, self.state, self.batches, self.rounds)
-        rival_ms, ms = times[0], times[-1]
+        self.write_row(name, program, rival_name, times[0], times[-1], parts=parts)
+
+    def write_row(
+        self, name: str, program: Program, rival_name: str, rival_ms: float, ms: float, *, parts: bool, **more: Any
+    ) -> None:
+        """Prints the row of a program that took so many milliseconds and writes the file; `more` of its figures."""
         shape, train, devices = self.config.model, self.config.train, self.layout.devices
         tokens, peak = train.batch_size * train.seq_len, peak_flops(devices)
 
         def utilization(recipe: Recipe) -> float | None:
-            flops = tokens * decoder.flops_per_token(shape, train.seq_len, recipe)
+            """Of the peak for 16 bits; operations on eight bits count half."""
+            fp8_head = train.fp8_head
+            flops = tokens * decoder.compute_flops_per_token(shape, train.seq_len, recipe, fp8_head=fp8_head)
             return None if peak is None else round(flops / ms * 1e3 / peak, 4)
 
         row: dict[str, Any] = {
             "bench": "train_step",
             "case": f"{self.case} {name}",
+            "precision": "fp8" if program.recipe.in_fp8 else train.dtype,
             "ms": round(ms, 3),
             "rival": rival_name,
             "rival_ms": round(rival_ms, 3),
             "speedup": round(rival_ms / ms, 4),
+            **more,
             "tokens_per_second": round(tokens / ms * 1e3),
             "mfu_dense": utilization(Recipe.dense()),
             "mfu_executed": utilization(program.recipe),
@@ -174,12 +189,36 @@ class Bench:
             "jax": jax.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        if parts and (spent := self.parts(program, ms)):
-            row["part_ms"] = {part: round(value, 2) for part, value in spent.items()}
+        if parts:
+            self.add_parts(row, program, ms)
         self.rows.append(row)
         print(json.dumps(row), flush=True)
+        self.write()
+
+    def add_parts(self, row: dict[str, Any], program: Program, ms: float) -> None:
+        """Where the time goes, if it is known."""
+        if spent := self.parts(program, ms):
+            row["part_ms"] = {part: round(value, 2) for part, value in spent.items()}
+
+    def write(self) -> None:
+        """Writes the rows so far."""
         if self.output is not None:
             self.output.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+    def race_all(self, programs: dict[str, Program], parts: bool) -> None:
+        """A row of each program, all in one race; of those in eight bits also against dense in these."""
+        found, self.state = race(list(programs.values()), self.state, self.batches, self.rounds)
+        times = dict(zip(programs, found, strict=True))
+        for name, program in programs.items():
+            more: dict[str, Any] = {}
+            if program.recipe.in_fp8 and (fp8_ms := times.get(DENSE_FP8)):
+                more = {"dense_fp8_ms": round(fp8_ms, 3), "speedup_over_dense_fp8": round(fp8_ms / times[name], 4)}
+            self.write_row(name, program, "dense", times["dense"], times[name], parts=False, **more)
+        if parts:  # last: the rows are there if time runs out
+            for row, (name, program) in zip(self.rows, programs.items(), strict=True):
+                self.add_parts(row, program, times[name])
+                print(json.dumps({"case": row["case"], "part_ms": row.get("part_ms")}), flush=True)
+            self.write()
 
     def parts(self, program: Program, ms: float) -> dict[str, float] | None:
         """Where the program's step of so many milliseconds goes; None, with names on stderr, if too much is unknown."""
@@ -204,19 +243,32 @@ class Bench:
 
 
 def measure(
-    config: RunConfig, names: list[str], case: str, rounds: int, parts: bool, switch: bool, output: Path | None = None
+    config: RunConfig,
+    names: list[str],
+    case: str,
+    rounds: int,
+    parts: bool,
+    switch: bool,
+    output: Path | None = None,
+    *,
+    together: bool = False,
 ) -> list[dict]:
-    """A row for dense, for each recipe and, where asked for, for both phases of a switch; none for what fails."""
+    """A row for dense, for each recipe and, where asked for, for both phases of a switch; none for what fails.
+
+    together: all recipes take turns in one race, without a switch; those in eight bits also against dense in these.
+    """
     recipes = dict(parse_recipe(name) for name in ["dense", *names])
     bench = Bench.start(config, list(recipes.values()), case, rounds, output)
     programs: dict[str, Program] = {}
 
     def add(name: str, compiled: list[Program]) -> None:
         for programs[name] in compiled:
-            bench.add_row(name, programs[name], "dense", programs["dense"], parts=parts)
+            if not together:
+                bench.add_row(name, programs[name], "dense", programs["dense"], parts=parts)
 
     add("dense", bench.compile("dense", [recipes["dense"]], parts))
     last = list(recipes)[-1]
+    switch = switch and not together
     wanted = {name: [recipe] for name, recipe in recipes.items() if name != "dense" and programs}
     if switch and wanted:
         wanted[SWITCH] = [recipes["dense"], recipes[last]]
@@ -227,6 +279,8 @@ def measure(
     both = compiled.pop(SWITCH, [])
     for name, found in compiled.items():
         add(name, found)
+    if together and programs:
+        bench.race_all(programs, parts)
     for name, phase in zip(("dense", last), both, strict=False):
         if name in programs:
             bench.add_row(f"{name}, switch", phase, name, programs[name], parts=parts)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from train.config.precision import uses_fp8
 from train.config.settings import RunConfig
 from train.evaluation.validation import describe
 from train.model import decoder
@@ -55,8 +56,12 @@ class Logger:
         self._progress = Progress(train.steps, start) if first else silent
         self._throughput = Throughput(train.batch_size * train.seq_len, start)
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
-        recipes = dict.fromkeys((Recipe.dense(), *config.schedule.recipes))
-        self._flops = {recipe: decoder.flops_per_token(config.model, train.seq_len, recipe) for recipe in recipes}
+        options = {"fp8_head": train.fp8_head}
+        self._dense_flops = decoder.flops_per_token(config.model, train.seq_len, Recipe.dense())
+        self._flops = {
+            recipe: decoder.compute_flops_per_token(config.model, train.seq_len, recipe, **options)
+            for recipe in config.schedule.recipes
+        }
         self._peak = peak_flops(devices)
         self._step = start
 
@@ -134,13 +139,14 @@ class Logger:
             return
         self._watch.learn(step, values["loss"])
         phase = self._config.schedule.phases[phase_index]
-        if not phase.recipe.routed:
+        if not (phase.recipe.routed or self._config.model.experts):
             values = {name: value for name, value in values.items() if not name.startswith("load_")}
         rate = self._throughput.measure(step)
         values["tokens_per_second"] = round(rate, 1)
         utilisation = ""
         if self._peak:
-            values["mfu_dense"] = rate * self._flops[Recipe.dense()] / self._peak
+            # Of the peak for 16 bits; executed operations on eight bits count half, as their peak is twice that.
+            values["mfu_dense"] = rate * self._dense_flops / self._peak
             values["mfu_executed"] = rate * self._flops[phase.recipe] / self._peak
             utilisation = f", MFU {values['mfu_dense']:.1%} dense-equivalent {values['mfu_executed']:.1%} executed"
         if (peak := peak_memory()) is not None:
@@ -153,18 +159,25 @@ class Logger:
 def opening(config: RunConfig, devices: int) -> str:
     """The first line of a run: what is trained on what, and which sparse phases have no kernels here."""
     shape, train = config.model, config.train
-    text = f"{decoder.parameter_count(shape):,} parameters on {devices} x {jax.devices()[0].device_kind}"
+    active = f", {decoder.active_parameter_count(shape):,} of them active," if shape.experts else ""
+    text = f"{decoder.parameter_count(shape):,} parameters{active} on {devices} x {jax.devices()[0].device_kind}"
 
     def has_kernels(recipe: Recipe) -> bool:
-        sizes = (shape.d_model, shape.d_ffn, train.dtype)
-        return recipe.is_dense or choose_kernels(train.implementation, recipe, *sizes, local=True) is not None
+        sizes = (shape.d_model, shape.expert_neurons, train.dtype)
+        plain = recipe.is_dense and not recipe.in_fp8
+        return plain or choose_kernels(train.implementation, recipe, *sizes, local=True) is not None
 
     phases = {
         phase.label: [part for _, _, part in phase.recipe.parts(shape.layers)] for phase in config.schedule.phases
     }
     without = [label for label, parts in phases.items() if not all(map(has_kernels, parts))]
     if without:
-        text += f"; as dense products with masks, no sparse kernels: {', '.join(without)}"
+        rounded = [label for label in without if any(part.in_fp8 for part in phases[label])]
+        masked = [label for label in without if label not in rounded]
+        if masked:
+            text += f"; as dense products with masks, no sparse kernels: {', '.join(masked)}"
+        if rounded:
+            text += f"; as products of rounded operands, no kernels of eight bits: {', '.join(rounded)}"
     elif not all(part.is_dense for parts in phases.values() for part in parts):
         text += "; with sparse kernels"
     return f"{text}; the first step compiles"
@@ -186,10 +199,17 @@ def plan(config: RunConfig) -> str:
     def flops(recipe: StackRecipe) -> float:
         return decoder.flops_per_token(config.model, train.seq_len, recipe)
 
+    def executed(recipe: StackRecipe) -> str:
+        shapes = (config.model, train.seq_len, recipe)
+        share = 2 - 2 * decoder.compute_flops_per_token(*shapes, fp8_head=train.fp8_head) / flops(recipe)
+        text = f"executes {flops(recipe) / dense_flops:.1%} of the dense FLOPs"
+        return f"{text}, {share:.1%} of them on eight bits" if uses_fp8(recipe) else text
+
     dense_flops = flops(Recipe.dense())
     count = decoder.parameter_count(config.model)
+    active = f"{decoder.active_parameter_count(config.model):,} active, " if config.model.experts else ""
     lines = [
-        f"parameters      {count:,} ({count * 12 / 2**30:.2f} GiB with two moments, float32)",
+        f"parameters      {count:,} ({active}{count * 12 / 2**30:.2f} GiB with two moments, float32)",
         f"batch           {train.batch_size} x {train.seq_len} = {tokens:,} tokens, accumulation {train.accumulation}",
         f"devices         {data * fsdp} (Mesh.data={data} x Mesh.fsdp={fsdp})",
         f"memory          {estimate(config, data, fsdp)}",
@@ -198,10 +218,7 @@ def plan(config: RunConfig) -> str:
     ]
     ends = [phase.start for phase in config.schedule.phases[1:]] + [train.steps]
     for phase, end in zip(config.schedule.phases, ends, strict=True):
-        lines.append(
-            f"phase           steps {phase.start:,} to {end:,}: {phase.label}, "
-            f"executes {flops(phase.recipe) / dense_flops:.1%} of the dense FLOPs"
-        )
+        lines.append(f"phase           steps {phase.start:,} to {end:,}: {phase.label}, {executed(phase.recipe)}")
     return "\n".join(lines)
 
 

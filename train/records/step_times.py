@@ -9,6 +9,7 @@ from train.config.settings import RunConfig
 from venom_jax import Recipe, StackRecipe
 
 _COSTLY = ("weights", "weight_mask", "activations", "wgrad", "hidden", "token_order", "token_blocks", "token_copy")
+"""Fields of a recipe on which the time of a step depends beside its experts and its precision."""
 
 
 @dataclass(frozen=True)

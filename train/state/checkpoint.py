@@ -30,8 +30,9 @@ from venom_jax.stats import WeightMasks, weight_masks
 
 FORMAT = 1  # of what a checkpoint holds; counts up when an older program could not read it, or misread it
 # Optimizer fields that decide what arrays its state has.
-_STATE_FIELDS = ("ema", "first_moment_dtype")
+_STATE_FIELDS = ("ema", "first_moment_dtype", "kind")
 _ROUTER = "room for a learned router"
+_RESCALED = ", rescaled"
 
 
 def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -47,13 +48,13 @@ def fingerprint(config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     values |= {f"data.{name}": value for name, value in data.items()}
     values["largest number of experts"] = config.max_experts
     values[_ROUTER] = config.learned_router
-    phases = [[phase.start, text] for phase, text in zip(config.schedule.phases, _phase_texts(config), strict=True)]
+    phases = [[phase.start, text] for phase, text in zip(config.bound.phases, _phase_texts(config), strict=True)]
     return json.loads(json.dumps(values | {"phases": phases}))
 
 
 def _phase_texts(config: RunConfig) -> list[str]:
-    rescaled = ", rescaled" if config.phases.rescale else ""
-    return [describe(phase.recipe) + (rescaled if phase.start else "") for phase in config.schedule.phases]
+    rescaled = _RESCALED if config.phases.rescale else ""
+    return [describe(phase.recipe) + (rescaled if phase.start else "") for phase in config.bound.phases]
 
 
 def keep_begun(config: RunConfig, begun: Sequence[tuple[int, str]]) -> RunConfig:
@@ -72,10 +73,15 @@ def keep_begun(config: RunConfig, begun: Sequence[tuple[int, str]]) -> RunConfig
 
 
 def describe(recipe: StackRecipe) -> str:
-    """The recipe in words that outlast new fields of `Recipe`: later ones are named only where they are set."""
+    """The recipe in words that outlast new fields of `Recipe`: later ones are named only where they are set.
+
+    Precision, as `Train.dtype`, is no part of what a run is: it may change from one start to the next.
+    """
     if isinstance(recipe, LayerRecipes):
-        return f"LayerRecipes({', '.join(f'{first}: {describe(part)}' for first, part in recipe.starts)})"
-    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
+        texts = [(first, describe(part)) for first, part in recipe.starts]
+        texts = [own for i, own in enumerate(texts) if i == 0 or own[1] != texts[i - 1][1]]
+        return texts[0][1] if len(texts) == 1 else f"LayerRecipes({', '.join(f'{a}: {text}' for a, text in texts)})"
+    values = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe) if item.name != "precision"}
     named = {name: value for name, value in values.items() if _LATER_FIELDS.get(name, ...) != value}
     return f"Recipe({', '.join(f'{name}={value!r}' for name, value in named.items())})"
 
@@ -86,7 +92,10 @@ _LATER_FIELDS = {"weight_mask": "threshold", "shared": 0, "clustering": "kmeans"
 
 def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any], step: int) -> None:
     def past(values):
-        return values | {"phases": [phase for phase in values["phases"] if phase[0] < step]}
+        phases = [phase for phase in values["phases"] if phase[0] < step]
+        # One that differs from the one before in nothing but its precision goes on with it.
+        kept = [own for i, own in enumerate(phases) if i == 0 or _plain(own[1]) != _plain(phases[i - 1][1])]
+        return values | {"phases": kept}
 
     unknown = {name: wanted[name] for name in (_ROUTER, "data.sha256") if name in wanted}
     saved, wanted = past(_EARLIER | unknown | saved), past(wanted)
@@ -99,6 +108,10 @@ def _check_same_run(workdir: Path, saved: dict[str, Any], wanted: dict[str, Any]
             f"workdir {str(workdir)!r} holds a different run at step {step}: {', '.join(parts)}; "
             "use the configuration it was started with (config.gin there), or for a new run another --workdir"
         )
+
+
+def _plain(text: str) -> str:
+    return text.removesuffix(_RESCALED)
 
 
 def _differing_phase(saved: list, wanted: list) -> str:
@@ -122,10 +135,15 @@ def _differing_phase(saved: list, wanted: list) -> str:
     return f"phase {number} of Phases.schedule, which begins at step {here[0]}, has {listed}"
 
 
+_LATER_SHAPE = (
+    *("qk_norm", "document_start", "gated", "activation", "clamp", "experts", "experts_per_token", "shared_experts"),
+    *("rope_factor", "rope_original_length", "rope_fast", "rope_slow", "rope_attention_factor"),
+    *("d_expert", "expert_scores", "expert_balance_rate", "expert_balance_loss", "expert_z_loss"),
+)
 # Fields that checkpoints may lack because they are older: these had the default.
 _EARLIER = {
     f"{kind.__name__}.{item.name}": item.default
-    for kind, names in ((Model, ("qk_norm", "document_start")), (Optimizer, _STATE_FIELDS))
+    for kind, names in ((Model, _LATER_SHAPE), (Optimizer, _STATE_FIELDS))
     for item in dataclasses.fields(kind)
     if item.name in names
 } | {"Optimizer.clip is a number": True}

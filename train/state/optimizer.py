@@ -1,4 +1,4 @@
-"""AdamW with clipping, the two schedules of the learning rate, and the moving average of the parameters."""
+"""AdamW or Muon with clipping, the two schedules of the learning rate, and the moving average of the parameters."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -11,6 +11,8 @@ from jaxtyping import Array, Int
 
 from train.config.schedule import resolve_step
 from train.config.settings import LearningRate, Optimizer, RunConfig
+from train.model.mesh import ONE_DEVICE, Layout
+from train.state.muon import scale_by_muon
 
 
 def learning_rate(config: LearningRate, steps: int) -> optax.Schedule:
@@ -47,29 +49,61 @@ def decay_mask(config: Optimizer, params: Any) -> Any:
     Raises:
       ValueError: a pattern that matches no parameter.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in config.no_decay:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"Optimizer.no_decay has {pattern!r}, which matches none of the parameters {', '.join(names)}"
             )
-    decayed = [not any(fnmatchcase(name, pattern) for pattern in config.no_decay) for name in names]
-    return jax.tree_util.tree_unflatten(structure, decayed)
+    return _decayed(config, params)
 
 
-def optimizer(config: Optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW."""
+def _decayed(config: Optimizer, params: Any) -> Any:
+    """`decay_mask` of some of the parameters."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(fnmatchcase(_name(path), pattern) for pattern in config.no_decay), params
+    )
+
+
+def optimizer(
+    config: Optimizer, schedule: optax.Schedule, dtype: Any = jnp.float32, layout: Layout = ONE_DEVICE
+) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW, or Muon for the layers' matrices and AdamW for all else.
+
+    dtype, layout: of Muon's products, and of the run, whose devices share the matrices among them.
+    """
+    mu_dtype = None if config.first_moment_dtype == "float32" else config.first_moment_dtype
     adamw = optax.adamw(
         schedule,
         b1=config.b1,
         b2=config.b2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mask=lambda params: decay_mask(config, params),
-        mu_dtype=None if config.first_moment_dtype == "float32" else config.first_moment_dtype,
+        mask=lambda params: _decayed(config, params),
+        mu_dtype=mu_dtype,
     )
-    return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    chosen = adamw
+    if config.kind == "muon":
+        matrices = optax.chain(
+            scale_by_muon(
+                config.momentum, dtype, mu_dtype=mu_dtype, multiple=layout.devices, place=layout.over_devices
+            ),
+            optax.add_decayed_weights(config.weight_decay, lambda params: _decayed(config, params)),
+            optax.scale_by_learning_rate(schedule),
+        )
+        chosen = optax.partition({"muon": matrices, "adamw": adamw}, kinds)
+    return chosen if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), chosen)
+
+
+def kinds(params: Any) -> Any:
+    """'muon' for matrices of layers, each parameter of which has the layers' axis in front, 'adamw' for all else."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: "muon" if _name(path).startswith("blocks/") and leaf.ndim == 3 else "adamw", params
+    )
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def rewarmed(schedule: optax.Schedule, starts: Sequence[int], steps: int) -> optax.Schedule:
@@ -84,11 +118,11 @@ def rewarmed(schedule: optax.Schedule, starts: Sequence[int], steps: int) -> opt
     return rising
 
 
-def for_run(config: RunConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a run, and its learning rate."""
+def for_run(config: RunConfig, layout: Layout = ONE_DEVICE) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a run, and its learning rate; the state does not depend on the layout."""
     schedule = learning_rate(config.learning_rate, config.train.steps)
     schedule = rewarmed(schedule, config.schedule.reroutings, config.learning_rate.rewarm)
-    return optimizer(config.optimizer, schedule), schedule
+    return optimizer(config.optimizer, schedule, jnp.dtype(config.train.dtype), layout), schedule
 
 
 def updated_average(average: Any, params: Any, step: Int[Array, ""], decay: float | None) -> Any:

@@ -14,13 +14,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from train.config.precision import COMPUTE, in_precision, uses_fp8
 from train.config.settings import Model, RunConfig
 from train.model.cross_entropy import weighted_cross_entropy
 from train.model.decoder import assemble, find_documents, pack_ffns, rms_norm
 from train.model.embedding import look_up
 from train.model.mesh import layout_of
 from train.state.state import TrainState
-from venom_jax import Recipe
+from venom_jax import Recipe, StackRecipe
 
 _GRADIENT = "the gradient of "
 # Of one layer's parameters, the order in which the backward pass makes their gradients.
@@ -34,23 +35,39 @@ def first_bad(
 
     ``state`` is the one before the step; with a later one the answer is what the step would do now.
     """
+    recipe = config.schedule.phases[int(state.phase)].recipe
+    found, largest = _look(_tensors(graphdef, config, recipe, state, tokens, number))
+    if found is None:
+        return f"all is finite when it is computed again; {largest}"
+    if uses_fp8(recipe):
+        plain = in_precision(recipe, COMPUTE)
+        again, _ = _look(_tensors(graphdef, config, plain, state, tokens, number))
+        if again is None:
+            return (
+                f"not finite is {found} in eight bits; in {config.train.dtype} all is: try Train.precision={COMPUTE!r}"
+            )
+    return f"not finite is {found}"
+
+
+def _look(tensors: Iterator[tuple[str, Array]]) -> tuple[str | None, str]:
+    """The first tensor that is not finite, and if all are the largest gradient."""
     norms = {}
-    for name, array in _tensors(graphdef, config, state, tokens, number):
+    for name, array in tensors:
         values = jnp.asarray(array, jnp.float32)
         nan, inf = int(jnp.isnan(values).sum()), int(jnp.isinf(values).sum())
         if nan or inf:
-            return f"not finite is {name} ({nan} NaN and {inf} inf of {values.size} values)"
+            return f"{name} ({nan} NaN and {inf} inf of {values.size} values)", ""
         if name.startswith(_GRADIENT):
             norms[name] = float(np.linalg.norm(np.asarray(values, np.float64)))
     largest = max(norms, key=norms.__getitem__)
-    return f"all is finite when it is computed again; {largest} is the largest, of norm {norms[largest]:.3g}"
+    return None, f"{largest} is the largest, of norm {norms[largest]:.3g}"
 
 
 def _tensors(
-    graphdef: nnx.GraphDef, config: RunConfig, state: TrainState, tokens: Array, number: int
+    graphdef: nnx.GraphDef, config: RunConfig, recipe: StackRecipe, state: TrainState, tokens: Array, number: int
 ) -> Iterator[tuple[str, Array]]:
     """Names and tensors of a step, in the order of their computation."""
-    recipe, train = config.schedule.phases[int(state.phase)].recipe, config.train
+    train = config.train
     dtype, layers = jnp.dtype(train.dtype), config.model.layers
     yield from _named(state.params, layers, "the parameter ")
     packed = pack_ffns(state.params, state.method, recipe, dtype)
@@ -82,7 +99,8 @@ def _tensors(
             yield f"the FFN's input in layer {layer} (behind attention){where}", ffn_input
             yield f"the output of layer {layer} (behind the FFN){where}", x
         top = {name: leaf for name, leaf in state.params.items() if name != "blocks"}
-        loss, (d_top, dx) = _top(top, x, part[:, 1:], model=config.model, slices=train.loss_chunks, z_loss=train.z_loss)
+        options = {"slices": train.loss_chunks, "z_loss": train.z_loss, "in_fp8": train.fp8_head and uses_fp8(recipe)}
+        loss, (d_top, dx) = _top(top, x, part[:, 1:], model=config.model, **options)
         yield f"the loss{where}", loss
         yield from _named(d_top, layers, _GRADIENT, where)
         yield f"the derivative by the output of layer {layers - 1}{where}", dx
@@ -109,15 +127,15 @@ def _block_gradient(dy, trained, x, *rest, **static):
     return pull(dy)
 
 
-@partial(jax.jit, static_argnames=("model", "slices", "z_loss"))
-def _top(top: dict, x, labels, *, model: Model, slices: int, z_loss: float):
+@partial(jax.jit, static_argnames=("model", "slices", "z_loss", "in_fp8"))
+def _top(top: dict, x, labels, *, model: Model, slices: int, z_loss: float, in_fp8: bool):
     """The loss, and its gradients by what lies above the layers and by their output."""
 
     def loss(top, x):
         hidden = rms_norm(x, top["final_scale"], model.norm_epsilon)
         head = top["embedding"].T if model.tied_head else top["head"]
         weights = jnp.full(labels.shape, 1 / labels.size, jnp.float32)
-        return weighted_cross_entropy(hidden, head, labels, weights, slices, z_loss)
+        return weighted_cross_entropy(hidden, head, labels, weights, slices, z_loss, in_fp8)
 
     return jax.value_and_grad(loss, (0, 1))(top, x)
 

@@ -13,14 +13,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from train.config.precision import uses_fp8
 from train.config.settings import RunConfig
 from train.model.cross_entropy import head_logits, sharded_cross_entropy, weighted_cross_entropy
-from train.model.decoder import Decoder, assemble, join_layers, pack_ffns, take_layers
+from train.model.decoder import Decoder, assemble, auxiliary_loss, balance, join_layers, pack_ffns, take_layers
 from train.model.mesh import AXES, ONE_DEVICE, ROWS, Layout, Shards, specs
 from train.state.optimizer import for_run, updated_average
 from train.state.state import TrainState, abstract_state
 from train.step.guard import counts, keep_if
-from venom_jax import FFNStats, PackedWeights, StackRecipe, calibrate, phases
+from venom_jax import FFNStats, PackedWeights, StackRecipe, calibrate
 from venom_jax.stats import WeightMasks, diagnose
 
 Metrics = dict[str, Array]
@@ -99,10 +100,14 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
             labels = tokens[:, 1:]
             weights = jnp.full(labels.shape, 1 / (labels.size * devices), jnp.float32)
             operands, train = (hidden, model.head_weight(), labels, weights), config.train
+            in_fp8 = train.fp8_head and uses_fp8(recipe)
             with jax.named_scope("head"):
                 if shards is None:
-                    return weighted_cross_entropy(*operands, train.loss_chunks, train.z_loss), stats
-                return sharded_cross_entropy(*operands, train.loss_chunks, train.z_loss, shards.axis), stats
+                    value = weighted_cross_entropy(*operands, train.loss_chunks, train.z_loss, in_fp8)
+                else:
+                    options = (train.loss_chunks, train.z_loss, shards.axis, in_fp8)
+                    value = sharded_cross_entropy(*operands, *options)
+            return value + auxiliary_loss(config.model, stats) / devices, stats
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, value, stats.density.mean(), stats.load
@@ -111,7 +116,9 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
         count = config.train.accumulation
         if shards is not None:
             key = shards.own_key(key)
-        packed = pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype))
+        # In eight bits a single microbatch casts its own: stacked for all layers, casts would be copied once more.
+        shared = count > 1 or not uses_fp8(recipe)
+        packed = pack_ffns(params, method, recipe, jnp.dtype(config.train.dtype)) if shared else None
         own = layout.local_recipe(recipe, count)
         if count == 1:
             grads, loss, density, load = microbatch(params, method, packed, tokens, key, recipe=own)
@@ -130,7 +137,11 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
             grads = shards.total_gradients(grads)
             loss, density, load = shards.total((loss, density / devices, load))
         count = tokens.shape[0] * (tokens.shape[1] - 1) * devices
-        return grads, load, {"loss": loss, "density": density, **_load_metrics(load, recipe, count)}
+        return (
+            grads,
+            load,
+            {"loss": loss, "density": density} | _load_metrics(load, recipe, count, config.model.experts),
+        )
 
     if shards is None:
         return gradients
@@ -143,11 +154,16 @@ def make_gradients(graphdef: nnx.GraphDef, config: RunConfig, layout: Layout = O
     return on_each
 
 
-def _load_metrics(load: Float[Array, "L E"], recipe: StackRecipe, tokens: int) -> Metrics:
+def _load_metrics(load: Float[Array, "L E"], recipe: StackRecipe, tokens: int, experts: int = 0) -> Metrics:
     """Share of the tokens that each routed layer's experts got, but for the shared ones: largest, mean, smallest.
 
     Where layers differ in their number of experts, the largest and the smallest are relative to their layers' means.
+
+    experts: those of a mixture, which has them whatever the recipe.
     """
+    if experts:
+        shares = load / tokens
+        return {"load_max": shares.max(), "load_mean": shares.mean(), "load_min": shares.min()}
     shares = load / tokens
     parts = [p for p in recipe.parts(load.shape[0]) if p[2].routed or not recipe.routed]
     found = [shares[first:end, part.shared : part.experts] for first, end, part in parts]
@@ -182,7 +198,7 @@ def make_train_step(
     limit, number: from ``guard.Watch``.  A step that does not count by ``guard.counts``, or whose number is not the
     state's (None: any), leaves the state as ``guard.keep_if`` says.
     """
-    optimizer, schedule = for_run(config)
+    optimizer, schedule = for_run(config, layout)
     gradients = make_gradients(graphdef, config, layout)
 
     def step_with(recipe: StackRecipe, state: TrainState, tokens, limit, number) -> tuple[TrainState, Metrics]:
@@ -196,7 +212,7 @@ def make_train_step(
             grad_norm = optax.tree.norm(grads)
         new_state = TrainState(
             params=params,
-            method=phases.update_bias(state.method, load, recipe),
+            method=balance(config.model, state.method, load, recipe),
             opt_state=opt_state,
             step=state.step + 1,
             phase=state.phase,

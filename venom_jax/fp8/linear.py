@@ -26,7 +26,7 @@ class LinearWeight(NamedTuple):
 
 def pack_linear(w: Float[Array, "D N"], *, implementation: Implementation | None = None) -> LinearWeight:
     """Cast a weight once per optimizer step instead of once per call of `linear`."""
-    options = {"implementation": products.casting(_choose(implementation, *w.shape))}
+    options = {"implementation": products.casting(choose(implementation, *w.shape))}
     w = jax.lax.stop_gradient(w)
     return LinearWeight(cast8.by_column(w, interleaved=False, **options), cast8.by_row(w, **options))
 
@@ -62,15 +62,24 @@ def linear(
         raise ValueError(
             f"x {x.shape} and w {w.shape} do not fit: x ends in {x.shape[-1]}, w begins with {w.shape[0]}."
         )
-    chosen = _choose(implementation, *w.shape)
+    chosen = choose(implementation, *w.shape)
     packed = pack_linear(w, implementation=chosen) if packed is None else packed
+    return as_before(_linear(chosen, in_rows(x), w, packed), x)
+
+
+def in_rows(x: Float[Array, "*B D"]) -> Float[Array, "T D"]:
+    """Tokens in rows, filled up with zeros: XLA refuses 8-bit products of one row, or over fewer than 16 tokens."""
     tokens = math.prod(x.shape[:-1])
-    # Also one token: XLA refuses an 8-bit product of one row, and of a contraction over fewer than 16.
-    rows = jnp.pad(x.reshape(tokens, x.shape[-1]), ((0, -tokens % products.GRANULE), (0, 0)))
-    return _linear(chosen, rows, w, packed)[:tokens].reshape(*x.shape[:-1], w.shape[1])
+    return jnp.pad(x.reshape(tokens, x.shape[-1]), ((0, -tokens % products.GRANULE), (0, 0)))
 
 
-def _choose(implementation: Implementation | None, d_in: int, d_out: int) -> Implementation:
+def as_before(y: Float[Array, "T N"], x: Float[Array, "*B D"]) -> Float[Array, "*B N"]:
+    """The product of `in_rows(x)` with x's axes."""
+    return y[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], y.shape[1])
+
+
+def choose(implementation: Implementation | None, d_in: int, d_out: int) -> Implementation:
+    """What multiplies: see `linear`."""
     fits = d_in % products.GRANULE == 0 and d_out % products.GRANULE == 0
     if implementation is None:
         return "hopper" if fits and device.hopper_available() else "reference"
@@ -81,16 +90,22 @@ def _choose(implementation: Implementation | None, d_in: int, d_out: int) -> Imp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(implementation: Implementation, x, w, packed: LinearWeight):
+    return _product(implementation, x, packed.forward)
+
+
+def _product(implementation, x, weight: Cast):
     tokens = cast8.by_row(x, implementation=products.casting(implementation))
-    return products.scaled(tokens, packed.forward, x.dtype, implementation=implementation)
+    return products.scaled(tokens, weight, x.dtype, implementation=implementation)
 
 
-def _forward(implementation, x, w, packed):
+def product_forward(implementation, x, w, weight: Cast, for_dx: Cast | None):
+    """y and what the backward needs: x per feature, w for its dtype, the weight of dx."""
     kept = cast8.by_column(x, interleaved=False, implementation=products.casting(implementation))
-    return _linear(implementation, x, w, packed), (kept, w, packed.backward)
+    return _product(implementation, x, weight), (kept, w, for_dx)
 
 
-def _backward(implementation, saved, dy):
+def product_backward(implementation, saved, dy):
+    """dx, dw, and nothing for the packed weight."""
     x, w, weight = saved
     how = {"implementation": products.casting(implementation)}
     dx = products.scaled(cast8.by_row(dy, **how), weight, dy.dtype, implementation=implementation)
@@ -98,4 +113,4 @@ def _backward(implementation, saved, dy):
     return dx, products.scaled(x, by_feature, w.dtype, exact=True, implementation=implementation), None
 
 
-_linear.defvjp(_forward, _backward)
+_linear.defvjp(lambda how, x, w, packed: product_forward(how, x, w, *packed), product_backward)
