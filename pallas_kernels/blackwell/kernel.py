@@ -29,7 +29,7 @@ def to_tcgen05(metadata: Metadata) -> Array:
     """Words [m/64, k/64, 128] -> positions uint2 [m/128, k/128, 128, 64], as jax's tcgen05 wants them; 16-bit operands.
 
     A word holds rows g and g + 8 of 16 and 16 columns of 64 (metadata.py); there the words of 16 rows and 128 columns
-    lie as [h][g][column tile, s].
+    lie by h, then g, then column tile and s.
     """
     rows, columns, _ = metadata.shape
     if rows % 2 or columns % 2:

@@ -23,7 +23,7 @@ _ITEMS = 2 * COLUMN_BLOCKS
 """Blocks of 32 rows and 8 columns of B that a warp multiplies with in a stage: both steps of 32 logical columns."""
 
 type Sums = list[list[list[Real]]]
-"""[16-row block][8-column block] four accumulators, as `Machine.multiply_sparse` holds them."""
+"""By 16-row block and by 8-column block four accumulators, as `Machine.multiply_sparse` holds them."""
 
 
 class State(NamedTuple):
