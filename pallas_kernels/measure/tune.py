@@ -58,7 +58,6 @@ PROMOTING = (
     TileConfig(64, 192, stages=5, store_slots=1, raster_m=8, promote=PROMOTE),
     TileConfig(64, 192, stages=5, store_slots=1, raster_m=16, raster_n=16, promote=PROMOTE),
     TileConfig(64, 128, stages=7, store_slots=1, raster_m=8, promote=PROMOTE),
-    TileConfig(64, 128, stages=7, store_slots=1, raster_m=16, raster_n=16, deferred=True, promote=PROMOTE),
 )
 """... where sums are promoted: two sets of them in a thread's registers leave room for no larger tile."""
 
