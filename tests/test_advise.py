@@ -210,3 +210,28 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         printed = capsys.readouterr().err
         assert printed.startswith("error: ")
         assert message in printed
+
+
+def step(case, speedup, device=H100):
+    return ffn("", speedup, device=device) | {"bench": "train_step", "case": case}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rows", "sentence"),
+    [
+        (
+            "h100",
+            [step("1b act24", 1.08), step("1b act24 fp8", 1.3)],
+            "Take act24 fp8: a training step of 1b runs 1.30x",
+        ),
+        ("h100", [step("1b act24", 1.08), ffn("act24", 1.4)], "Take act24: a training step of 1b runs 1.08x"),
+        ("h100", [step("7b-layers act24", 1.1), ffn("act24", 1.4)], "Take act24: this layer runs 1.40x"),
+        ("h100", [ffn("act24", 0.9)], "Train dense: this layer runs 0.90x"),
+        ("h200", [step("1b act24", 1.08)], "Nothing of this shape is measured on h200"),
+        ("b200", [step("1b act24", 1.08)], "Train dense: on b200"),
+    ],
+)
+def test_one_sentence_comes_first(gpu, rows, sentence):
+    first = advise.advise(SHAPE, gpu, rows).splitlines()[2]
+    assert first.startswith(sentence)
+    assert first.endswith(".")

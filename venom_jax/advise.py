@@ -1,8 +1,9 @@
 """Will it pay? Speed of each recipe on one FFN, as measured: python -m venom_jax.advise --d_model=2048 --d_ffn=8192
 
-Prints, for every recipe, the measured speed of the whole FFN (forward, backward and every conversion) against XLA's
-dense one where this very shape was measured, and "not measured" where it was not: nothing is interpolated. Below it,
-the measured shapes on either side of the break-even, whole training steps, and what each kind of GPU gets today.
+Prints one sentence, what to take and what it gains; then, for every recipe, the measured speed of the whole FFN
+(forward, backward and every conversion) against XLA's dense one where this very shape was measured, and "not measured" where it
+was not: nothing is interpolated. Below it, the measured shapes on either side of the break-even, and what each kind of
+GPU gets today.
 Measured tables are ffn.json, kernels.json and train.json, as `python -m venom_jax.bench`, `python -m
 pallas_kernels.bench` and `python -m train.bench` write them. The package holds those of docs/results as measured.json:
 
@@ -25,7 +26,16 @@ from venom_jax.bench import RECIPES
 Row = dict[str, Any]
 
 MEASURED = Path(__file__).with_name("measured.json")  # the rows of TABLES, without those of single stages
-TABLES = ("ffn.json", "kernels.json", "train.json")
+TABLES = ("ffn.json", "kernels.json", "train.json", "train8.json")
+
+FREE = {
+    "act24 fp8": "eight bits cost it 0.003 nats in one short run of 42M parameters (docs/fp8_or_24.md)",
+    "act24": "its loss is dense's within the scatter of our runs (docs/recipe.md)",
+}
+"""Recipes to take first, the faster first, and what is known of their loss."""
+
+STEP_WIDTHS = {"1b": 2048, "7b-layers": 4096, "7b": 4096}
+"""D of the models whose whole steps are in the tables."""
 
 KERNELS = "all six products on sparse tensor cores, by default, in bf16 and fp16, and in fp8 by precision"
 WARP = "all six products on sparse tensor cores, by default, in bf16 and fp16; compiled for it, run on an H200 alone"
@@ -172,6 +182,8 @@ def advise(shape: Shape, gpu: str, rows: Sequence[Row], masters: str = "float32"
     lines = [
         f"# {shape}, {masters} weights, on {gpu}",
         "",
+        verdict(shape, gpu, kernels, here, rows),
+        "",
         f"{gpu} runs {runs}.",
         "",
         "Forward and backward of the FFN alone against XLA's dense one. Attention, logits and the dense phases of a",
@@ -185,11 +197,39 @@ def advise(shape: Shape, gpu: str, rows: Sequence[Row], masters: str = "float32"
         pattern = str(recipe.pattern) if recipe.routed or recipe.activations else ""
         lines.append(f"| {name} | {pattern} | {speed} | {ms} | {dense_ms} |")
     if kernels:
+        at = lines.index(
+            "Forward and backward of the FFN alone against XLA's dense one. Attention, logits and the dense phases of a"
+        )
+        lines[at:at] = ["## Whole training steps", "", *_training_steps(gpu, rows), "", "## The layer", ""]
         lines += ["", "## Break-even", "", *_break_even(gpu, masters, here, measured, rows)]
-        lines += ["", "## Whole training steps", "", *_training_steps(gpu, rows)]
     lines += ["", "## What runs where", "", "| GPU | compute capability | runs |", "|---|---|---|"]
     lines += [f"| {names} | {capability} | {runs} |" for names, capability, runs in SUPPORT]
     return "\n".join(lines) + "\n"
+
+
+def verdict(shape: Shape, gpu: str, kernels: bool, here: Sequence[Measurement], rows: Sequence[Row]) -> str:
+    """What to take, in one sentence: by whole steps of a model of this width, else by the layer, both as measured."""
+    if not kernels:
+        return f"Train dense: on {gpu} every sparse recipe computes the same by dense products and gains no time."
+    steps = {}
+    for row in rows:
+        size, _, recipe = row["case"].partition(" ")
+        is_step = row["bench"] == "train_step" and row["rival"] == "dense" and bool(row["speedup"])
+        if is_step and STEP_WIDTHS.get(size) == shape.d_model and is_same_gpu(gpu, row["device"]):
+            steps[recipe] = (size, row["speedup"])
+    for name in FREE:
+        if name in steps and steps[name][1] > 1:
+            size, gain = steps[name]
+            return f"Take {name}: a training step of {size} runs {gain:.2f}x as fast as dense in bf16; {FREE[name]}."
+    layer = [m for name in FREE for m in here if m.recipe == name and m.shape == shape and m.speedup]
+    if layer and (layer[0].speedup or 0) > 1:
+        return (
+            f"Take {layer[0].recipe}: this layer runs {layer[0].speedup:.2f}x as fast as dense, a whole step gains "
+            f"less; {FREE[layer[0].recipe]}."
+        )
+    if layer:
+        return f"Train dense: this layer runs {layer[0].speedup:.2f}x as fast with {layer[0].recipe}, no gain."
+    return f"Nothing of this shape is measured on {gpu}: time act24 with python -m venom_jax.bench before you take it."
 
 
 def _verdict(name: str, shape: Shape, here: Sequence[Measurement], kernels: bool) -> tuple[str, str, str]:
