@@ -1,9 +1,9 @@
 """Will it pay? Speed of each recipe on one FFN, as measured: python -m venom_jax.advise --d_model=2048 --d_ffn=8192
 
 Prints one sentence, what to take and what it gains; then, for every recipe, the measured speed of the whole FFN
-(forward, backward and every conversion) against XLA's dense one where this very shape was measured, and "not measured" where it
-was not: nothing is interpolated. Below it, the measured shapes on either side of the break-even, and what each kind of
-GPU gets today.
+(forward, backward and every conversion) against XLA's dense one where this very shape was measured, and "not measured"
+where it was not: nothing is interpolated. Below it, the measured shapes on either side of the break-even, and what each
+kind of GPU gets today.
 Measured tables are ffn.json, kernels.json and train.json, as `python -m venom_jax.bench`, `python -m
 pallas_kernels.bench` and `python -m train.bench` write them. The package holds those of docs/results as measured.json:
 
