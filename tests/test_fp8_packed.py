@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import device
 from tests.helpers import relative_error
 from tests.test_fp8_ffn import BETA, FP8, RECIPES, ROUNDING, of_unlike_sizes, routed, sized
 from venom_jax import Recipe, bench, pack_weights, router
@@ -66,15 +67,12 @@ def test_what_the_kernels_do_not_run(recipe, sizes, message, monkeypatch):
 
 
 def test_another_gpu_is_refused_unless_the_reference_is_named(monkeypatch):
-    class Other:
-        name, compute_capability, is_hopper = "NVIDIA A100", "8.0", False
-
-    monkeypatch.setattr("pallas_kernels.device.current", Other)
+    monkeypatch.setattr(device, "current", lambda: device.Gpu("NVIDIA A100", "8.0", 108))
     choose = functools.partial(choose_kernels, recipe=Recipe.act24(**FP8()), d_model=128, d_ffn=512, dtype=jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0 .* NVIDIA A100 of compute capability 8\.0"):
         choose(None)
     assert choose("reference") is None
-    assert choose_kernels(None, Recipe.act24(), 128, 512, jnp.bfloat16) is None
+    assert choose_kernels(None, Recipe.act24(), 128, 512, jnp.bfloat16) == "warp"
 
 
 @pytest.mark.parametrize("name", ["dense", "act24", "venom, two of four"])
